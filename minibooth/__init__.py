@@ -1,0 +1,1 @@
+"""DreamBooth for Stable Diffusion from scratch. Read schedule.py first."""
