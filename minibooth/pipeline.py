@@ -1,0 +1,246 @@
+"""StableDiffusion: the parts together. Load, encode a prompt, draw pictures, save."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import checkpoint, schedule
+from .errors import UserError
+from .files import write_text
+from .schedule import Schedule
+from .text_encoder import TextEncoder
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE
+
+SAMPLERS = ("ddim", "ddpm")
+
+
+@dataclass
+class StableDiffusion:
+    """A whole model. Data flows tokenizer → text_encoder → unet (steps times) → vae."""
+
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    vae: VAE
+    unet: UNet
+    schedule: Schedule
+    configs: dict[str, dict]  # of unet, vae, text_encoder, scheduler: written back on save
+    source: str = ""  # where it was loaded from
+    licence: str | None = None  # of the weights, by its short name
+    licence_files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the square pictures it was trained on."""
+        return (self.configs["unet"].get("sample_size") or 64) * self.vae.factor
+
+    def to(self, device) -> "StableDiffusion":
+        for network in self.networks.values():
+            network.to(device)
+        self.schedule = self.schedule.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> Tensor:
+        """Prompts → c: (B, 77, D)."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: str | list[str],
+        *,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        seed: int = 0,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        batch_size: int | None = None,
+        output: str = "pil",
+        on_step: Callable[[], None] | None = None,
+    ) -> list[Image.Image] | Tensor:
+        """Draw one picture per prompt.
+
+        Picture i takes all its noise from a CPU generator seeded with seed + i, so it depends
+        neither on the device nor on the batch. `latents`, (B, 4, h, w), replace the first noise.
+        guidance_scale ≤ 1 switches guidance off. height and width are in pixels, multiples of the
+        VAE's factor. `output`: "pil"; "pt", (B, 3, H, W) in [0, 1]; "latent", (B, 4, h, w) scaled.
+        `on_step` is called after every step of every batch. Raises UserError for wrong settings.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        factor, channels = self.vae.factor, self.configs["unet"]["out_channels"]
+        height, width = height or self.image_size, width or self.image_size
+        if height % factor or width % factor:
+            raise UserError(f"{width}×{height} pixels: give multiples of {factor}")
+        if sampler not in SAMPLERS:
+            raise UserError(f"sampler {sampler!r}: give one of {', '.join(SAMPLERS)}")
+        if self.configs["unet"]["in_channels"] != channels:
+            raise UserError("an inpainting model wants a picture and a mask: not supported here")
+        shape = (channels, height // factor, width // factor)
+        if latents is not None and latents.shape[0] != len(prompts):
+            raise UserError(f"{len(latents)} latents for {len(prompts)} prompts")
+
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        finished = []
+        for first in range(0, len(prompts), batch_size or 8):
+            batch = slice(first, first + (batch_size or 8))
+
+            def noise(batch=batch) -> Tensor:
+                drawn = [torch.randn(shape, generator=g) for g in generators[batch]]
+                return torch.stack(drawn).to(self.device)
+
+            x = noise() if latents is None else latents[batch].to(self.device, torch.float32)
+            context = self.encode_prompt(prompts[batch])
+            if guided := guidance_scale > 1:
+                negative = self.encode_prompt([negative_prompt]).expand_as(context)
+                context = torch.cat([negative, context])  # (2B, 77, D)
+            for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
+                x_in = torch.cat([x, x]) if guided else x
+                times = torch.full((len(x_in),), t, device=self.device)
+                prediction = self.unet(x_in, times, context).float()
+                if guided:  # away from the negative prompt, arXiv 2207.12598 Eq. 6
+                    without, towards = prediction.chunk(2)
+                    prediction = without + guidance_scale * (towards - without)
+                if sampler == "ddpm":
+                    x = schedule.ddpm_step(x, prediction, t, t_prev, self.schedule, noise())
+                else:
+                    fresh = noise() if eta > 0 else None
+                    x = schedule.ddim_step(x, prediction, t, t_prev, self.schedule, eta, fresh)
+                if on_step:
+                    on_step()
+            finished.append(x if output == "latent" else self.decode(x))
+        result = torch.cat(finished)
+        if output != "pil":
+            return result
+        pixels = (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(p) for p in pixels]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1]; one at a time, to save memory."""
+        z = latents / self.vae.scaling_factor
+        pictures = [self.vae.decode(one[None]).float() for one in z]
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {name: network.state_dict() for name, network in self.networks.items()}
+
+    def fingerprint(self) -> str:
+        """A hash of the configs and of a sample of every tensor: which model this is."""
+        digest = hashlib.sha256()
+        for name, tensors in self.tensors().items():
+            for key, tensor in tensors.items():
+                flat = tensor.detach().flatten()
+                sample = flat[:: max(1, len(flat) // 64)].half().cpu()
+                digest.update(f"{name}.{key}{list(tensor.shape)}".encode())
+                digest.update(sample.numpy().tobytes())
+        digest.update(repr((self.schedule.prediction_type, self.vae.scaling_factor)).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write diffusers' layout; loads in diffusers, transformers and here.
+
+        Floating weights are cast to `dtype` on the way, None keeps them. Raises UserError if the
+        disk is too full.
+        """
+        folder = Path(folder)
+        checkpoint.write_folder(folder, self.configs, self.tensors(), self.tokenizer, dtype)
+        for name, text in self.licence_files.items():
+            write_text(folder / name, text)
+        card = f"---\nlicense: {self.licence or 'unknown'}\n---\nWeights from {self.source}.\n"
+        write_text(folder / "README.md", card)
+
+    def save_single_file(
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = torch.float16,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        """Write one .safetensors in LDM layout, for A1111, ComfyUI and from_single_file.
+
+        `metadata` goes into its header as well. Raises UserError if the disk is too full.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: a single file is named .safetensors")
+        about = {"modelspec.license": self.licence or "unknown", **(metadata or {})}
+        checkpoint.write_single_file(path, self.configs, self.tensors(), dtype, about)
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | Path | Tokenizer | None = None,
+    vae: str | Path | None = None,
+    prediction_type: str | None = None,
+    revision: str | None = None,
+) -> StableDiffusion:
+    """Load a model: a folder in diffusers' layout, a single file, or an id on the hub.
+
+    `tokenizer` (a folder or id) is for single files, which hold none; `vae` (folder, id or file)
+    replaces the model's own; `prediction_type` overrides what the model says, "epsilon" or
+    "v_prediction"; `revision` is a branch, tag or commit on the hub. With dtype fp16 the VAE stays
+    fp32, since some overflow to black pictures. Raises UserError, saying what is wrong.
+    """
+    found = checkpoint.read(source, tokenizer, revision)
+    if vae is not None:
+        found.configs["vae"], found.tensors["vae"] = checkpoint.read_vae(vae, found.configs["vae"])
+    scheduler = found.configs["scheduler"]
+    if prediction_type is not None:
+        scheduler["prediction_type"] = prediction_type
+    networks = {}
+    for name in checkpoint.NETWORKS:
+        wide = name == "vae" and dtype == torch.float16
+        weights = found.tensors.pop(name)
+        networks[name] = checkpoint.build(
+            name, found.configs[name], weights, torch.float32 if wide else dtype, device
+        )
+    text_width = found.configs["text_encoder"]["hidden_size"]
+    if text_width != found.configs["unet"]["cross_attention_dim"]:
+        raise UserError(f"{source}: the text encoder's width {text_width} does not fit the unet")
+    if found.needs_probe and prediction_type is None and predicts_v(networks["unet"]):
+        scheduler["prediction_type"] = "v_prediction"
+        found.configs["unet"]["sample_size"] = 96  # SD 2.x with v was trained at 768²
+    return StableDiffusion(
+        tokenizer=found.tokenizer,
+        schedule=Schedule.from_config(scheduler).to(device),
+        configs=found.configs,
+        source=str(source),
+        licence=found.licence,
+        licence_files=found.licence_files,
+        **networks,
+    )
+
+
+@torch.no_grad()
+def predicts_v(unet: UNet) -> bool:
+    """Whether an SD 2.x UNet predicts v: given almost pure noise, ε is its input and v is not.
+
+    The test is AUTOMATIC1111's: a constant input at the last timestep, mean(output − input) < −1.
+    """
+    weight = unet.conv_in.weight
+    x = torch.full((1, weight.shape[1], 8, 8), 0.5, device=weight.device)
+    width = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
+    context = torch.full((1, 2, width), 0.5, device=weight.device)
+    t = torch.tensor([999], device=weight.device)
+    prediction = unet(x, t, context).float()
+    return (prediction - x[:, : prediction.shape[1]]).mean().item() < -1

@@ -1,0 +1,148 @@
+"""CLIP's byte-pair tokenizer: a prompt → 77 ids. "a sks dog" → bos, a, sks, dog, eos, padding.
+
+The merging itself is the `tokenizers` library's; what makes it CLIP's is set out here.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import tokenizers as hf
+import torch
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+from .errors import UserError
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# Special tokens, English contractions, runs of letters, single digits, runs of anything else.
+WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+class Tokenizer:
+    """vocab: token → id; merges: pairs by rank; pad: the token that fills up to max_length.
+
+    SD 1.x pads with the end token. SD 2.x pads with "!" (id 0), and since that makes "!" a special
+    token, every "!" in an SD 2.x prompt becomes id 0 as well, as in the reference.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        max_length: int = 77,
+        pad: str = EOS,
+    ):
+        for token in (BOS, EOS, pad):
+            if token not in vocab:
+                raise UserError(f"the tokenizer's vocabulary has no {token!r}")
+        self.vocab, self.merges, self.max_length, self.pad = vocab, merges, max_length, pad
+        bpe = hf.Tokenizer(
+            models.BPE(
+                vocab,
+                merges,
+                continuing_subword_prefix="",
+                end_of_word_suffix="</w>",
+                fuse_unk=False,
+                unk_token=EOS,
+            )
+        )
+        bpe.normalizer = normalizers.Sequence(
+            [
+                normalizers.NFC(),
+                normalizers.Replace(Regex(r"\s+"), " "),
+                normalizers.Lowercase(),
+            ]
+        )
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        bpe.add_special_tokens(list(dict.fromkeys([BOS, EOS, pad])))
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A {EOS}", special_tokens=[(BOS, vocab[BOS]), (EOS, vocab[EOS])]
+        )
+        self.bpe = bpe
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
+        """Read vocab.json and merges.txt, or the tokenizer.json that newer tools write instead.
+
+        Raises UserError if the folder holds neither, or files that are not a CLIP vocabulary.
+        """
+        folder = Path(folder)
+        try:
+            if (folder / "vocab.json").exists():
+                vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+                lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+                lines = [line for line in lines if line and not line.startswith("#version")]
+            else:
+                model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+                vocab, lines = model["vocab"], model["merges"]
+            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in lines]
+            return cls(vocab, merges, max_length, pad=pad_token(folder))
+        except FileNotFoundError as e:
+            raise UserError(
+                f"{folder} is not a tokenizer: {Path(e.filename).name} is missing"
+            ) from None
+        except UserError as e:
+            raise UserError(f"{folder} is not a CLIP tokenizer: {e}") from None
+        except Exception as e:  # whatever json and tokenizers say of a damaged file
+            raise UserError(f"{folder} cannot be read as a tokenizer: {e}") from None
+
+    def save(self, folder: str | Path) -> None:
+        """Write the four files that every reader of Stable Diffusion folders knows."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad}
+        config = {
+            **special,
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "errors": "replace",
+            "model_max_length": self.max_length,
+            "tokenizer_class": "CLIPTokenizer",
+        }
+        merges = "\n".join(["#version: 0.2", *(" ".join(m) for m in self.merges)])
+        texts = {
+            "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
+            "merges.txt": merges + "\n",
+            "special_tokens_map.json": json.dumps(special, indent=2),
+            "tokenizer_config.json": json.dumps(config, indent=2),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, "utf-8")
+
+    def pieces(self, text: str) -> list[tuple[str, int]]:
+        """The tokens of a text with their ids, without bos, eos and padding."""
+        encoding = self.bpe.encode(text, add_special_tokens=False)
+        return list(zip(encoding.tokens, encoding.ids, strict=True))
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Texts → (B, 77) int64: bos, at most 75 tokens, eos, padding. Warns where it cuts."""
+        rows = []
+        for text in texts:
+            ids = self.bpe.encode(text).ids
+            if len(ids) > self.max_length:
+                shown = text if len(text) <= 60 else text[:57] + "…"
+                message = (
+                    f"only the first {self.max_length - 2} tokens count of the prompt {shown!r}"
+                )
+                warnings.warn(message, stacklevel=2)
+                ids = [*ids[: self.max_length - 1], self.vocab[EOS]]
+            rows.append(ids + [self.vocab[self.pad]] * (self.max_length - len(ids)))
+        return torch.tensor(rows)
+
+
+def pad_token(folder: Path) -> str:
+    """special_tokens_map.json wins over tokenizer_config.json, as in the reference."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            pad = json.loads((folder / name).read_text("utf-8")).get("pad_token")
+            if pad:
+                return pad["content"] if isinstance(pad, dict) else pad
+    return EOS
