@@ -1,7 +1,6 @@
 """Every public form of Stable Diffusion's weights in; diffusers folder and single file out."""
 
 import json
-import pickle
 import re
 import warnings
 import zipfile
@@ -11,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import hub, ldm
-from .errors import UserError
+from .errors import UserError, first_line
 from .files import write_json, write_safetensors
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
@@ -134,6 +133,7 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
         "flip_sin_to_cos": (True,),
         "freq_shift": (0,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "num_class_embeds": (None,),
         "only_cross_attention": (False,),
         "resnet_time_scale_shift": ("default",),
         "time_cond_proj_dim": (None,),
@@ -153,22 +153,46 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
         "use_quant_conv": (True,),
     },
     "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
+    "scheduler": {},
 }
+# Whole numbers, or lists of them, and the largest that makes sense: each costs modules or memory.
+LARGEST = {
+    "attention_head_dim": 1000,
+    "block_out_channels": 100_000,
+    "cross_attention_dim": 100_000,
+    "hidden_size": 100_000,
+    "in_channels": 1000,
+    "intermediate_size": 1_000_000,
+    "latent_channels": 1000,
+    "layers_per_block": 10,
+    "max_position_embeddings": 10_000,
+    "norm_num_groups": 100_000,
+    "num_attention_heads": 1000,
+    "num_hidden_layers": 100,
+    "num_train_timesteps": 100_000,
+    "out_channels": 1000,
+    "sample_size": 100_000,
+    "vocab_size": 10_000_000,
+}
+POSITIVE = ("norm_eps", "layer_norm_eps", "scaling_factor", "beta_start", "beta_end")
 
 
 def check_config(name: str, config: dict) -> None:
-    """Raise UserError unless the network of that name can be built as the config says."""
-    for key, accepted in ACCEPTED[name].items():
-        value = config.get(key, accepted[0])
-        for v in value if isinstance(value, list | tuple) else [value]:
-            if v not in accepted:
-                raise UserError(
-                    f"the {name}'s config says {key} = {v!r}, which Stable Diffusion 1.x and 2.x "
-                    "do not have: another kind of model"
-                )
-    for key in ("layers_per_block", "num_hidden_layers"):  # each one costs modules
-        if not isinstance(config.get(key, 1), int) or not 1 <= config.get(key, 1) <= 100:
-            raise UserError(f"the {name}'s config says {key} = {config[key]!r}")
+    """Raise UserError unless what the config says is what the code does, and of a sane size."""
+    for key, value in config.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        accepted, largest = ACCEPTED[name].get(key), LARGEST.get(key)
+        if accepted and any(v not in accepted for v in values):
+            raise UserError(
+                f"the {name}'s config says {key} = {value!r:.80}, which Stable Diffusion 1.x and "
+                "2.x do not have: another kind of model"
+            )
+        whole = all(type(v) is int and 0 < v <= (largest or v) for v in values)
+        positive = isinstance(value, int | float) and 0 < value < 1e6
+        if value is not None and (
+            (largest and (not whole or len(values) > 8)) or (key in POSITIVE and not positive)
+        ):
+            raise UserError(f"the {name}'s config says {key} = {value!r:.80}, which cannot be")
 
 
 # ---- tensors -----------------------------------------------------------------------------------
@@ -186,10 +210,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
                 return tensors, f.metadata() or {}
         return read_pickle(path), {}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    except UserError:
+        raise
+    except Exception as e:  # what a damaged file does to its reader has many names
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(e)):
+            raise UserError(
+                f"{path} wants to run code ({foreign[1]}): not loaded; use safetensors"
+            ) from None
         raise UserError(
-            f"{path} is damaged or not a weight file: download it again ({reason})"
+            f"{path} is damaged or not a weight file: download it again ({first_line(e)})"
         ) from None
 
 
@@ -198,6 +227,9 @@ INERT = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|typing|collections|numpy)\..*"
     r"|(__builtin__|builtins)\.(int|float|str|bool|dict|list|set|tuple|object)"
 )
+
+
+MOST_NESTED = 10  # state_dict within state_dict; a pickle can also hold itself, without end
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -209,8 +241,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             shells.append((type(name.rpartition(".")[2], (Shell,), {}), name))
     with torch.serialization.safe_globals(shells):
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    while isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
+    for _ in range(MOST_NESTED):
+        if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+            value = value["state_dict"]
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no dictionary of weights")
     return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -279,7 +312,7 @@ def skeleton(name: str, config: dict) -> nn.Module:
     except KeyError as e:
         raise UserError(f"the {name}'s config lacks {e}") from None
     except Exception as e:
-        raise UserError(f"the {name}'s config does not describe one: {e}") from None
+        raise UserError(f"the {name}'s config does not describe one: {first_line(e)}") from None
 
 
 def trim(shape: torch.Size) -> list[int]:
@@ -354,8 +387,8 @@ def read_config(path: Path | None, where: str) -> dict:
         raise UserError(f"{where} has no config file")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
+    except (ValueError, OSError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read: {first_line(e)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a config: it holds no dictionary")
     return config

@@ -6,3 +6,9 @@ class UserError(Exception):
 
     The programs print it and leave with exit status 2; from Python it is raised as it is.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough to stand in a UserError's one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

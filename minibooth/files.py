@@ -1,11 +1,12 @@
 """Files that are whole or not there: atomic writes, safetensors, free space."""
 
+import errno
 import json
 import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ DTYPES = {
     torch.float32: ("F32", torch.int32),
     torch.float16: ("F16", torch.int16),
     torch.bfloat16: ("BF16", torch.int16),
+    torch.float64: ("F64", torch.int64),
     torch.int64: ("I64", torch.int64),
 }
 
@@ -25,18 +27,23 @@ DTYPES = {
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; on success it becomes `path`, on failure it is removed.
 
-    Whoever looks sees the old file or the new one, also after a crash in between.
+    Whoever looks sees the old file or the new one, also after a crash in between. Raises UserError
+    where the disk is full or the place cannot be written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:
+        advice = "make room on it" if e.errno == errno.ENOSPC else "choose another place"
+        raise UserError(f"cannot write {path}: {e.strerror or e}; {advice}") from e
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder could not be made there is nothing to remove
+            part.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

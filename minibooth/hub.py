@@ -1,13 +1,13 @@
 """The files of a public model, by exact name, from the hub's cache or the hub itself."""
 
-import logging
 import re
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import logging
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 # Where the public weights live today, and their licences. weights/README.md has sizes and hashes.
 LICENCES = {
@@ -38,7 +38,7 @@ class Repo:
     def __init__(self, repo_id: str, revision: str | None = None):
         self.repo_id, self.revision = repo_id, revision
         self.offline, self.downloaded = False, False
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        logging.set_verbosity_error()  # its warnings repeat what the UserErrors below say
 
     def cached(self, name: str) -> Path | None:
         found = huggingface_hub.try_to_load_from_cache(
@@ -73,9 +73,10 @@ class Repo:
                 self.offline = True
             except errors.EntryNotFoundError:
                 continue
-            except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
-                reason = str(e).strip().splitlines()[0]
-                raise UserError(f"cannot download {name} of {self.repo_id}: {reason}") from None
+            except Exception as e:  # what can happen to a download has many names
+                raise UserError(
+                    f"cannot download {name} of {self.repo_id}: {first_line(e)}"
+                ) from None
         if self.offline and not optional:
             raise UserError(
                 f"{self.repo_id} is not a folder here, its {names[0]} is not in the hub's cache, "

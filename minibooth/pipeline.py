@@ -136,7 +136,8 @@ class StableDiffusion:
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1]; one at a time, to save memory."""
         z = latents / self.vae.scaling_factor
-        pictures = [self.vae.decode(one[None]).float() for one in z]
+        with torch.autocast(z.device.type, enabled=False):  # the VAE in its own precision
+            pictures = [self.vae.decode(one[None]).float() for one in z]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

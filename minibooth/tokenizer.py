@@ -12,7 +12,8 @@ import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
+from .files import write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Special tokens, English contractions, runs of letters, single digits, runs of anything else.
@@ -92,12 +93,10 @@ class Tokenizer:
         except UserError as e:
             raise UserError(f"{folder} is not a CLIP tokenizer: {e}") from None
         except Exception as e:  # whatever json and tokenizers say of a damaged file
-            raise UserError(f"{folder} cannot be read as a tokenizer: {e}") from None
+            raise UserError(f"{folder} cannot be read as a tokenizer: {first_line(e)}") from None
 
     def save(self, folder: str | Path) -> None:
         """Write the four files that every reader of Stable Diffusion folders knows."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad}
         config = {
             **special,
@@ -115,7 +114,7 @@ class Tokenizer:
             "tokenizer_config.json": json.dumps(config, indent=2),
         }
         for name, text in texts.items():
-            (folder / name).write_text(text, "utf-8")
+            write_text(Path(folder) / name, text)
 
     def pieces(self, text: str) -> list[tuple[str, int]]:
         """The tokens of a text with their ids, without bos, eos and padding."""
@@ -135,7 +134,7 @@ class Tokenizer:
                 warnings.warn(message, stacklevel=2)
                 ids = [*ids[: self.max_length - 1], self.vocab[EOS]]
             rows.append(ids + [self.vocab[self.pad]] * (self.max_length - len(ids)))
-        return torch.tensor(rows)
+        return torch.tensor(rows, dtype=torch.int64)
 
 
 def pad_token(folder: Path) -> str:

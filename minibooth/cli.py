@@ -1,0 +1,144 @@
+"""What the programs share: a command line made from a dataclass, and one line for every mistake."""
+
+import argparse
+import dataclasses
+import errno
+import json
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .errors import UserError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def option(default, help: str, choices: tuple | None = None, aliases: tuple[str, ...] = ()):
+    """A dataclass field that is also a flag; the help gives its unit and what absent means."""
+    extra = {"help": help, "choices": choices, "aliases": aliases}
+    return dataclasses.field(default=default, metadata=extra)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse(cls, prog: str, description: str, argv: list[str] | None = None):
+    """Fill the dataclass `cls` from the command line: underscores or hyphens, as one likes.
+
+    If `cls` has a field `config`, that JSON file is read first and the flags override it.
+    """
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+        help = field.metadata["help"].replace("%", "%%")
+        if field.default not in (None, False, True, (), ""):
+            help += f" [{field.default}]"
+        kind, common = hints[field.name], {"dest": field.name, "default": argparse.SUPPRESS}
+        if kind is bool:
+            parser.add_argument(*flags, action="store_true", help=help, **common)
+            off = [flag.replace("--", "--no_", 1) for flag in flags]
+            parser.add_argument(*off, action="store_false", help=argparse.SUPPRESS, **common)
+            continue
+        several = typing.get_origin(kind) is tuple
+        if isinstance(kind, types.UnionType) or several:
+            kind = typing.get_args(kind)[0]
+        parser.add_argument(
+            *flags,
+            type=kind,
+            action="append" if several else "store",
+            choices=field.metadata["choices"],
+            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+            help=help,
+            **common,
+        )
+    given = vars(parser.parse_args([underscored(a) for a in (argv or sys.argv[1:])]))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if "config" in given:
+        given = {**read_config(Path(given["config"]), cls), **given}
+    return cls(**given)
+
+
+def underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def read_config(path: Path, cls) -> dict:
+    """The settings in a config.json that a run wrote, checked against the fields of `cls`."""
+    try:
+        settings = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path} is not a config file: {e}") from None
+    hints = typing.get_type_hints(cls)
+    for key, value in settings.items():
+        if key not in hints:
+            raise UserError(f"{path} has a setting that does not exist: {key}")
+        if isinstance(value, list):
+            settings[key] = value = tuple(value)
+        kind = hints[key]
+        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        allowed = tuple(typing.get_origin(k) or k for k in allowed)
+        if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+            continue
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise UserError(f"{path}: {key} = {value!r} has the wrong type")
+    return settings
+
+
+def pick_device(name: str) -> torch.device:
+    """Auto is CUDA, else Apple's MPS, else the CPU. Raises UserError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind in there if there[kind]), "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: give auto, cuda, mps or cpu") from None
+    if not there.get(device.type, True):
+        raise UserError(f"there is no {device.type} device here: leave --device out")
+    return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def run(prog: str, main: Callable[[], None]) -> None:
+    """Call `main`; a mistake that the user can mend becomes one line and exit status 2."""
+
+    def warn(message, *_):
+        tqdm.write(f"{prog}: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = warn
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        line, status = "stopped", 130
+    except UserError as e:
+        line, status = str(e), 2
+    except Exception as e:
+        if is_out_of_memory(e):
+            line = "out of memory: draw fewer or smaller pictures at once, or use a smaller model"
+        elif isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            line = f"the disk is full: {e.filename or 'make room'} could not be written"
+        elif isinstance(e, OSError) and e.filename:
+            line = f"{e.filename}: {e.strerror}"
+        else:
+            raise
+        status = 2
+    print(f"{prog}: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,260 @@
+"""What a run tells: of its prompts at the start, grids and curves on the way, a card at the end."""
+
+import csv
+import io
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from . import photos
+from .errors import UserError
+from .files import atomic, gigabytes, write_text
+from .pipeline import StableDiffusion
+from .tokenizer import Tokenizer
+
+FILLER = {"a", "an", "the", "photo", "picture", "image", "portrait", "of", "my", "one"}
+COLUMNS = ("step", "loss", "loss_instance", "loss_prior", "lr", "grad_norm")
+
+
+# ---- before the run ----------------------------------------------------------------------------
+
+
+def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: str | None) -> str:
+    """How the identifier tokenizes, in one line. Warns where a prompt will not work as hoped."""
+    words = [w.strip(".,!?\"'").lower() for w in instance_prompt.split()]
+    nouns = {w.strip(".,!?\"'").lower() for w in (class_prompt or "").split()} - FILLER
+    if missing := sorted(nouns - set(words)):
+        warnings.warn(
+            f"the instance prompt {instance_prompt!r} does not contain {', '.join(missing)} of the "
+            f"class prompt {class_prompt!r}: the subject should be named as one of its class",
+            stacklevel=2,
+        )
+    names = [w for w in words if w and w not in nouns | FILLER]
+    if not names:
+        warnings.warn(
+            f"nothing in {instance_prompt!r} names the subject: put a rare word such as sks "
+            "before the class noun",
+            stacklevel=2,
+        )
+        return "identifier: none"
+    lines = []
+    for name in names if class_prompt else names[:1]:
+        pieces = tokenizer.pieces(name)
+        ids = [i for _, i in pieces]
+        lines.append(f"{name!r} is {len(ids)} token{'s' * (len(ids) > 1)} {ids}")
+        # Merges are listed by frequency in CLIP's training text: a low id is a common word.
+        if len(ids) > 2:
+            warnings.warn(
+                f"{name!r} is {len(ids)} tokens: a shorter rare word binds better", stacklevel=2
+            )
+        elif len(ids) == 1 and ids[0] < 0.8 * len(tokenizer.vocab):
+            warnings.warn(
+                f"{name!r} is a common word with a meaning of its own: a rare one such as sks "
+                "does not have to be unlearned",
+                stacklevel=2,
+            )
+    return "identifier: " + ", ".join(lines)
+
+
+def memory_needed(sd: StableDiffusion, train_text_encoder: bool) -> dict[str, int]:
+    """Bytes that are sure to be needed: weights; gradients and Adam's two averages of what trains.
+
+    Activations come on top; they depend on resolution, batch and checkpointing.
+    """
+    sizes = {n: sum(p.numel() for p in net.parameters()) for n, net in sd.networks.items()}
+    trained = sizes["unet"] + (sizes["text_encoder"] if train_text_encoder else 0)
+    return {"weights": 4 * sum(sizes.values()), "training": 12 * trained}
+
+
+def memory_advice(sd: StableDiffusion, config) -> str:
+    """Which settings lower the memory that is needed, and by about how much."""
+    need, advice = memory_needed(sd, config.train_text_encoder), []
+    if config.train_batch_size > 1:
+        share = 1 - 1 / config.train_batch_size
+        advice.append(f"--train_batch_size 1 (about -{share:.0%} of the activations)")
+    if not config.gradient_checkpointing:
+        advice.append("--gradient_checkpointing (about -70 % of the activations)")
+    advice.append("a smaller --resolution (half of it: about -75 % of the activations)")
+    if config.train_text_encoder:
+        saved = 12 * sum(p.numel() for p in sd.text_encoder.parameters())
+        advice.append(f"no --train_text_encoder (-{gigabytes(saved)})")
+    return (
+        f"out of memory. Weights, gradients and optimizer alone need "
+        f"{gigabytes(sum(need.values()))}; what helps: {'; '.join(advice)}"
+    )
+
+
+def memory_available(device: torch.device) -> int | None:
+    """Bytes free on the device; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and Path("/proc/meminfo").exists():
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def require_memory(sd: StableDiffusion, config, device: torch.device) -> None:
+    """Raise UserError if not even weights, gradients and optimizer fit. What is loaded is there."""
+    need, free = memory_needed(sd, config.train_text_encoder), memory_available(device)
+    loaded = 0 if device.type == "cuda" else need["weights"]
+    if free is not None and sum(need.values()) - loaded > free:
+        raise UserError(f"{memory_advice(sd, config)}; {gigabytes(free)} are free")
+
+
+# ---- on the way --------------------------------------------------------------------------------
+
+
+def append_losses(path: Path, rows: Iterable[tuple]) -> None:
+    new = not path.exists()
+    with open(path, "a", newline="") as f:
+        writer = csv.writer(f)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerows(rows)
+
+
+def read_losses(path: Path) -> list[tuple[float, ...]]:
+    """The whole rows of loss.csv; a last line that a crash cut off is left out."""
+    if not path.exists():
+        return []
+    rows = list(csv.reader(io.StringIO(path.read_text())))[1:]
+    out = []
+    for row in rows:
+        try:
+            out.append((int(row[0]), *(float(x) for x in row[1:])))
+        except (ValueError, IndexError):
+            continue
+    return [row for row in out if len(row) == len(COLUMNS)]
+
+
+def truncate_losses(path: Path, step: int) -> None:
+    """Drop the rows of steps that a resumed run will do again."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(COLUMNS)
+    writer.writerows(row for row in read_losses(path) if row[0] <= step)
+    write_text(path, buffer.getvalue())
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    with atomic(path) as part:
+        image.save(part, "PNG")
+
+
+def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
+    """Both terms of the loss over the steps: every value faint, a running mean bold."""
+    width, height, left, right, top, bottom = 960, 480, 70, 20, 46, 50
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(15)
+    curves = {"instance": ([r[2] for r in rows], (204, 85, 0))}
+    if any(r[3] for r in rows):
+        curves["prior"] = ([r[3] for r in rows], (0, 90, 181))
+    values = sorted(v for series, _ in curves.values() for v in series if v == v)
+    ceiling = 1.1 * values[int(0.98 * (len(values) - 1))] or 1.0
+    last = max(rows[-1][0], 2)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        x = left + (step - 1) / (last - 1) * (width - left - right)
+        return x, height - bottom - min(value / ceiling, 1.0) * (height - top - bottom)
+
+    for i in range(6):
+        y = at(1, ceiling * i / 5)[1]
+        draw.line([(left, y), (width - right, y)], fill=(225, 225, 225))
+        draw.text((left - 8, y), f"{ceiling * i / 5:.3g}", "black", font, anchor="rm")
+        step = round(1 + (last - 1) * i / 5)
+        draw.text((at(step, 0)[0], height - bottom + 8), str(step), "black", font, anchor="ma")
+    draw.text((width - right, height - 20), "step", "black", font, anchor="ra")
+    for n, (name, (series, colour)) in enumerate(curves.items()):
+        points = [at(r[0], v) for r, v in zip(rows, series, strict=True)]
+        draw.line(points, fill=(*colour, 60), width=1)
+        mean, smooth, keep = series[0], [], 1 - 1 / min(50, max(2, len(series) // 5))
+        for r, v in zip(rows, series, strict=True):
+            mean = keep * mean + (1 - keep) * v
+            smooth.append(at(r[0], mean))
+        draw.line(smooth, fill=colour, width=3)
+        draw.text((left + 8 + 200 * n, 14), f"loss_{name}", colour, font)
+    return image
+
+
+def draw_samples(
+    sd: StableDiffusion, prompts: list[str], config, resolution: int, on_step: Callable[[], None]
+) -> list[list[Image.Image]]:
+    """A row of pictures per prompt, from the same seeds each time."""
+    return [
+        sd.generate(
+            [prompt] * config.num_validation_images,
+            steps=config.validation_inference_steps,
+            guidance_scale=config.validation_guidance_scale,
+            seed=config.seed,
+            height=resolution,
+            width=resolution,
+            on_step=on_step,
+        )
+        for prompt in prompts
+    ]
+
+
+def save_strip(rows: list[list[Image.Image]], path: Path) -> None:
+    """The bare pictures beside one another, to be taken apart again by `load_strip`."""
+    images = [image for row in rows for image in row]
+    strip = Image.new("RGB", (sum(i.width for i in images), images[0].height))
+    for n, image in enumerate(images):
+        strip.paste(image, (n * image.width, 0))
+    save_image(strip, path)
+
+
+def load_strip(path: Path, prompts: int, images: int) -> list[list[Image.Image]] | None:
+    """The pictures of `save_strip`, or None if there is no strip of as many."""
+    try:
+        strip = Image.open(path).convert("RGB")
+    except OSError:
+        return None
+    size = strip.height
+    if strip.width != prompts * images * size:
+        return None
+    cells = [strip.crop((n * size, 0, (n + 1) * size, size)) for n in range(prompts * images)]
+    return [cells[i * images : (i + 1) * images] for i in range(prompts)]
+
+
+def before_after(prompts: list[str], before: list[list], after: list[list]) -> Image.Image:
+    rows = [b + a for b, a in zip(before, after, strict=True)]
+    headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
+    return photos.grid(rows, labels=prompts, headings=headings)
+
+
+# ---- after the run -----------------------------------------------------------------------------
+
+
+def model_card(sd: StableDiffusion, config) -> str:
+    """README.md of a result: base model, licence, prompts and settings."""
+    prior = f"prior preservation of `{config.class_prompt}`" if config.class_prompt else "no prior"
+    return f"""---
+license: {sd.licence or "unknown"}
+base_model: {sd.source or "unknown"}
+instance_prompt: {config.instance_prompt}
+tags: [text-to-image, stable-diffusion, dreambooth]
+---
+
+# {config.instance_prompt}
+
+`{sd.source}` fine-tuned with DreamBooth by minibooth on photographs of `{config.instance_prompt}`,
+with {prior} (weight {config.prior_loss_weight}). {config.max_train_steps} steps, learning rate
+{config.learning_rate}, batch {config.train_batch_size}, text encoder
+{"trained" if config.train_text_encoder else "frozen"}. Every setting is in `config.json`.
+
+The licence of the base model ({sd.licence or "see there"}) applies to these weights.
+
+![before and after](before_after.png)
+"""
+
+
+def remove_old_snapshots(run: Path, keep: int) -> None:
+    found = [f for f in run.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(found, key=lambda f: int(f.name.removeprefix("checkpoint-")))[:-keep]:
+        shutil.rmtree(folder)

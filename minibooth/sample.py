@@ -1,0 +1,137 @@
+"""python -m minibooth.sample: draw pictures from a model."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from . import cli, photos, pipeline
+from .cli import option
+from .errors import UserError
+from .files import atomic
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model: str | None = option(
+        None,
+        "folder, single file (.safetensors, .ckpt) or hub id",
+        aliases=("pretrained_model_name_or_path",),
+    )
+    prompt: tuple[str, ...] = option((), "what to draw; give it several times for several prompts")
+    negative_prompt: str = option("", "what to keep away from [nothing]")
+    num_images: int = option(4, "pictures per prompt")
+    seed: int = option(0, "of each prompt's first picture; the next ones count up")
+    output_dir: str = option("samples", "where <prompt>-<seed>.png and grid.png go")
+    steps: int = option(50, "sampler steps", aliases=("num_inference_steps",))
+    guidance_scale: float = option(7.5, "how strongly to follow the prompt; 1 switches it off")
+    sampler: str = option("ddim", "how to step from noise to picture", choices=pipeline.SAMPLERS)
+    eta: float = option(0.0, "DDIM's share of fresh noise per step, 0 to 1")
+    height: int | None = option(None, "pixels [the model's own]")
+    width: int | None = option(None, "pixels [the model's own]")
+    batch_size: int = option(4, "pictures drawn at once; less needs less memory")
+    dtype: str | None = option(
+        None, "of the weights [fp16 on a GPU, else fp32]", choices=("fp32", "fp16", "bf16")
+    )
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
+    tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
+    prediction_type: str | None = option(
+        None, "overrides what the model says", choices=("epsilon", "v_prediction")
+    )
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+
+    def check(self) -> None:
+        if self.model is None:
+            raise UserError("give --model: a folder, a single file or a hub id")
+        if not self.prompt:
+            raise UserError('give --prompt, say --prompt "a sks dog in the snow"')
+        for name in ("num_images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+
+
+def sample(config: SampleConfig) -> list[Path]:
+    """Draw and write the pictures; the paths of the single ones. Raises UserError."""
+    config.check()
+    device = cli.pick_device(config.device)
+    sd = pipeline.load(
+        config.model,
+        device=device,
+        dtype=cli.DTYPES[config.dtype or ("fp16" if device.type == "cuda" else "fp32")],
+        tokenizer=config.tokenizer,
+        vae=config.vae,
+        prediction_type=config.prediction_type,
+        revision=config.revision,
+    )
+    out, written, rows = Path(config.output_dir), [], []
+    batches = -(-config.num_images // config.batch_size)
+    with tqdm(total=len(config.prompt) * batches * config.steps, unit="step") as bar:
+        for prompt in config.prompt:
+            bar.set_description(prompt[:40])
+            images = sd.generate(
+                [prompt] * config.num_images,
+                negative_prompt=config.negative_prompt,
+                steps=config.steps,
+                guidance_scale=config.guidance_scale,
+                seed=config.seed,
+                sampler=config.sampler,
+                eta=config.eta,
+                height=config.height,
+                width=config.width,
+                batch_size=config.batch_size,
+                on_step=bar.update,
+            )
+            rows.append(images)
+            for i, image in enumerate(images):
+                about = settings(config, prompt, config.seed + i)
+                written.append(save_png(image, out, f"{slug(prompt)}-{config.seed + i}", about))
+    with atomic(out / "grid.png") as part:
+        photos.grid(rows, labels=list(config.prompt)).save(part, "PNG")
+    return written
+
+
+def settings(config: SampleConfig, prompt: str, seed: int) -> dict[str, str]:
+    """What it takes to draw a picture again, for its metadata."""
+    names = ("model", "negative_prompt", "steps", "guidance_scale", "sampler", "eta")
+    return {"prompt": prompt, "seed": str(seed)} | {n: str(getattr(config, n)) for n in names}
+
+
+def slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "empty"
+
+
+def save_png(image: Image.Image, folder: Path, name: str, about: dict[str, str]) -> Path:
+    """Write name.png, with `about` in its metadata. A different picture there is not overwritten:
+    the new one is numbered."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in about.items():
+        info.add_itxt(key, value)
+    path, n = folder / f"{name}.png", 2
+    while path.exists() and not same_picture(path, image):
+        path, n = folder / f"{name}-{n}.png", n + 1
+    with atomic(path) as part:
+        image.save(part, "PNG", pnginfo=info)
+    return path
+
+
+def same_picture(path: Path, image: Image.Image) -> bool:
+    try:
+        with Image.open(path) as there:
+            return there.size == image.size and there.tobytes() == image.tobytes()
+    except OSError:
+        return False
+
+
+def main() -> None:
+    config = cli.parse(
+        SampleConfig, "minibooth.sample", "Draw pictures from a Stable Diffusion model."
+    )
+    written = sample(config)
+    print(f"{len(written)} pictures and grid.png in {config.output_dir}")
+
+
+if __name__ == "__main__":
+    cli.run("minibooth.sample", main)

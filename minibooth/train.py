@@ -1,0 +1,600 @@
+"""python -m minibooth.train: DreamBooth on a folder of photographs.
+
+photographs → latents (mean and std, cached) → noisy latents → UNet → loss → update → pictures.
+The loss itself is dreambooth.py's; this is everything around it. Timesteps, noises and the order of
+the photographs are functions of (seed, step), not of a generator that moves on, so a run that was
+interrupted goes on exactly as it would have.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import class_images, cli, dreambooth, fast, photos, pipeline, report, resume
+from .cli import option
+from .dreambooth import Step, Term
+from .errors import UserError
+from .files import gigabytes, require_space, write_json, write_text
+from .photos import Photos
+from .pipeline import StableDiffusion
+from .update import Precision, Update
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run. The defaults suit an object or an animal on SD 1.5."""
+
+    model: str | None = option(
+        None,
+        "base model: folder, single file (.safetensors, .ckpt) or hub id",
+        aliases=("pretrained_model_name_or_path",),
+    )
+    instance_data_dir: str | None = option(None, "folder with 3 to 6 photographs of the subject")
+    instance_prompt: str | None = option(None, 'names the subject, say "a sks dog"')
+    class_prompt: str | None = option(None, 'names its class, say "a dog"')
+    output_dir: str = option("minibooth-out", "where the trained model and all the rest go")
+
+    prior_loss_weight: float = option(
+        1.0, "λ of Eq. 2; 0 is plain fine-tuning, without class images"
+    )
+    num_class_images: int = option(200, "class images to train with; your own in the folder count")
+    class_data_dir: str | None = option(None, "folder of class images [<output_dir>/class_images]")
+    class_sampler: str = option("ddim", "sampler that draws them", choices=pipeline.SAMPLERS)
+    class_steps: int = option(50, "its steps; the paper's ancestral sampling is ddpm with 1000")
+    class_guidance_scale: float = option(7.5, "its guidance")
+    sample_batch_size: int = option(4, "class images drawn at once")
+
+    resolution: int | None = option(None, "side of the training pictures in pixels [the model's]")
+    center_crop: bool = option(False, "take only the middle of photographs that are not square")
+    random_flip: bool = option(
+        False, "also train on mirrored photographs; not for lettering or faces"
+    )
+
+    max_train_steps: int = option(800, "updates of the weights")
+    learning_rate: float = option(5e-6, "of the UNet")
+    lr_warmup_steps: int = option(0, "updates over which the learning rates rise from 0")
+    train_text_encoder: bool = option(
+        False, "train the text encoder too: helps faces, needs memory"
+    )
+    text_encoder_learning_rate: float = option(2e-6, "of the text encoder, where it is trained")
+    train_batch_size: int = option(1, "photographs per step; as many class images come beside them")
+    gradient_accumulation_steps: int = option(1, "batches per update")
+    gradient_checkpointing: bool = option(False, "less memory, about a third more time")
+    mixed_precision: str = option(
+        "auto",
+        "what the networks compute in: bf16 or fp16 on a GPU by its age, fp32 elsewhere",
+        choices=("auto", "no", "bf16", "fp16"),
+    )
+    adam_weight_decay: float = option(1e-2, "AdamW's")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    snr_gamma: float | None = option(None, "γ of Min-SNR loss weights; 5 is usual [plain loss]")
+    seed: int = option(0, "of every noise, timestep, order and picture")
+
+    validation_prompt: tuple[str, ...] = option(
+        (),
+        "for the sample grids; several times for several [class, instance, instance in the snow]",
+    )
+    num_validation_images: int = option(2, "pictures per prompt in the grids; 0 for no grids")
+    validation_steps: int = option(200, "updates between two grids")
+    validation_inference_steps: int = option(25, "sampler steps of the grids' pictures")
+    validation_guidance_scale: float = option(7.5, "their guidance")
+    checkpointing_steps: int = option(200, "updates between two snapshots and resume states")
+    checkpoints_total_limit: int | None = option(None, "newest snapshots to keep [all]")
+    resume_from_checkpoint: str | None = option(
+        None, "go on where the run in output_dir stopped", choices=("latest",)
+    )
+
+    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
+    tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
+    prediction_type: str | None = option(
+        None, "overrides what the model says", choices=("epsilon", "v_prediction")
+    )
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    config: str | None = option(None, "a config.json of another run; flags override it")
+
+    @property
+    def uses_prior(self) -> bool:
+        return self.prior_loss_weight > 0
+
+    def check(self) -> None:
+        """Raise UserError for settings that cannot work, before anything is read or written."""
+        if self.instance_data_dir is None or self.instance_prompt is None:
+            raise UserError(
+                'give --instance_data_dir (the photographs) and --instance_prompt ("a sks dog")'
+            )
+        if self.uses_prior and self.class_prompt is None:
+            raise UserError(
+                'give --class_prompt ("a dog"), or --prior_loss_weight 0 for plain fine-tuning'
+            )
+        at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        at_least_one += ("sample_batch_size", "validation_steps", "checkpointing_steps")
+        at_least_one += ("class_steps", "validation_inference_steps")
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise UserError("--checkpoints_total_limit must be at least 1")
+        for name in ("num_class_images", "num_validation_images", "lr_warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative")
+        for name in ("learning_rate", "text_encoder_learning_rate", "max_grad_norm", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise UserError(f"--{name} must be a positive number")
+        for name in ("prior_loss_weight", "adam_weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must be a number from 0 up")
+
+
+# ---- data: everything random is a function of (seed, name, n) -----------------------------------
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The encoded pictures of one term: N crops of P photographs."""
+
+    mean: Tensor  # (N, 4, h, w) scaled: mean and std of z times the VAE's scaling_factor
+    std: Tensor  # (N, 4, h, w)
+    photo: Tensor  # (N,) which photograph a crop is from: 0 … P − 1
+
+
+@torch.no_grad()
+def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Latents:
+    """Encode every crop once. The latent's distribution is kept, so each step samples it anew."""
+    images, photo = pictures.images, pictures.photo
+    if flip:
+        images, photo = torch.cat([images, images.flip(-1)]), torch.cat([photo, photo])
+    rows = tqdm(images, desc=f"encoding {what}", unit="image")
+    moments = [
+        torch.stack(sd.vae.encode(image[None].to(sd.device))).float().cpu() for image in rows
+    ]
+    mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor
+    return Latents(mean, std, photo)
+
+
+def rng(seed: int, *what: str | int) -> torch.Generator:
+    """A generator that depends on nothing but its arguments."""
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def pick(latents: Latents, seed: int, name: str, n: int, batch: int) -> Tensor:
+    """The crops of batch n, (B,). Each epoch takes every photograph once, in an order of its own,
+    and of each one crop at random."""
+    rows, count = [], int(latents.photo.max()) + 1
+    for k in range(n * batch, (n + 1) * batch):
+        order = torch.randperm(count, generator=rng(seed, name, "order", k // count))
+        crops = (latents.photo == order[k % count]).nonzero().flatten()
+        rows.append(crops[torch.randint(len(crops), (), generator=rng(seed, name, "crop", k))])
+    return torch.stack(rows)
+
+
+def draw_term(
+    latents: Latents, c: Tensor, T: int, seed: int, name: str, n: int, batch: int
+) -> Term:
+    """Batch n of one term of Eq. 2: latents sampled from the VAE's Gaussian, noise, timesteps."""
+    rows, g = pick(latents, seed, name, n, batch), rng(seed, name, "noise", n)
+    shape = (batch, *latents.mean.shape[1:])
+    x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)
+    eps = torch.randn(shape, generator=g)
+    t = torch.randint(T, (batch,), generator=g)
+    x0, eps, t = (x.to(c.device, non_blocking=True) for x in (x0, eps, t))
+    return Term(x0, eps, t, c.expand(batch, -1, -1))
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+def train(
+    config: TrainConfig,
+    sd: StableDiffusion | None = None,
+    on_step: Callable[[int, Step], None] | None = None,
+) -> StableDiffusion:
+    """Run DreamBooth as `config` says and write the result into config.output_dir.
+
+    `sd` is trained in place if given, else config.model is loaded. `on_step(step, result)` is
+    called after the backward pass of every batch, before the update. Returns the trained model.
+    Raises UserError for whatever the user can mend.
+    """
+    config.check()
+    run, device = Path(config.output_dir), cli.pick_device(config.device)
+    photos.image_files(config.instance_data_dir)
+    state, model = resume.steps(run), (run / "model_index.json").exists()
+    if (state or model) and config.resume_from_checkpoint is None:
+        raise UserError(
+            f"{run} already holds a run: give --resume_from_checkpoint latest to go on with it, or "
+            "another --output_dir"
+        )
+    if model and not state:
+        raise UserError(
+            f"{run} holds a finished model but no state to resume from: to train it further, give "
+            f"--model {run} and another --output_dir"
+        )
+    if sd is None:
+        sd = load(config)
+    try:
+        return Run(config, sd, run, device).train(on_step)
+    except Exception as error:
+        if cli.is_out_of_memory(error):
+            raise UserError(report.memory_advice(sd, config)) from error
+        raise
+
+
+def load(config: TrainConfig) -> StableDiffusion:
+    if config.model is None:
+        raise UserError(
+            "give --model: a folder, a single file or a hub id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    return pipeline.load(
+        config.model,
+        tokenizer=config.tokenizer,
+        vae=config.vae,
+        prediction_type=config.prediction_type,
+        revision=config.revision,
+    )
+
+
+class Run:
+    """One run: its model, data, optimizer and folder."""
+
+    def __init__(
+        self, config: TrainConfig, sd: StableDiffusion, folder: Path, device: torch.device
+    ):
+        self.config, self.sd, self.folder, self.device = config, sd, folder, device
+        if sd.configs["unet"]["in_channels"] != sd.configs["unet"]["out_channels"]:
+            raise UserError("an inpainting model cannot be trained here: give its base model")
+        self.resolution = config.resolution or sd.image_size
+        if self.resolution < 1 or self.resolution % sd.vae.factor:
+            raise UserError(f"--resolution must be a multiple of {sd.vae.factor}")
+        self.precision = Precision(config.mixed_precision, device)
+        self.prompts = list(config.validation_prompt) or default_prompts(config)
+        self.photos = photos.load_photos(
+            config.instance_data_dir, self.resolution, config.center_crop
+        )
+        report.require_memory(sd, config, device)
+        require_space(folder, self.disk_needed())
+        self.announce()
+
+    def announce(self) -> None:
+        config, sd = self.config, self.sd
+        print(report.describe_prompts(sd.tokenizer, config.instance_prompt, config.class_prompt))
+        print(
+            f"{len(self.photos.files)} photographs, {len(self.photos)} crops of "
+            f"{self.resolution}² pixels; device {self.device}, precision {self.precision.name}"
+        )
+        set_ = {k: v for k, v in asdict(config).items() if v not in (None, ())}
+        print("settings: " + ", ".join(f"{k} {v}" for k, v in set_.items()))
+
+    def disk_needed(self) -> int:
+        """Bytes this run may write: the model, snapshots, and a state while the last is there."""
+        config, sizes = self.config, {}
+        for name, network in self.sd.networks.items():
+            sizes[name] = sum(p.numel() for p in network.parameters())
+        trained = sizes["unet"] + config.train_text_encoder * sizes["text_encoder"]
+        snapshots = (config.max_train_steps - 1) // config.checkpointing_steps
+        snapshots = min(snapshots, config.checkpoints_total_limit or snapshots)
+        return sum(sizes.values()) * (4 + 2 * snapshots) + 2 * 12 * trained
+
+    # -- before the first step
+
+    def prepare(self) -> None:
+        """Class images, latents, contexts: everything that the steps read."""
+        config, sd = self.config, self.sd
+        settings = {k: v for k, v in asdict(config).items() if k != "config"}
+        settings["resume_from_checkpoint"] = None
+        write_json(self.folder / "config.json", settings)
+        report.save_image(
+            photos.contact_sheet(self.photos), self.folder / "samples" / "photographs.png"
+        )
+        self.model = sd.fingerprint()
+        sd.to(self.device)
+        sd.text_encoder.requires_grad_(config.train_text_encoder)
+        sd.vae.requires_grad_(False)
+
+        class_photos = self.class_photos() if config.uses_prior else None
+        self.instance = encode(sd, self.photos, config.random_flip, "photographs")
+        self.prior = encode(sd, class_photos, False, "class images") if class_photos else None
+        self.identity = self.identify(class_photos)
+
+        prompts = [config.instance_prompt, config.class_prompt or config.instance_prompt]
+        self.ids = sd.tokenizer(prompts).to(self.device)
+        self.contexts = None if config.train_text_encoder else sd.text_encoder(self.ids)
+
+    def class_photos(self) -> Photos:
+        config = self.config
+        with self.precision.autocast():
+            files = class_images.ensure(
+                self.sd,
+                Path(config.class_data_dir or self.folder / "class_images"),
+                count=config.num_class_images,
+                prompt=config.class_prompt,
+                sampler=config.class_sampler,
+                steps=config.class_steps,
+                guidance_scale=config.class_guidance_scale,
+                seed=config.seed,
+                resolution=self.resolution,
+                batch_size=config.sample_batch_size,
+            )
+        return photos.load_photos(files, self.resolution, config.center_crop)
+
+    def identify(self, class_photos: Photos | None) -> dict:
+        """What must be the same when a run is resumed."""
+        names = ("instance_prompt", "class_prompt", "prior_loss_weight", "seed", "learning_rate")
+        names += ("lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
+        names += ("train_batch_size", "gradient_accumulation_steps", "adam_weight_decay")
+        names += ("max_grad_norm", "snr_gamma", "random_flip")
+        return {
+            "model": self.model[:16],
+            "photographs": content_hash(self.photos),
+            "class images": content_hash(class_photos) if class_photos else None,
+            "resolution": self.resolution,
+            "mixed_precision": self.precision.name,
+            **{name: getattr(self.config, name) for name in names},
+        }
+
+    def make_trainable(self) -> None:
+        """fp32 copies of the weights that train, and the optimizer over them."""
+        config, sd = self.config, self.sd
+        self.trained = {"unet": sd.unet}
+        if config.train_text_encoder:
+            self.trained["text_encoder"] = sd.text_encoder
+        self.start = {}  # the weights as they came, still in the mapped file where there is one
+        for name, network in self.trained.items():
+            network.requires_grad_(True)
+            for key, p in network.named_parameters():
+                self.start[f"{name}.{key}"] = p.detach()
+                p.data = p.detach().to(self.device, torch.float32, copy=True)
+        if config.gradient_checkpointing:
+            fast.checkpoint_gradients(sd.unet)
+        rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
+        self.update = Update(
+            [(rates[name], list(network.parameters())) for name, network in self.trained.items()],
+            config.adam_weight_decay,
+            config.max_grad_norm,
+            scaled=self.precision.name == "fp16",
+        )
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": p
+            for name, network in self.trained.items()
+            for key, p in network.named_parameters()
+        }
+
+    # -- one batch
+
+    def forward(self, n: int) -> Step:
+        """Batch n through the model: Eq. 2."""
+        config, sd = self.config, self.sd
+        with self.precision.autocast():
+            contexts = sd.text_encoder(self.ids) if self.contexts is None else self.contexts
+            shared = (sd.schedule.T, config.seed)
+            batch = config.train_batch_size
+            instance = draw_term(self.instance, contexts[:1], *shared, "instance", n, batch)
+            prior, t = None, instance.t
+            if self.prior is not None:
+                prior = draw_term(self.prior, contexts[1:], *shared, "class", n, batch)
+                t = torch.cat([t, prior.t])
+            weight = None
+            if config.snr_gamma is not None:
+                weight = dreambooth.min_snr_weight(sd.schedule, t, config.snr_gamma)
+            return dreambooth.step(
+                sd.unet, sd.schedule, instance, prior, config.prior_loss_weight, weight
+            )
+
+    # -- the loop
+
+    def train(self, on_step: Callable[[int, Step], None] | None) -> StableDiffusion:
+        config, sd = self.config, self.sd
+        self.prepare()
+        before = self.samples_before()
+        self.make_trainable()
+        first = self.restore()
+        accumulate = config.gradient_accumulation_steps
+        poll = 1 if self.device.type == "cpu" else 10  # looking at the numbers waits for the GPU
+        pending: list[tuple[int, float, Tensor]] = []
+        bar = tqdm(
+            total=config.max_train_steps, initial=first, desc="training", unit="step", smoothing=0.1
+        )
+        for step in range(first + 1, config.max_train_steps + 1):
+            losses = []
+            for n in range((step - 1) * accumulate, step * accumulate):
+                result = self.forward(n)
+                (result.loss * self.update.scale / accumulate).backward()
+                losses.append(
+                    torch.stack([result.loss, result.loss_instance, result.loss_prior]).detach()
+                )
+                if on_step:
+                    on_step(step, result)
+            loss = torch.stack(losses).mean(dim=0)  # (3,)
+            warm_up = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+            norm = self.update.apply(step, loss[0], warm_up)
+            pending.append((step, config.learning_rate * warm_up, torch.cat([loss, norm[None]])))
+
+            last = step == config.max_train_steps
+            save = step % config.checkpointing_steps == 0
+            show = step % config.validation_steps == 0
+            if step % poll == 0 or save or show or last:
+                self.flush(pending, bar)
+            bar.update()
+            if save and not last:
+                self.save_snapshot(step)
+            if (save or last) and step > first:
+                self.save_state(step)
+            if show and not last:
+                self.save_grid(step, self.samples())
+        bar.close()
+        self.finish(before)
+        return sd
+
+    def flush(self, pending: list[tuple[int, float, Tensor]], bar: tqdm) -> None:
+        """Bring the numbers of the last steps to the CPU; stop here if one was not finite."""
+        values = torch.stack([v for _, _, v in pending]).tolist()
+        bad_step = int(self.update.bad_step.item())
+        rows = [
+            (step, loss, instance, prior, lr, norm)
+            for (step, lr, _), (loss, instance, prior, norm) in zip(pending, values, strict=True)
+            if bad_step < 0 or step < bad_step
+        ]
+        report.append_losses(self.folder / "loss.csv", rows)
+        pending.clear()
+        if bad_step >= 0:
+            bar.close()
+            raise UserError(self.explain_non_finite(bad_step))
+        bar.set_postfix(loss=f"{rows[-1][1]:.4f}", refresh=False)
+
+    def explain_non_finite(self, step: int) -> str:
+        """Do the step again with the weights it had; name the first tensor that is not finite."""
+        self.update.adam.zero_grad()
+        accumulate, name = self.config.gradient_accumulation_steps, None
+        for n in range((step - 1) * accumulate, step * accumulate):
+            result = self.forward(n)
+            for field in ("x_t", "prediction", "per_sample", "loss"):
+                if name is None and not getattr(result, field).isfinite().all():
+                    name = field
+            result.loss.backward()
+        if name is None:
+            bad = (k for k, p in self.parameters().items() if not p.grad.isfinite().all())
+            name = f"the gradient of {next(bad, 'the scaled loss')}"
+        state = resume.steps(self.folder)
+        kept = f"the last state is {state[0].name}" if state else "no state was saved yet"
+        return (
+            f"step {step}: {name} is not finite, so training stopped with the weights of step "
+            f"{step - 1} ({kept}). Try a lower --learning_rate or --mixed_precision no"
+        )
+
+    # -- saving
+
+    def save_state(self, step: int) -> None:
+        tensors = {**self.parameters(), **self.update.state()}
+        resume.save(self.folder, step, tensors, self.identity)
+
+    def restore(self) -> int:
+        """Load the newest state if the run is to be resumed; the number of steps already done."""
+        losses = self.folder / "loss.csv"
+        found = resume.load(self.folder) if self.config.resume_from_checkpoint else None
+        if found is None:
+            if self.config.resume_from_checkpoint:
+                print(f"no state in {self.folder} yet: starting at the first step")
+            losses.unlink(missing_ok=True)
+            return 0
+        step, tensors, saved = found
+        resume.check(self.folder, saved, self.identity)
+        if step > self.config.max_train_steps:
+            raise UserError(
+                f"{self.folder} is already at step {step}: give --max_train_steps {step} or more"
+            )
+        with torch.no_grad():
+            for key, p in self.parameters().items():
+                p.copy_(tensors[key])
+        self.update.load_state(tensors)
+        report.truncate_losses(losses, step)
+        print(f"resumed {self.folder} at step {step}")
+        return step
+
+    def save_snapshot(self, step: int) -> None:
+        """checkpoint-N: the model alone, in fp16, whole or not there."""
+        final = self.folder / f"checkpoint-{step}"
+        part = final.with_name(f".{final.name}.tmp")
+        if final.exists():
+            return
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            self.sd.save(part, torch.float16)
+            write_text(part / "README.md", report.model_card(self.sd, self.config))
+            os.replace(part, final)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        if self.config.checkpoints_total_limit is not None:
+            report.remove_old_snapshots(self.folder, self.config.checkpoints_total_limit)
+
+    def samples(self) -> list[list]:
+        config = self.config
+        if config.num_validation_images == 0:
+            return []
+        total = len(self.prompts) * math.ceil(config.num_validation_images / 8)
+        total *= config.validation_inference_steps
+        bar = tqdm(total=total, desc="samples", unit="step", leave=False)
+        with bar, self.precision.autocast():
+            return report.draw_samples(self.sd, self.prompts, config, self.resolution, bar.update)
+
+    def save_grid(self, step: int, rows: list[list]) -> None:
+        if self.config.num_validation_images:
+            grid = photos.grid(rows, labels=self.prompts)
+            report.save_image(grid, self.folder / "samples" / f"step-{step:05d}.png")
+
+    def samples_before(self) -> list[list]:
+        """What the frozen model draws; kept beside the state for the end of a resumed run."""
+        strip, count = self.folder / "state" / "before.png", self.config.num_validation_images
+        rows = report.load_strip(strip, len(self.prompts), count)
+        if rows is None or not self.config.resume_from_checkpoint:
+            rows = self.samples()
+            if count:
+                report.save_strip(rows, strip)
+        self.save_grid(0, rows)
+        return rows
+
+    def finish(self, before: list[list]) -> None:
+        config, sd, run = self.config, self.sd, self.folder
+        if config.num_validation_images:
+            after = self.samples()
+            self.save_grid(config.max_train_steps, after)
+            picture = report.before_after(self.prompts, before, after)
+            report.save_image(picture, run / "before_after.png")
+        rows = report.read_losses(run / "loss.csv")
+        report.save_image(report.loss_chart(rows), run / "loss.png")
+        sd.save(run)
+        write_text(run / "README.md", report.model_card(sd, config))
+        for name in self.trained:
+            print(f"the {name}'s weights moved by {self.moved(name):.3%} of their norm")
+        state = sum(f.stat().st_size for f in (run / "state").rglob("*") if f.is_file())
+        prompt = f'"{config.instance_prompt} in the snow"'
+        print(
+            f"done: {run} is the model\n"
+            f"  draw:     python -m minibooth.sample --model {run} --prompt {prompt}\n"
+            f"  one file: python -m minibooth.convert --model {run} --output {run}.safetensors\n"
+            f"  {run}/state ({gigabytes(state)}) is only needed for more steps"
+        )
+
+    @torch.no_grad()
+    def moved(self, name: str) -> float:
+        """‖w − w_start‖ / ‖w_start‖ over a network."""
+        change = norm = 0.0
+        for key, p in self.trained[name].named_parameters():
+            start = self.start[f"{name}.{key}"].to(p.device, torch.float32)
+            change += (p - start).square().sum().item()
+            norm += start.square().sum().item()
+        return math.sqrt(change / norm)
+
+
+def default_prompts(config: TrainConfig) -> list[str]:
+    prompts = [config.instance_prompt, f"{config.instance_prompt} in the snow"]
+    return [config.class_prompt, *prompts] if config.class_prompt else prompts
+
+
+def content_hash(pictures: Photos) -> str:
+    return hashlib.sha256(pictures.images.numpy()).hexdigest()[:16]
+
+
+def main() -> None:
+    train(
+        cli.parse(
+            TrainConfig,
+            "minibooth.train",
+            "DreamBooth: teach Stable Diffusion a subject from a few photographs of it.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.run("minibooth.train", main)
