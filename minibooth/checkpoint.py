@@ -110,6 +110,7 @@ SD2_TEXT = SD1_TEXT | {
     "num_attention_heads": 16,
     "num_hidden_layers": 23,  # of OpenCLIP's 24: SD 2.x was trained on the last but one
 }
+SD2_V = {"sample_size": 96, "upcast_attention": True}  # SD 2.x with v was trained at 768²
 # A single file says nothing of its sizes; the width of its text conditioning tells the two apart.
 SINGLE_FILE = {
     768: {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT, "scheduler": SD_SCHEDULER},
@@ -155,7 +156,7 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
     "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
     "scheduler": {},
 }
-# Whole numbers, or lists of them, and the largest that makes sense: each costs modules or memory.
+# Whole numbers and the largest that makes sense: each costs modules or memory.
 LARGEST = {
     "attention_head_dim": 1000,
     "block_out_channels": 100_000,
@@ -174,6 +175,7 @@ LARGEST = {
     "sample_size": 100_000,
     "vocab_size": 10_000_000,
 }
+PER_LEVEL = ("block_out_channels", "attention_head_dim", "num_attention_heads")  # may be lists
 POSITIVE = ("norm_eps", "layer_norm_eps", "scaling_factor", "beta_start", "beta_end")
 
 
@@ -187,11 +189,12 @@ def check_config(name: str, config: dict) -> None:
                 f"the {name}'s config says {key} = {value!r:.80}, which Stable Diffusion 1.x and "
                 "2.x do not have: another kind of model"
             )
-        whole = all(type(v) is int and 0 < v <= (largest or v) for v in values)
-        positive = isinstance(value, int | float) and 0 < value < 1e6
-        if value is not None and (
-            (largest and (not whole or len(values) > 8)) or (key in POSITIVE and not positive)
-        ):
+        if largest and value is not None:
+            few = len(values) <= 8 if key in PER_LEVEL else values == [value]
+            sane = few and all(type(v) is int and 0 < v <= largest for v in values)
+        else:
+            sane = key not in POSITIVE or (isinstance(value, int | float) and 0 < value < 1e6)
+        if not sane:
             raise UserError(f"the {name}'s config says {key} = {value!r:.80}, which cannot be")
 
 
@@ -308,7 +311,11 @@ def skeleton(name: str, config: dict) -> nn.Module:
     check_config(name, config)
     try:
         with torch.device("meta"):
-            return NETWORKS[name](config)
+            module = NETWORKS[name](config)
+        for part in module.modules():
+            if hasattr(part, "heads") and (width := len(next(part.parameters()))) % part.heads:
+                raise ValueError(f"{part.heads} heads do not divide a width of {width}")
+        return module
     except KeyError as e:
         raise UserError(f"the {name}'s config lacks {e}") from None
     except Exception as e:
@@ -362,6 +369,12 @@ def local_file(folder: Path, *names: str, optional: bool = True) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
+def prefix_of(path: Path, source: str | Path, inner: str) -> str:
+    """Where in a source one of its files was found: `inner`, such as "vae/", or "", its top."""
+    inside = path.parent.name + "/" == inner and path.parent != Path(source)
+    return inner if inside else ""
+
+
 def read_folder(
     file: Callable[..., Path | None], source: str, tokenizer: str | Path | Tokenizer | None
 ) -> Checkpoint:
@@ -371,7 +384,7 @@ def read_folder(
         checkpoint.tensors[name] = read_weights(file, name, f"{name}/", source)
     scheduler = file("scheduler/scheduler_config.json")
     checkpoint.configs["scheduler"] = read_config(scheduler, f"{source}/scheduler")
-    tokenizer = tokenizer or tokenizer_folder(file, "tokenizer/", source)
+    tokenizer = tokenizer or tokenizer_folder(file, ("tokenizer/",), source)
     checkpoint.tokenizer = read_tokenizer(tokenizer, checkpoint.configs["text_encoder"])
     if card := file("README.md", optional=True):
         licence = re.search(r"^license: *(\S+)", card.read_text("utf-8", "replace"), re.MULTILINE)
@@ -404,11 +417,15 @@ def read_weights(file, name: str, prefix: str, source: str) -> dict[str, Tensor]
     return legacy_names(name, read_tensors(path)[0])
 
 
-def tokenizer_folder(file: Callable[..., Path | None], prefix: str, source: str) -> Path:
+def tokenizer_folder(
+    file: Callable[..., Path | None], prefixes: tuple[str, ...], source: str | Path
+) -> Path:
     """Fetch the tokenizer's files; the folder they are in."""
-    vocabulary = file(f"{prefix}vocab.json", f"{prefix}tokenizer.json")
+    names = [p + name for name in ("vocab.json", "tokenizer.json") for p in prefixes]
+    vocabulary = file(*names)
     if vocabulary is None:
-        raise UserError(f"{source} has no {prefix}vocab.json")
+        raise UserError(f"{source} has no tokenizer ({names[0]})")
+    prefix = prefix_of(vocabulary, source, "tokenizer/")
     if vocabulary.name == "vocab.json":
         file(f"{prefix}merges.txt")
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -421,9 +438,7 @@ def read_tokenizer(source: str | Path | Tokenizer, text_config: dict) -> Tokeniz
     if isinstance(source, Tokenizer):
         return source
     file = file_getter(source)
-    inside = file("tokenizer/vocab.json", "tokenizer/tokenizer.json", "vocab.json")
-    prefix = "tokenizer/" if inside and inside == file(f"tokenizer/{inside.name}") else ""
-    folder = tokenizer_folder(file, prefix, str(source))
+    folder = tokenizer_folder(file, ("", "tokenizer/"), source)
     return Tokenizer.from_folder(folder, text_config.get("max_position_embeddings", 77))
 
 
@@ -443,52 +458,73 @@ def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Ch
         key = key.replace("conditioner.embedders.0.", "cond_stage_model.")
         key = re.sub(r"^cond_stage_model\.transformer\.(?!text_model\.)", ldm.CLIP, key)
         tensors[key] = tensor
-    marker = tensors.get(ldm.UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     if "minibooth.configs" in metadata:
-        configs, known = own_configs(path, metadata["minibooth.configs"]), True
-    elif marker is None:
-        raise UserError(f"{path} holds no Stable Diffusion model (no {ldm.UNET}… tensors)")
-    elif marker.shape[1] not in SINGLE_FILE:
-        raise UserError(
-            f"{path} is not Stable Diffusion 1.x or 2.x: its text conditioning is "
-            f"{marker.shape[1]} wide"
-        )
+        written = json_metadata(path, metadata, "minibooth.configs")
+        configs, known = {name: written.get(name) for name in (*NETWORKS, "scheduler")}, True
+        if not all(isinstance(config, dict) for config in configs.values()):
+            raise UserError(f"{path} has damaged metadata (minibooth.configs)")
     else:
-        configs, known = {k: dict(v) for k, v in SINGLE_FILE[marker.shape[1]].items()}, False
-        conv_in = tensors.get(ldm.UNET + "input_blocks.0.0.weight", marker)
-        configs["unet"]["in_channels"] = conv_in.shape[1]
-    stated = {"epsilon": "epsilon", "v": "v_prediction"}.get(
-        metadata.get("modelspec.prediction_type", "")
-    )
-    if stated and not known:
-        configs["scheduler"]["prediction_type"], known = stated, True
+        configs, known = guess_configs(path, tensors, metadata.get("modelspec.prediction_type"))
     keys = {name: list(skeleton(name, configs[name]).state_dict()) for name in NETWORKS}
     found = ldm.from_ldm(configs, keys, tensors)
     if unexpected := sorted(k for k in tensors if not IGNORED.fullmatch(k)):
         warn_unexpected(str(path), unexpected)
-    open_clip = configs["text_encoder"].get("hidden_act") == "gelu"
-    if tokenizer is None:
-        vocabulary = read_tokenizer(hub.CLIP_TOKENIZER, configs["text_encoder"])
-        if open_clip:  # the same words, but SD 2.x pads with "!"
-            vocabulary = Tokenizer(vocabulary.vocab, vocabulary.merges, pad="!")
-    else:
-        vocabulary = read_tokenizer(tokenizer, configs["text_encoder"])
+    licences = json_metadata(path, metadata, "minibooth.licence_files")
     return Checkpoint(
         configs,
         found,
-        vocabulary,
+        single_file_tokenizer(path, tokenizer, configs["text_encoder"]),
         licence=metadata.get("modelspec.license"),
-        needs_probe=open_clip and not known,
+        licence_files={n: str(licences[n]) for n in LICENCE_FILES if n in licences},
+        needs_probe=not known,
     )
 
 
-def own_configs(path: Path, text: str) -> dict[str, dict]:
-    """The configs that write_single_file leaves in a file's metadata."""
+def guess_configs(
+    path: Path, tensors: dict[str, Tensor], stated: str | None
+) -> tuple[dict[str, dict], bool]:
+    """The configs that a foreign single file must have, and whether what it predicts is known."""
+    text = tensors.get(ldm.UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    conv_in = tensors.get(ldm.UNET + "input_blocks.0.0.weight")
+    if text is None or text.ndim != 2 or conv_in is None or conv_in.ndim != 4:
+        raise UserError(f"{path} holds no UNet of Stable Diffusion 1.x or 2.x ({ldm.UNET}…)")
+    if text.shape[1] not in SINGLE_FILE:
+        raise UserError(
+            f"{path} is not Stable Diffusion 1.x or 2.x: its text conditioning is "
+            f"{text.shape[1]} wide"
+        )
+    configs = {name: dict(config) for name, config in SINGLE_FILE[text.shape[1]].items()}
+    configs["unet"]["in_channels"] = conv_in.shape[1]
+    open_clip = configs["text_encoder"]["hidden_act"] == "gelu"
+    if stated == "v":
+        configs["scheduler"]["prediction_type"] = "v_prediction"
+        configs["unet"] |= SD2_V if open_clip else {}
+    return configs, stated in ("epsilon", "v") or not open_clip
+
+
+def single_file_tokenizer(
+    path: Path, given: str | Path | Tokenizer | None, text_config: dict
+) -> Tokenizer:
+    if given is not None:
+        return read_tokenizer(given, text_config)
     try:
-        configs = json.loads(text)
-        return {name: dict(configs[name]) for name in (*NETWORKS, "scheduler")}
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} has damaged metadata ({e}): write it again") from None
+        tokenizer = read_tokenizer(hub.CLIP_TOKENIZER, text_config)
+    except UserError as e:
+        raise UserError(
+            f"{path} holds no tokenizer, as no single file does: give --tokenizer with the folder "
+            f"of one ({e})"
+        ) from None
+    if text_config.get("hidden_act") == "gelu":  # SD 2.x: the same words, but it pads with "!"
+        return Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.max_length, pad="!")
+    return tokenizer
+
+
+def json_metadata(path: Path, metadata: dict[str, str], key: str) -> dict:
+    """What write_single_file leaves in a file's metadata: a dictionary as JSON."""
+    try:
+        return dict(json.loads(metadata.get(key, "{}")))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} has damaged metadata ({key}: {first_line(e)})") from None
 
 
 def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -510,9 +546,9 @@ def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]
         bare = {key: name.removeprefix(ldm.VAE) for key, name in names.items()}
         return config, {key: tensors[name] for key, name in bare.items() if name in tensors}
     file = file_getter(source)
-    config = read_config(file("vae/config.json", "config.json"), str(source))
-    prefix = "vae/" if file("vae/config.json", optional=True) else ""
-    return config, read_weights(file, "vae", prefix, str(source))
+    found = file("vae/config.json", "config.json")
+    config = read_config(found, str(source))
+    return config, read_weights(file, "vae", prefix_of(found, source, "vae/"), str(source))
 
 
 # ---- writing -----------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import re
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 
@@ -155,11 +157,15 @@ def from_ldm(
     for key in keys["vae"]:
         out["vae"][key] = tensors.pop(vae_key(key, configs["vae"]), None)
     open_clip = configs["text_encoder"].get("hidden_act") == "gelu"
+    width = configs["text_encoder"]["hidden_size"]
     for key in keys["text_encoder"]:
         projection = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", key)
         if open_clip and projection:
             i, which, kind = projection.groups()
-            stacked = tensors.get(f"{OPEN_CLIP}transformer.resblocks.{i}.attn.in_proj_{kind}")
+            name = f"{OPEN_CLIP}transformer.resblocks.{i}.attn.in_proj_{kind}"
+            stacked = tensors.get(name)
+            if stacked is not None and stacked.shape[:1] != (3 * width,):
+                raise UserError(f"{name} is {list(stacked.shape)}: not q, k and v of {width} each")
             part = None if stacked is None else stacked.chunk(3)["qkv".index(which)]
             out["text_encoder"][key] = part
         else:

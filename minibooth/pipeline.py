@@ -1,6 +1,7 @@
 """StableDiffusion: the parts together. Load, encode a prompt, draw pictures, save."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import checkpoint, schedule
-from .errors import UserError
+from .errors import UserError, first_line
 from .files import write_text
 from .schedule import Schedule
 from .text_encoder import TextEncoder
@@ -19,6 +20,7 @@ from .unet import UNet
 from .vae import VAE
 
 SAMPLERS = ("ddim", "ddpm")
+OUTPUTS = ("pil", "pt", "latent")
 
 
 @dataclass
@@ -59,7 +61,7 @@ class StableDiffusion:
         """Prompts → c: (B, 77, D)."""
         return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         prompts: str | list[str],
@@ -80,28 +82,47 @@ class StableDiffusion:
         """Draw one picture per prompt.
 
         Picture i takes all its noise from a CPU generator seeded with seed + i, so it depends
-        neither on the device nor on the batch. `latents`, (B, 4, h, w), replace the first noise.
-        guidance_scale ≤ 1 switches guidance off. height and width are in pixels, multiples of the
-        VAE's factor. `output`: "pil"; "pt", (B, 3, H, W) in [0, 1]; "latent", (B, 4, h, w) scaled.
+        neither on the device nor on the batch. `latents`, (B, 4, h, w), replace the first noise and
+        set the size. guidance_scale ≤ 1 switches guidance off. height and width are in pixels,
+        multiples of the VAE's factor; without them the size is that of the training.
+        `output`: "pil"; "pt", (B, 3, H, W) in [0, 1]; "latent", (B, 4, h, w) scaled.
         `on_step` is called after every step of every batch. Raises UserError for wrong settings.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         factor, channels = self.vae.factor, self.configs["unet"]["out_channels"]
-        height, width = height or self.image_size, width or self.image_size
-        if height % factor or width % factor:
+        default = (self.image_size, self.image_size)
+        if latents is not None and latents.ndim == 4:
+            default = (latents.shape[2] * factor, latents.shape[3] * factor)
+        height, width = height or default[0], width or default[1]
+        shape = (channels, height // factor, width // factor)
+        if not prompts:
+            raise UserError("no prompts: give at least one")
+        if height % factor or width % factor or min(shape) < 1:
             raise UserError(f"{width}×{height} pixels: give multiples of {factor}")
+        if latents is not None and latents.shape != (len(prompts), *shape):
+            raise UserError(
+                f"latents are {list(latents.shape)}, wanted are {[len(prompts), *shape]} for "
+                f"{len(prompts)} prompts and {width}×{height} pixels"
+            )
         if sampler not in SAMPLERS:
             raise UserError(f"sampler {sampler!r}: give one of {', '.join(SAMPLERS)}")
+        if output not in OUTPUTS:
+            raise UserError(f"output {output!r}: give one of {', '.join(OUTPUTS)}")
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta {eta}: give a number from 0 (DDIM) to 1 (as much noise as DDPM)")
+        if not 0 <= seed < 2**63 - len(prompts):
+            raise UserError(f"seed {seed}: give a whole number from 0")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: give a number from 1")
         if self.configs["unet"]["in_channels"] != channels:
             raise UserError("an inpainting model wants a picture and a mask: not supported here")
-        shape = (channels, height // factor, width // factor)
-        if latents is not None and latents.shape[0] != len(prompts):
-            raise UserError(f"{len(latents)} latents for {len(prompts)} prompts")
 
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         finished = []
-        for first in range(0, len(prompts), batch_size or 8):
-            batch = slice(first, first + (batch_size or 8))
+        batch_size = batch_size or 8
+        negative = self.encode_prompt([negative_prompt])  # (1, 77, D)
+        for first in range(0, len(prompts), batch_size):
+            batch = slice(first, first + batch_size)
 
             def noise(batch=batch) -> Tensor:
                 drawn = [torch.randn(shape, generator=g) for g in generators[batch]]
@@ -110,8 +131,7 @@ class StableDiffusion:
             x = noise() if latents is None else latents[batch].to(self.device, torch.float32)
             context = self.encode_prompt(prompts[batch])
             if guided := guidance_scale > 1:
-                negative = self.encode_prompt([negative_prompt]).expand_as(context)
-                context = torch.cat([negative, context])  # (2B, 77, D)
+                context = torch.cat([negative.expand_as(context), context])  # (2B, 77, D)
             for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
                 x_in = torch.cat([x, x]) if guided else x
                 times = torch.full((len(x_in),), t, device=self.device)
@@ -181,7 +201,11 @@ class StableDiffusion:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: a single file is named .safetensors")
-        about = {"modelspec.license": self.licence or "unknown", **(metadata or {})}
+        about = {
+            "modelspec.license": self.licence or "unknown",
+            "minibooth.licence_files": json.dumps(self.licence_files),
+            **(metadata or {}),
+        }
         checkpoint.write_single_file(path, self.configs, self.tensors(), dtype, about)
 
 
@@ -209,27 +233,47 @@ def load(
     if prediction_type is not None:
         scheduler["prediction_type"] = prediction_type
     networks = {}
+    text, unet = found.configs["text_encoder"], found.configs["unet"]
     for name in checkpoint.NETWORKS:
         wide = name == "vae" and dtype == torch.float16
         weights = found.tensors.pop(name)
         networks[name] = checkpoint.build(
             name, found.configs[name], weights, torch.float32 if wide else dtype, device
         )
-    text_width = found.configs["text_encoder"]["hidden_size"]
-    if text_width != found.configs["unet"]["cross_attention_dim"]:
-        raise UserError(f"{source}: the text encoder's width {text_width} does not fit the unet")
+    vae_channels, token = (
+        found.configs["vae"]["latent_channels"],
+        max(found.tokenizer.vocab.values()),
+    )
+    misfit = f"{source}: its parts do not fit together"
+    if text["hidden_size"] != unet["cross_attention_dim"]:
+        raise UserError(f"{misfit}: text {text['hidden_size']}, UNet {unet['cross_attention_dim']}")
+    if vae_channels != unet["out_channels"]:
+        raise UserError(
+            f"{misfit}: latents of {vae_channels} and of {unet['out_channels']} channels"
+        )
+    if token >= text["vocab_size"]:
+        raise UserError(f"{misfit}: token {token}, text encoder for {text['vocab_size']}")
     if found.needs_probe and prediction_type is None and predicts_v(networks["unet"]):
         scheduler["prediction_type"] = "v_prediction"
-        found.configs["unet"]["sample_size"] = 96  # SD 2.x with v was trained at 768²
+    if found.needs_probe and scheduler["prediction_type"] == "v_prediction":
+        unet |= checkpoint.SD2_V
     return StableDiffusion(
         tokenizer=found.tokenizer,
-        schedule=Schedule.from_config(scheduler).to(device),
+        schedule=read_schedule(scheduler).to(device),
         configs=found.configs,
         source=str(source),
         licence=found.licence,
         licence_files=found.licence_files,
         **networks,
     )
+
+
+def read_schedule(config: dict) -> Schedule:
+    checkpoint.check_config("scheduler", config)
+    try:
+        return Schedule.from_config(config)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"the scheduler's config is damaged: {first_line(e)}") from None
 
 
 @torch.no_grad()
