@@ -1,0 +1,116 @@
+"""The promises about size and shape: a core short enough to read, imports in one direction."""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, KERNELS = ROOT / "minibooth", ROOT / "kernels" / "minibooth_kernels"
+CORE = ["schedule", "text_encoder", "vae", "unet", "dreambooth"]
+ORDER = [
+    *("errors", "files", "schedule", "tokenizer", "ops", "text_encoder", "vae", "unet"),
+    *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth", "update"),
+    *("resume", "report", "fast", "toybox", "cli"),
+    *("train", "sample", "convert", "evaluate", "explain", "bench", "__init__"),
+]
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def code_lines(source: str) -> int:
+    """Lines with code on them: no blank lines, comments or docstrings."""
+    lines = set()
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*silent, tokenize.ENDMARKER):
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def imports(path: Path, root: Path = ROOT) -> set[str]:
+    """Absolute names of all that a file imports, at its top or inside a function."""
+    package = path.relative_to(root).parts[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_module(name: str) -> str | None:
+    """minibooth.schedule.q_sample → schedule; a name defined in the package itself → __init__."""
+    package, _, rest = name.partition(".")
+    if package != "minibooth":
+        return None
+    first = rest.partition(".")[0]
+    exists = (PACKAGE / f"{first}.py").exists() or (PACKAGE / first / "__init__.py").exists()
+    return first if exists else "__init__"
+
+
+def test_code_lines_are_counted_without_blanks_comments_and_docstrings():
+    source = '''"""Module,
+docstring."""
+
+import os  # one
+
+
+# no
+class A:  # two
+    """No."""
+
+    x = """three
+
+    five"""
+
+    def f(self):  # six
+        """No."""
+        return (
+            # no
+            self
+        )  # seven, eight, nine
+'''
+    assert code_lines(source) == 9
+
+
+def test_the_readable_core_has_at_most_700_code_lines():
+    counts = {name: code_lines((PACKAGE / f"{name}.py").read_text()) for name in CORE}
+    assert sum(counts.values()) <= 700, counts
+
+
+def test_imports_are_read_through_dots_and_inside_functions(tmp_path):
+    file = tmp_path / "minibooth" / "toybox" / "world.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("import torch.nn as nn\ndef f():\n    from .. import ops\n    from .x import y")
+    assert imports(file, tmp_path) == {"torch.nn", "minibooth.ops", "minibooth.toybox.x.y"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_modules_above_it(path):
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    assert here in ORDER, f"{here} has no place in the order yet"
+    above = ORDER[: ORDER.index(here) + (here == "toybox")]  # toybox/ is a package of its own
+    below = {name for name in imports(path) if own_module(name) not in (None, *above)}
+    assert not below
+
+
+def test_kernels_import_nothing_of_minibooth():
+    files = sorted(KERNELS.rglob("*.py"))
+    assert files
+    assert not {n for path in files for n in imports(path) if n.split(".")[0] == "minibooth"}
+
+
+def test_neither_package_imports_what_it_replaces():
+    files = [*MODULES, *sorted(KERNELS.rglob("*.py"))]
+    roots = {name.split(".")[0] for path in files for name in imports(path)}
+    assert "torch" in roots
+    assert not roots & {"diffusers", "transformers"}
