@@ -45,7 +45,7 @@ def ensure(
         "prompt": prompt,
         "sampler": sampler,
         "steps": steps,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": float(guidance_scale),  # 7 and 7.0 are one key
         "seed": seed,
         "resolution": resolution,
     }

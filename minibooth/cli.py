@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import json
+import os
 import sys
 import types
 import typing
@@ -60,7 +61,8 @@ def parse(cls, prog: str, description: str, argv: list[str] | None = None):
             help=help,
             **common,
         )
-    given = vars(parser.parse_args([underscored(a) for a in (argv or sys.argv[1:])]))
+    argv = sys.argv[1:] if argv is None else argv
+    given = vars(parser.parse_args([underscored(a) for a in argv]))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if "config" in given:
         given = {**read_config(Path(given["config"]), cls), **given}
@@ -98,21 +100,47 @@ def read_config(path: Path, cls) -> dict:
 
 def pick_device(name: str) -> torch.device:
     """Auto is CUDA, else Apple's MPS, else the CPU. Raises UserError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    count = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
     if name == "auto":
-        name = next((kind for kind in there if there[kind]), "cpu")
+        name = next(kind for kind in count if count[kind])
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device {name!r}: give auto, cuda, mps or cpu") from None
-    if not there.get(device.type, True):
-        raise UserError(f"there is no {device.type} device here: leave --device out")
+        device = None
+    if device is None or device.type not in count:
+        raise UserError(f"device {name!r}: give auto, cuda, mps or cpu")
+    if (device.index or 0) >= count[device.type]:
+        raise UserError(f"there is no device {name} here: leave --device out")
     return device
+
+
+def check_choices(config) -> None:
+    """Raise UserError for a field with choices that holds something else: a config file can."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise UserError(f"--{field.name} {value!r}: give one of {', '.join(choices)}")
+
+
+def check_folder(flag: str, folder: str | Path) -> None:
+    """Raise UserError unless `folder` can be made or written into. It is not made yet."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"{flag} {folder}: {path} is a file, give a folder")
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {folder}: {path} cannot be written to, give another folder")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        isinstance(error, RuntimeError)
+        and any(sign in str(error) for sign in ("allocate memory", "out of memory", "ALLOC_FAILED"))
     )
 
 
@@ -134,7 +162,7 @@ def run(prog: str, main: Callable[[], None]) -> None:
         if is_out_of_memory(e):
             line = "out of memory: draw fewer or smaller pictures at once, or use a smaller model"
         elif isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            line = f"the disk is full: {e.filename or 'make room'} could not be written"
+            line = "the disk is full: make room on it"
         elif isinstance(e, OSError) and e.filename:
             line = f"{e.filename}: {e.strerror}"
         else:

@@ -8,7 +8,7 @@ import torch
 from . import cli, pipeline
 from .cli import option
 from .errors import UserError
-from .files import gigabytes
+from .files import gigabytes, require_space
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ def convert(config: ConvertConfig) -> Path:
     """Read `config.model`, write `config.output`. Raises UserError."""
     if config.model is None or config.output is None:
         raise UserError("give --model (what to read) and --output (a folder or x.safetensors)")
+    cli.check_choices(config)
     out = Path(config.output)
     single = out.suffix == ".safetensors"
     if not single and out.suffix in (".ckpt", ".bin", ".pt"):
         raise UserError(f"{out}: only .safetensors files are written")
     if single == out.is_dir() and out.exists():
         raise UserError(f"{out} is there already and is not a {'file' if single else 'folder'}")
+    cli.check_folder("--output", out.parent if single else out)
     sd = pipeline.load(
         config.model,
         tokenizer=config.tokenizer,
@@ -50,6 +52,8 @@ def convert(config: ConvertConfig) -> Path:
         revision=config.revision,
     )
     dtype = cli.DTYPES[config.dtype] if config.dtype else (torch.float16 if single else None)
+    weights = sum(p.numel() for network in sd.networks.values() for p in network.parameters())
+    require_space(out, weights * (dtype.itemsize if dtype else 4))
     if single:
         sd.save_single_file(out, dtype)
     else:

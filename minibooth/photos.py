@@ -270,6 +270,14 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int)
     return lines
 
 
+def enlarged(rows: list[list[Image.Image]], side: int = 128) -> list[list[Image.Image]]:
+    """Pictures of fewer than `side` pixels a side, times a whole number: to be seen in a grid."""
+    width, height = rows[0][0].size
+    n = max(1, -(-side // min(width, height)))
+    size = (n * width, n * height)
+    return [[image.resize(size, Image.Resampling.NEAREST) for image in row] for row in rows]
+
+
 def contact_sheet(photos: Photos, max_rows: int = 20) -> Image.Image:
     """All crops that are trained on, a row per photograph, to look over before a long run.
 

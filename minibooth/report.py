@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
@@ -63,7 +64,7 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
 def memory_needed(sd: StableDiffusion, train_text_encoder: bool) -> dict[str, int]:
     """Bytes that are sure to be needed: weights; gradients and Adam's two averages of what trains.
 
-    Activations come on top; they depend on resolution, batch and checkpointing.
+    In fp32. Activations come on top; they depend on resolution, batch and checkpointing.
     """
     sizes = {n: sum(p.numel() for p in net.parameters()) for n, net in sd.networks.items()}
     trained = sizes["unet"] + (sizes["text_encoder"] if train_text_encoder else 0)
@@ -73,6 +74,8 @@ def memory_needed(sd: StableDiffusion, train_text_encoder: bool) -> dict[str, in
 def memory_advice(sd: StableDiffusion, config) -> str:
     """Which settings lower the memory that is needed, and by about how much."""
     need, advice = memory_needed(sd, config.train_text_encoder), []
+    if config.sample_batch_size > 1:
+        advice.append("--sample_batch_size 1 (if it ran out while drawing class images)")
     if config.train_batch_size > 1:
         share = 1 - 1 / config.train_batch_size
         advice.append(f"--train_batch_size 1 (about -{share:.0%} of the activations)")
@@ -100,9 +103,10 @@ def memory_available(device: torch.device) -> int | None:
 
 
 def require_memory(sd: StableDiffusion, config, device: torch.device) -> None:
-    """Raise UserError if not even weights, gradients and optimizer fit. What is loaded is there."""
+    """Raise UserError if not even weights, gradients and optimizer fit."""
     need, free = memory_needed(sd, config.train_text_encoder), memory_available(device)
-    loaded = 0 if device.type == "cuda" else need["weights"]
+    # On the CPU the weights are there, but those that train are copied: as much as their gradients.
+    loaded = 0 if device.type == "cuda" else need["weights"] - need["training"] // 3
     if free is not None and sum(need.values()) - loaded > free:
         raise UserError(f"{memory_advice(sd, config)}; {gigabytes(free)} are free")
 
@@ -112,11 +116,17 @@ def require_memory(sd: StableDiffusion, config, device: torch.device) -> None:
 
 def append_losses(path: Path, rows: Iterable[tuple]) -> None:
     new = not path.exists()
-    with open(path, "a", newline="") as f:
-        writer = csv.writer(f)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    try:
+        with open(path, "a", newline="") as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(COLUMNS)
+            writer.writerows(rows)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {path}: {e.strerror}; make room on the disk, then go on with "
+            "--resume_from_checkpoint latest"
+        ) from e
 
 
 def read_losses(path: Path) -> list[tuple[float, ...]]:
@@ -200,61 +210,48 @@ def draw_samples(
     ]
 
 
-def save_strip(rows: list[list[Image.Image]], path: Path) -> None:
-    """The bare pictures beside one another, to be taken apart again by `load_strip`."""
-    images = [image for row in rows for image in row]
-    strip = Image.new("RGB", (sum(i.width for i in images), images[0].height))
-    for n, image in enumerate(images):
-        strip.paste(image, (n * image.width, 0))
-    save_image(strip, path)
-
-
-def load_strip(path: Path, prompts: int, images: int) -> list[list[Image.Image]] | None:
-    """The pictures of `save_strip`, or None if there is no strip of as many."""
-    try:
-        strip = Image.open(path).convert("RGB")
-    except OSError:
-        return None
-    size = strip.height
-    if strip.width != prompts * images * size:
-        return None
-    cells = [strip.crop((n * size, 0, (n + 1) * size, size)) for n in range(prompts * images)]
-    return [cells[i * images : (i + 1) * images] for i in range(prompts)]
-
-
 def before_after(prompts: list[str], before: list[list], after: list[list]) -> Image.Image:
     rows = [b + a for b, a in zip(before, after, strict=True)]
     headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
-    return photos.grid(rows, labels=prompts, headings=headings)
+    return photos.grid(photos.enlarged(rows), labels=prompts, headings=headings)
 
 
 # ---- after the run -----------------------------------------------------------------------------
 
 
-def model_card(sd: StableDiffusion, config) -> str:
-    """README.md of a result: base model, licence, prompts and settings."""
-    prior = f"prior preservation of `{config.class_prompt}`" if config.class_prompt else "no prior"
+def model_card(sd: StableDiffusion, config, steps: int) -> str:
+    """README.md of a result or, after fewer steps, a snapshot: base model, licence, settings."""
+    prior = "no prior preservation"
+    if config.uses_prior:
+        prior = f"prior preservation of `{config.class_prompt}` (λ = {config.prior_loss_weight})"
+    picture = "\n![before and after](before_after.png)\n"
+    if config.num_validation_images == 0 or steps < config.max_train_steps:
+        picture = ""
     return f"""---
 license: {sd.licence or "unknown"}
-base_model: {sd.source or "unknown"}
-instance_prompt: {config.instance_prompt}
+base_model: {json.dumps(sd.source or "unknown")}
+instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}
 tags: [text-to-image, stable-diffusion, dreambooth]
 ---
 
 # {config.instance_prompt}
 
 `{sd.source}` fine-tuned with DreamBooth by minibooth on photographs of `{config.instance_prompt}`,
-with {prior} (weight {config.prior_loss_weight}). {config.max_train_steps} steps, learning rate
+with {prior}. {steps} steps, learning rate
 {config.learning_rate}, batch {config.train_batch_size}, text encoder
-{"trained" if config.train_text_encoder else "frozen"}. Every setting is in `config.json`.
+{"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.
 
 The licence of the base model ({sd.licence or "see there"}) applies to these weights.
+{picture}"""
 
-![before and after](before_after.png)
-"""
+
+def snapshots(run: Path) -> list[Path]:
+    """The folders checkpoint-N of a run, the newest last."""
+    found = [f for f in run.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda f: int(f.name.removeprefix("checkpoint-")))
 
 
 def remove_old_snapshots(run: Path, keep: int) -> None:
-    found = [f for f in run.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(found, key=lambda f: int(f.name.removeprefix("checkpoint-")))[:-keep]:
-        shutil.rmtree(folder)
+    for folder in snapshots(run)[:-keep]:
+        # Under another name first: a snapshot that is half removed must not look like a whole one.
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))

@@ -1,8 +1,8 @@
 """The resume state: everything a run needs to go on as if it had never stopped.
 
 It lives in <output_dir>/state/step-N/: one safetensors file and the settings that made it. A state
-is written under another name and renamed when whole, then older ones are removed; so at any moment,
-also in the middle of saving, the newest whole one is there.
+is written under another name and renamed when whole, then the others are removed; so at any moment,
+also in the middle of saving, a whole one is there.
 """
 
 import json
@@ -15,25 +15,30 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .files import write_json, write_safetensors
+
+# Temporary names: of a snapshot, of a state, and files.atomic's with the number of its process.
+LEFTOVER = re.compile(r"\.(checkpoint-\d+|step-\d{8}|.+\.\d+)\.tmp")
+HASHED = ("model", "photographs", "class images")  # kept as hashes, which tell a reader nothing
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], identity: dict) -> None:
-    """Write the state after `step` updates. Raises UserError if the disk is too full."""
+    """Write the state after `step` updates and remove all others. Raises UserError if the disk is
+    too full."""
     folder = run / "state" / f"step-{step:08d}"
     part = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     try:
         write_safetensors(part / "state.safetensors", tensors)
         write_json(part / "identity.json", identity)
-        if not folder.exists():
-            os.replace(part, folder)
+        shutil.rmtree(folder, ignore_errors=True)  # there only if it was damaged and not loaded
+        os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    for older in steps(run):
-        if older != folder:
-            shutil.rmtree(older)
+    for other in steps(run):
+        if other != folder:
+            shutil.rmtree(other)
 
 
 def steps(run: Path) -> list[Path]:
@@ -43,7 +48,8 @@ def steps(run: Path) -> list[Path]:
 
 
 def load(run: Path) -> tuple[int, dict[str, Tensor], dict] | None:
-    """The newest whole state: (step, tensors, identity); None if there is none yet."""
+    """The newest whole state: (step, tensors, identity); None if there is none yet. The tensors
+    are read when they are used. Raises UserError if there are states but all are damaged."""
     for folder in steps(run):
         try:
             identity = json.loads((folder / "identity.json").read_text("utf-8"))
@@ -51,19 +57,31 @@ def load(run: Path) -> tuple[int, dict[str, Tensor], dict] | None:
                 tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
             return int(folder.name.removeprefix("step-")), tensors, identity
         except (OSError, ValueError, SafetensorError) as e:
-            warnings.warn(f"{folder} is damaged ({e}): trying an older state", stacklevel=2)
+            warnings.warn(f"{folder} is damaged ({first_line(e)})", stacklevel=2)
+    if steps(run):
+        raise UserError(
+            f"no state of {run} is whole, so it cannot go on: start anew with another "
+            "--output_dir, or train its newest checkpoint further as --model"
+        )
     return None
 
 
 def check(run: Path, saved: dict, now: dict) -> None:
     """Raise UserError unless the run that wrote `saved` is the one that goes on."""
     different = [
-        f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
-        for key in now
-        if saved.get(key) != now.get(key)
+        f"the {key} changed" if key in HASHED else f"{key} was {saved.get(key)!r} and is {value!r}"
+        for key, value in now.items()
+        if saved.get(key) != value
     ]
     if different:
         raise UserError(
             f"cannot resume {run}: {'; '.join(different)}. Give the old settings, "
             "or start anew with another --output_dir"
         )
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a run that was killed in the middle of saving left half-written."""
+    for path in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

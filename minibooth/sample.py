@@ -1,5 +1,6 @@
 """python -m minibooth.sample: draw pictures from a model."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +49,23 @@ class SampleConfig:
             raise UserError("give --model: a folder, a single file or a hub id")
         if not self.prompt:
             raise UserError('give --prompt, say --prompt "a sks dog in the snow"')
-        for name in ("num_images", "steps", "batch_size"):
-            if getattr(self, name) < 1:
+        cli.check_choices(self)
+        for name in ("num_images", "steps", "batch_size", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError("--seed must be a number from 0 up")
+        if not 0 <= self.eta <= 1:
+            raise UserError("--eta must be a number from 0 to 1")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UserError("--guidance_scale must be a number from 0 up")
 
 
 def sample(config: SampleConfig) -> list[Path]:
     """Draw and write the pictures; the paths of the single ones. Raises UserError."""
     config.check()
+    cli.check_folder("--output_dir", config.output_dir)
     device = cli.pick_device(config.device)
     sd = pipeline.load(
         config.model,
@@ -89,7 +99,7 @@ def sample(config: SampleConfig) -> list[Path]:
                 about = settings(config, prompt, config.seed + i)
                 written.append(save_png(image, out, f"{slug(prompt)}-{config.seed + i}", about))
     with atomic(out / "grid.png") as part:
-        photos.grid(rows, labels=list(config.prompt)).save(part, "PNG")
+        photos.grid(photos.enlarged(rows), labels=list(config.prompt)).save(part, "PNG")
     return written
 
 

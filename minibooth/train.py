@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import shutil
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import class_images, cli, dreambooth, fast, photos, pipeline, report, resume
+from . import class_images, cli, dreambooth, fast, photos, pipeline, report, resume, schedule
 from .cli import option
 from .dreambooth import Step, Term
 from .errors import UserError
@@ -115,22 +116,25 @@ class TrainConfig:
             raise UserError(
                 'give --class_prompt ("a dog"), or --prior_loss_weight 0 for plain fine-tuning'
             )
+        cli.check_choices(self)
         at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
         at_least_one += ("sample_batch_size", "validation_steps", "checkpointing_steps")
-        at_least_one += ("class_steps", "validation_inference_steps")
+        at_least_one += ("class_steps", "validation_inference_steps", "resolution")
+        at_least_one += ("checkpoints_total_limit",)
         for name in at_least_one:
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise UserError("--checkpoints_total_limit must be at least 1")
         for name in ("num_class_images", "num_validation_images", "lr_warmup_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative")
+            if not 0 <= getattr(self, name) < 2**63:
+                raise UserError(f"--{name} must be a number from 0 up")
         for name in ("learning_rate", "text_encoder_learning_rate", "max_grad_norm", "snr_gamma"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise UserError(f"--{name} must be a positive number")
-        for name in ("prior_loss_weight", "adam_weight_decay"):
+        from_zero = ("prior_loss_weight", "adam_weight_decay")
+        from_zero += ("class_guidance_scale", "validation_guidance_scale")
+        for name in from_zero:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be a number from 0 up")
 
@@ -208,16 +212,17 @@ def train(
     config.check()
     run, device = Path(config.output_dir), cli.pick_device(config.device)
     photos.image_files(config.instance_data_dir)
-    state, model = resume.steps(run), (run / "model_index.json").exists()
-    if (state or model) and config.resume_from_checkpoint is None:
+    cli.check_folder("--output_dir", run)
+    state, models = resume.steps(run), [f for f in (run, *report.snapshots(run)) if is_model(f)]
+    if (state or models) and config.resume_from_checkpoint is None:
         raise UserError(
             f"{run} already holds a run: give --resume_from_checkpoint latest to go on with it, or "
             "another --output_dir"
         )
-    if model and not state:
+    if models and not state:
         raise UserError(
-            f"{run} holds a finished model but no state to resume from: to train it further, give "
-            f"--model {run} and another --output_dir"
+            f"{run} holds a model but no state to resume from: to train it further, give "
+            f"--model {models[0]} and another --output_dir"
         )
     if sd is None:
         sd = load(config)
@@ -227,6 +232,10 @@ def train(
         if cli.is_out_of_memory(error):
             raise UserError(report.memory_advice(sd, config)) from error
         raise
+
+
+def is_model(folder: Path) -> bool:
+    return (folder / "model_index.json").exists()
 
 
 def load(config: TrainConfig) -> StableDiffusion:
@@ -254,13 +263,34 @@ class Run:
         if sd.configs["unet"]["in_channels"] != sd.configs["unet"]["out_channels"]:
             raise UserError("an inpainting model cannot be trained here: give its base model")
         self.resolution = config.resolution or sd.image_size
-        if self.resolution < 1 or self.resolution % sd.vae.factor:
+        if self.resolution % sd.vae.factor:
             raise UserError(f"--resolution must be a multiple of {sd.vae.factor}")
+        for steps in (config.class_steps, config.validation_inference_steps):
+            schedule.timesteps(sd.schedule, steps)  # refuses what the model cannot do
+        for name, network in sd.networks.items():
+            for key, p in network.named_parameters():
+                if not p.isfinite().all():
+                    raise UserError(
+                        f"the model is damaged: its {name}'s {key} is not finite; get it again"
+                    )
+        self.trained: dict[str, torch.nn.Module] = {"unet": sd.unet}
+        if config.train_text_encoder:
+            self.trained["text_encoder"] = sd.text_encoder
         self.precision = Precision(config.mixed_precision, device)
         self.prompts = list(config.validation_prompt) or default_prompts(config)
         self.photos = photos.load_photos(
             config.instance_data_dir, self.resolution, config.center_crop
         )
+        self.identity = self.identify()
+        self.saved = resume.load(folder) if config.resume_from_checkpoint else None
+        if self.saved is not None:
+            step, _, identity = self.saved
+            resume.check(folder, identity, self.identity)
+            if step > config.max_train_steps:
+                raise UserError(
+                    f"{folder} is already at step {step}: give --max_train_steps {step} or more"
+                )
+        resume.remove_leftovers(folder)
         report.require_memory(sd, config, device)
         require_space(folder, self.disk_needed())
         self.announce()
@@ -273,17 +303,19 @@ class Run:
             f"{self.resolution}² pixels; device {self.device}, precision {self.precision.name}"
         )
         set_ = {k: v for k, v in asdict(config).items() if v not in (None, ())}
-        print("settings: " + ", ".join(f"{k} {v}" for k, v in set_.items()))
+        text = "settings: " + ", ".join(f"{k} {v}" for k, v in set_.items())
+        print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
 
     def disk_needed(self) -> int:
-        """Bytes this run may write: the model, snapshots, and a state while the last is there."""
+        """Bytes this run may still write: the model, snapshots, a state while the last is there."""
         config, sizes = self.config, {}
         for name, network in self.sd.networks.items():
             sizes[name] = sum(p.numel() for p in network.parameters())
         trained = sizes["unet"] + config.train_text_encoder * sizes["text_encoder"]
         snapshots = (config.max_train_steps - 1) // config.checkpointing_steps
         snapshots = min(snapshots, config.checkpoints_total_limit or snapshots)
-        return sum(sizes.values()) * (4 + 2 * snapshots) + 2 * 12 * trained
+        whole = sum(sizes.values()) * (4 + 2 * snapshots) + 2 * 12 * trained
+        return max(0, whole - size_of(self.folder))
 
     # -- before the first step
 
@@ -296,7 +328,8 @@ class Run:
         report.save_image(
             photos.contact_sheet(self.photos), self.folder / "samples" / "photographs.png"
         )
-        self.model = sd.fingerprint()
+        # The weights as they came: on the CPU, and in the mapped file where there is one.
+        self.start = {key: p.detach() for key, p in self.parameters().items()}
         sd.to(self.device)
         sd.text_encoder.requires_grad_(config.train_text_encoder)
         sd.vae.requires_grad_(False)
@@ -304,9 +337,12 @@ class Run:
         class_photos = self.class_photos() if config.uses_prior else None
         self.instance = encode(sd, self.photos, config.random_flip, "photographs")
         self.prior = encode(sd, class_photos, False, "class images") if class_photos else None
-        self.identity = self.identify(class_photos)
+        if class_photos:
+            self.identity["class images"] = content_hash(class_photos)
+        if self.saved is not None:
+            resume.check(self.folder, self.saved[2], self.identity)
 
-        prompts = [config.instance_prompt, config.class_prompt or config.instance_prompt]
+        prompts = [config.instance_prompt] + [config.class_prompt] * config.uses_prior
         self.ids = sd.tokenizer(prompts).to(self.device)
         self.contexts = None if config.train_text_encoder else sd.text_encoder(self.ids)
 
@@ -327,16 +363,16 @@ class Run:
             )
         return photos.load_photos(files, self.resolution, config.center_crop)
 
-    def identify(self, class_photos: Photos | None) -> dict:
-        """What must be the same when a run is resumed."""
+    def identify(self) -> dict:
+        """What must be the same when a run is resumed, but for the class images."""
         names = ("instance_prompt", "class_prompt", "prior_loss_weight", "seed", "learning_rate")
         names += ("lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
         names += ("train_batch_size", "gradient_accumulation_steps", "adam_weight_decay")
-        names += ("max_grad_norm", "snr_gamma", "random_flip")
+        names += ("max_grad_norm", "snr_gamma", "random_flip", "num_class_images")
+        names += ("class_sampler", "class_steps", "class_guidance_scale")
         return {
-            "model": self.model[:16],
+            "model": self.sd.fingerprint()[:16],
             "photographs": content_hash(self.photos),
-            "class images": content_hash(class_photos) if class_photos else None,
             "resolution": self.resolution,
             "mixed_precision": self.precision.name,
             **{name: getattr(self.config, name) for name in names},
@@ -345,14 +381,9 @@ class Run:
     def make_trainable(self) -> None:
         """fp32 copies of the weights that train, and the optimizer over them."""
         config, sd = self.config, self.sd
-        self.trained = {"unet": sd.unet}
-        if config.train_text_encoder:
-            self.trained["text_encoder"] = sd.text_encoder
-        self.start = {}  # the weights as they came, still in the mapped file where there is one
-        for name, network in self.trained.items():
+        for network in self.trained.values():
             network.requires_grad_(True)
-            for key, p in network.named_parameters():
-                self.start[f"{name}.{key}"] = p.detach()
+            for p in network.parameters():
                 p.data = p.detach().to(self.device, torch.float32, copy=True)
         if config.gradient_checkpointing:
             fast.checkpoint_gradients(sd.unet)
@@ -397,11 +428,14 @@ class Run:
     def train(self, on_step: Callable[[int, Step], None] | None) -> StableDiffusion:
         config, sd = self.config, self.sd
         self.prepare()
-        before = self.samples_before()
+        before = self.samples()
+        self.save_grid(0, before)
         self.make_trainable()
         first = self.restore()
+        if first and first % config.checkpointing_steps == 0 and first < config.max_train_steps:
+            self.save_snapshot(first)  # where the run was stopped between state and snapshot
         accumulate = config.gradient_accumulation_steps
-        poll = 1 if self.device.type == "cpu" else 10  # looking at the numbers waits for the GPU
+        poll = steps_between_looks(self.device)
         pending: list[tuple[int, float, Tensor]] = []
         bar = tqdm(
             total=config.max_train_steps, initial=first, desc="training", unit="step", smoothing=0.1
@@ -427,12 +461,12 @@ class Run:
             if step % poll == 0 or save or show or last:
                 self.flush(pending, bar)
             bar.update()
-            if save and not last:
-                self.save_snapshot(step)
-            if (save or last) and step > first:
-                self.save_state(step)
             if show and not last:
                 self.save_grid(step, self.samples())
+            if save or last:
+                self.save_state(step)
+            if save and not last:
+                self.save_snapshot(step)
         bar.close()
         self.finish(before)
         return sd
@@ -457,6 +491,9 @@ class Run:
         """Do the step again with the weights it had; name the first tensor that is not finite."""
         self.update.adam.zero_grad()
         accumulate, name = self.config.gradient_accumulation_steps, None
+        for key, p in self.parameters().items():
+            if name is None and not p.isfinite().all():
+                name = key
         for n in range((step - 1) * accumulate, step * accumulate):
             result = self.forward(n)
             for field in ("x_t", "prediction", "per_sample", "loss"):
@@ -466,11 +503,11 @@ class Run:
         if name is None:
             bad = (k for k, p in self.parameters().items() if not p.grad.isfinite().all())
             name = f"the gradient of {next(bad, 'the scaled loss')}"
-        state = resume.steps(self.folder)
-        kept = f"the last state is {state[0].name}" if state else "no state was saved yet"
+        kept = report.snapshots(self.folder)
         return (
             f"step {step}: {name} is not finite, so training stopped with the weights of step "
-            f"{step - 1} ({kept}). Try a lower --learning_rate or --mixed_precision no"
+            f"{step - 1}. Start anew in another --output_dir with a lower --learning_rate or "
+            "--mixed_precision no" + (f"; {kept[-1]} is the last good model" if kept else "")
         )
 
     # -- saving
@@ -480,20 +517,14 @@ class Run:
         resume.save(self.folder, step, tensors, self.identity)
 
     def restore(self) -> int:
-        """Load the newest state if the run is to be resumed; the number of steps already done."""
+        """Take over the state that was found, if any; the number of steps already done."""
         losses = self.folder / "loss.csv"
-        found = resume.load(self.folder) if self.config.resume_from_checkpoint else None
-        if found is None:
+        if self.saved is None:
             if self.config.resume_from_checkpoint:
                 print(f"no state in {self.folder} yet: starting at the first step")
             losses.unlink(missing_ok=True)
             return 0
-        step, tensors, saved = found
-        resume.check(self.folder, saved, self.identity)
-        if step > self.config.max_train_steps:
-            raise UserError(
-                f"{self.folder} is already at step {step}: give --max_train_steps {step} or more"
-            )
+        (step, tensors, _), self.saved = self.saved, None
         with torch.no_grad():
             for key, p in self.parameters().items():
                 p.copy_(tensors[key])
@@ -511,7 +542,7 @@ class Run:
         shutil.rmtree(part, ignore_errors=True)
         try:
             self.sd.save(part, torch.float16)
-            write_text(part / "README.md", report.model_card(self.sd, self.config))
+            write_text(part / "README.md", report.model_card(self.sd, self.config, step))
             os.replace(part, final)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -530,19 +561,8 @@ class Run:
 
     def save_grid(self, step: int, rows: list[list]) -> None:
         if self.config.num_validation_images:
-            grid = photos.grid(rows, labels=self.prompts)
+            grid = photos.grid(photos.enlarged(rows), labels=self.prompts)
             report.save_image(grid, self.folder / "samples" / f"step-{step:05d}.png")
-
-    def samples_before(self) -> list[list]:
-        """What the frozen model draws; kept beside the state for the end of a resumed run."""
-        strip, count = self.folder / "state" / "before.png", self.config.num_validation_images
-        rows = report.load_strip(strip, len(self.prompts), count)
-        if rows is None or not self.config.resume_from_checkpoint:
-            rows = self.samples()
-            if count:
-                report.save_strip(rows, strip)
-        self.save_grid(0, rows)
-        return rows
 
     def finish(self, before: list[list]) -> None:
         config, sd, run = self.config, self.sd, self.folder
@@ -552,18 +572,20 @@ class Run:
             picture = report.before_after(self.prompts, before, after)
             report.save_image(picture, run / "before_after.png")
         rows = report.read_losses(run / "loss.csv")
-        report.save_image(report.loss_chart(rows), run / "loss.png")
+        if rows:
+            report.save_image(report.loss_chart(rows), run / "loss.png")
+        # An older model, of a run that now had more steps, must not be half of this one.
+        (run / "model_index.json").unlink(missing_ok=True)
         sd.save(run)
-        write_text(run / "README.md", report.model_card(sd, config))
+        write_text(run / "README.md", report.model_card(sd, config, config.max_train_steps))
         for name in self.trained:
             print(f"the {name}'s weights moved by {self.moved(name):.3%} of their norm")
-        state = sum(f.stat().st_size for f in (run / "state").rglob("*") if f.is_file())
         prompt = f'"{config.instance_prompt} in the snow"'
         print(
             f"done: {run} is the model\n"
             f"  draw:     python -m minibooth.sample --model {run} --prompt {prompt}\n"
             f"  one file: python -m minibooth.convert --model {run} --output {run}.safetensors\n"
-            f"  {run}/state ({gigabytes(state)}) is only needed for more steps"
+            f"  {run}/state ({gigabytes(size_of(run / 'state'))}) is only needed for more steps"
         )
 
     @torch.no_grad()
@@ -580,6 +602,16 @@ class Run:
 def default_prompts(config: TrainConfig) -> list[str]:
     prompts = [config.instance_prompt, f"{config.instance_prompt} in the snow"]
     return [config.class_prompt, *prompts] if config.class_prompt else prompts
+
+
+def steps_between_looks(device: torch.device) -> int:
+    """Looking at the losses waits for the device: on a CPU that is free, on a GPU it is not."""
+    return 1 if device.type == "cpu" else 10
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in it."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 def content_hash(pictures: Photos) -> str:

@@ -59,11 +59,10 @@ class Update:
     def apply(self, step: int, loss: Tensor, warm_up: float) -> Tensor:
         """Update the weights from the gradients of `scale · loss`; the gradients' norm before
         clipping, (). `warm_up` multiplies the learning rates."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
-        limit = self.max_grad_norm * self.scale
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters]) / self.scale
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         overflow = ~norm.isfinite()
-        bad = ~loss.isfinite() | (self.scale < 1 if self.scaled else overflow)
+        bad = ~loss.isfinite() | (overflow & (self.scale <= 1))  # without a scale to blame
         self.bad_step = torch.where(bad & (self.bad_step < 0), float(step), self.bad_step)
         skip = overflow | (self.bad_step >= 0)
 
@@ -74,7 +73,6 @@ class Update:
         self.adam.step()
         self.adam.zero_grad()
 
-        norm = norm / self.scale
         if self.scaled:
             self.good_steps = torch.where(overflow, 0.0, self.good_steps + 1)
             grow = self.good_steps == GROWTH_INTERVAL
