@@ -217,9 +217,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise
     except Exception as e:  # what a damaged file does to its reader has many names
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise UserError(
-                f"{path} wants to run code ({foreign[1]}): not loaded; use safetensors"
-            ) from None
+            raise wants_to_run_code(path, [foreign[1]]) from None
         raise UserError(
             f"{path} is damaged or not a weight file: download it again ({first_line(e)})"
         ) from None
@@ -238,10 +236,10 @@ MOST_NESTED = 10  # state_dict within state_dict; a pickle can also hold itself,
 def read_pickle(path: Path) -> dict[str, Tensor]:
     zipped, shells = zipfile.is_zipfile(path), []
     if zipped:
-        for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
-            if not INERT.fullmatch(name):
-                raise UserError(f"{path} wants to run code ({name}): not loaded; use safetensors")
-            shells.append((type(name.rpartition(".")[2], (Shell,), {}), name))
+        foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        if refused := [name for name in foreign if not INERT.fullmatch(name)]:
+            raise wants_to_run_code(path, refused)
+        shells = [(type(name.rpartition(".")[2], (Shell,), {}), name) for name in foreign]
     with torch.serialization.safe_globals(shells):
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     for _ in range(MOST_NESTED):
@@ -250,6 +248,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no dictionary of weights")
     return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def wants_to_run_code(path: Path, names: list[str]) -> UserError:
+    shown = ", ".join(names[:5])
+    return UserError(f"{path} wants to run code ({shown:.200}): not loaded; use safetensors")
 
 
 class Shell:
@@ -534,7 +537,7 @@ def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]
     """
     path = Path(source)
     if path.is_file():
-        tensors, _ = read_tensors(path)
+        tensors = {k: v for k, v in read_tensors(path)[0].items() if not IGNORED.fullmatch(k)}
         for prefix in (ldm.VAE, "vae."):
             if any(k.startswith(prefix) for k in tensors):
                 tensors = {

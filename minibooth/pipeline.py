@@ -271,7 +271,9 @@ def load(
 def read_schedule(config: dict) -> Schedule:
     checkpoint.check_config("scheduler", config)
     try:
-        return Schedule.from_config(config)
+        built = Schedule.from_config(config)
+        schedule.timesteps(built, 1)  # a step would also stumble over an offset that is no number
+        return built
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"the scheduler's config is damaged: {first_line(e)}") from None
 

@@ -1,11 +1,16 @@
-"""Small Stable Diffusion models with random weights, made and saved by diffusers and transformers."""
+"""Small Stable Diffusion models with random weights, made by diffusers and transformers."""
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+from torch import Tensor, nn
+
+torch.set_num_threads(1)  # models this small only lose by sharing their work
 
 WORDS = ["a", "sks", "dog", "cat", "in", "the", "snow", "photo", "of"]
 
@@ -39,8 +44,10 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def pipeline(kind: str = "sd1", seed: int = 0) -> diffusers.StableDiffusionPipeline:
-    """"sd1", "sd2" (linear projections, heads per level, v, OpenCLIP's shape) or "inpaint"."""
+def pipeline(
+    kind: str = "sd1", seed: int = 0, text_layers: int = 2
+) -> diffusers.StableDiffusionPipeline:
+    """ "sd1", "sd2" (linear projections, heads per level, v, OpenCLIP's shape) or "inpaint"."""
     torch.manual_seed(seed)
     sd2 = kind == "sd2"
     unet = diffusers.UNet2DConditionModel(
@@ -67,7 +74,7 @@ def pipeline(kind: str = "sd1", seed: int = 0) -> diffusers.StableDiffusionPipel
         vocab_size=len(vocab),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=text_layers,
         num_attention_heads=4,
         hidden_act="gelu" if sd2 else "quick_gelu",
         bos_token_id=0,
@@ -111,3 +118,151 @@ def save(folder: Path, kind: str = "sd1", seed: int = 0) -> diffusers.StableDiff
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps(index))
     return pipe
+
+
+KEPT = tempfile.TemporaryDirectory()  # until the tests end
+
+
+@functools.cache
+def model(kind: str = "sd1") -> tuple[Path, diffusers.StableDiffusionPipeline]:
+    """A saved model that tests only read: its folder, and the pipeline it came from."""
+    folder = Path(KEPT.name) / kind
+    return folder, save(folder, kind)
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Its weights; of transformers' spellings of text keys, the one without `text_model.`."""
+    return {
+        key.removeprefix("text_model."): value
+        for key, value in module.state_dict().items()
+        if not key.endswith("position_ids")
+    }
+
+
+# The modules of the models above in a single file of the original code, written out by hand.
+LDM_UNET = """
+conv_in                         input_blocks.0.0
+time_embedding.linear_1         time_embed.0
+time_embedding.linear_2         time_embed.2
+down_blocks.0.resnets.0         input_blocks.1.0
+down_blocks.0.attentions.0      input_blocks.1.1
+down_blocks.0.resnets.1         input_blocks.2.0
+down_blocks.0.attentions.1      input_blocks.2.1
+down_blocks.0.downsamplers.0.conv  input_blocks.3.0.op
+down_blocks.1.resnets.0         input_blocks.4.0
+down_blocks.1.resnets.1         input_blocks.5.0
+mid_block.resnets.0             middle_block.0
+mid_block.attentions.0          middle_block.1
+mid_block.resnets.1             middle_block.2
+up_blocks.0.resnets.0           output_blocks.0.0
+up_blocks.0.resnets.1           output_blocks.1.0
+up_blocks.0.resnets.2           output_blocks.2.0
+up_blocks.0.upsamplers.0.conv   output_blocks.2.1.conv
+up_blocks.1.resnets.0           output_blocks.3.0
+up_blocks.1.attentions.0        output_blocks.3.1
+up_blocks.1.resnets.1           output_blocks.4.0
+up_blocks.1.attentions.1        output_blocks.4.1
+up_blocks.1.resnets.2           output_blocks.5.0
+up_blocks.1.attentions.2        output_blocks.5.1
+conv_norm_out                   out.0
+conv_out                        out.2
+"""
+LDM_VAE = """
+quant_conv                          quant_conv
+post_quant_conv                     post_quant_conv
+encoder.conv_in                     encoder.conv_in
+encoder.down_blocks.0.resnets.0     encoder.down.0.block.0
+encoder.down_blocks.0.resnets.1     encoder.down.0.block.1
+encoder.down_blocks.0.downsamplers.0.conv  encoder.down.0.downsample.conv
+encoder.down_blocks.1.resnets.0     encoder.down.1.block.0
+encoder.down_blocks.1.resnets.1     encoder.down.1.block.1
+encoder.mid_block.resnets.0         encoder.mid.block_1
+encoder.mid_block.attentions.0      encoder.mid.attn_1
+encoder.mid_block.resnets.1         encoder.mid.block_2
+encoder.conv_norm_out               encoder.norm_out
+encoder.conv_out                    encoder.conv_out
+decoder.conv_in                     decoder.conv_in
+decoder.mid_block.resnets.0         decoder.mid.block_1
+decoder.mid_block.attentions.0      decoder.mid.attn_1
+decoder.mid_block.resnets.1         decoder.mid.block_2
+decoder.up_blocks.0.resnets.0       decoder.up.1.block.0
+decoder.up_blocks.0.resnets.1       decoder.up.1.block.1
+decoder.up_blocks.0.resnets.2       decoder.up.1.block.2
+decoder.up_blocks.0.upsamplers.0.conv  decoder.up.1.upsample.conv
+decoder.up_blocks.1.resnets.0       decoder.up.0.block.0
+decoder.up_blocks.1.resnets.1       decoder.up.0.block.1
+decoder.up_blocks.1.resnets.2       decoder.up.0.block.2
+decoder.conv_norm_out               decoder.norm_out
+decoder.conv_out                    decoder.conv_out
+"""
+UNET_RESNET = """
+norm1 in_layers.0
+conv1 in_layers.2
+time_emb_proj emb_layers.1
+norm2 out_layers.0
+conv2 out_layers.3
+conv_shortcut skip_connection
+"""
+VAE_INNER = """
+group_norm norm
+to_q q
+to_k k
+to_v v
+to_out.0 proj_out
+conv_shortcut nin_shortcut
+"""
+OPEN_CLIP_LAYER = """
+layer_norm1 ln_1
+layer_norm2 ln_2
+mlp.fc1 mlp.c_fc
+mlp.fc2 mlp.c_proj
+self_attn.out_proj attn.out_proj
+"""
+
+
+def table(text: str) -> dict[str, str]:
+    return dict(line.split() for line in text.strip().splitlines())
+
+
+def renamed(state: dict[str, Tensor], modules: str, inner: str) -> dict[str, Tensor]:
+    out = {}
+    for key, value in state.items():
+        ours, theirs = next(
+            (ours, theirs) for ours, theirs in table(modules).items() if key.startswith(ours + ".")
+        )
+        rest = key.removeprefix(ours + ".")
+        for a, b in table(inner).items():
+            if rest.startswith(a + "."):
+                rest = b + rest.removeprefix(a)
+                break
+        out[f"{theirs}.{rest}"] = value
+    assert len(out) == len(state)
+    return out
+
+
+def ldm_vae(vae: nn.Module) -> dict[str, Tensor]:
+    """A VAE under its bare names in the original code; attention as 1×1 convolutions."""
+    out = renamed(tensors(vae), LDM_VAE, VAE_INNER)
+    return {k: v[:, :, None, None] if v.ndim == 2 else v for k, v in out.items()}
+
+
+def ldm(pipe: diffusers.StableDiffusionPipeline) -> dict[str, Tensor]:
+    """The whole model as the original code keeps it, without training state."""
+    unet = renamed(tensors(pipe.unet), LDM_UNET, UNET_RESNET)
+    out = {f"model.diffusion_model.{k}": v for k, v in unet.items()}
+    out |= {f"first_stage_model.{k}": v for k, v in ldm_vae(pipe.vae).items()}
+    text = tensors(pipe.text_encoder)
+    if pipe.text_encoder.config.hidden_act == "quick_gelu":
+        return out | {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
+    prefix = "cond_stage_model.model."
+    out[prefix + "token_embedding.weight"] = text["embeddings.token_embedding.weight"]
+    out[prefix + "positional_embedding"] = text["embeddings.position_embedding.weight"]
+    for kind in ("weight", "bias"):
+        out[f"{prefix}ln_final.{kind}"] = text[f"final_layer_norm.{kind}"]
+        for i in range(pipe.text_encoder.config.num_hidden_layers):
+            ours, theirs = f"encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
+            qkv = [text[f"{ours}self_attn.{p}_proj.{kind}"] for p in "qkv"]
+            out[f"{theirs}attn.in_proj_{kind}"] = torch.cat(qkv)
+            for a, b in table(OPEN_CLIP_LAYER).items():
+                out[f"{theirs}{b}.{kind}"] = text[f"{ours}{a}.{kind}"]
+    return out
