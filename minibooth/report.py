@@ -18,6 +18,7 @@ from .pipeline import StableDiffusion
 from .tokenizer import Tokenizer
 
 FILLER = {"a", "an", "the", "photo", "picture", "image", "portrait", "of", "my", "one"}
+FILLER |= {"in", "on", "at", "with", "and"}
 COLUMNS = ("step", "loss", "loss_instance", "loss_prior", "lr", "grad_norm")
 
 

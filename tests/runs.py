@@ -1,0 +1,75 @@
+"""Short runs on small models: what the tests of training, resume, faults and programs share."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import peers
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minibooth import load
+from minibooth.pipeline import StableDiffusion
+from minibooth.train import TrainConfig
+
+
+@functools.cache
+def photographs() -> Path:
+    """Three pictures, of which one gives three crops: five crops in all."""
+    folder = Path(peers.KEPT.name) / "photographs"
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for i, size in enumerate([(32, 32), (32, 52), (48, 48)]):
+        pixels = noise.integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def settings(output_dir: Path, **changes) -> dict:
+    """Of a run of 3 steps, a second or so. Class images are drawn once for all tests."""
+    model = changes.pop("kind", "sd1")
+    return {
+        "model": str(peers.model(model)[0]),
+        "instance_data_dir": str(photographs()),
+        "instance_prompt": "a sks dog",
+        "class_prompt": "a dog",
+        "output_dir": str(output_dir),
+        "class_data_dir": str(Path(peers.KEPT.name) / "class_images"),
+        "num_class_images": 3,
+        "class_steps": 2,
+        "max_train_steps": 3,
+        "learning_rate": 1e-3,
+        "text_encoder_learning_rate": 5e-4,
+        "num_validation_images": 0,
+        "validation_inference_steps": 2,
+        "device": "cpu",
+    } | changes
+
+
+def config(output_dir: Path, **changes) -> TrainConfig:
+    return TrainConfig(**settings(output_dir, **changes))
+
+
+def model(kind: str = "sd1") -> StableDiffusion:
+    return load(peers.model(kind)[0])
+
+
+def flat(state: dict[str, Tensor]) -> Tensor:
+    """All weights of a network as one vector, in the order of their names."""
+    return torch.cat([state[key].double().flatten() for key in sorted(state)])
+
+
+def files(folder: Path) -> set[str]:
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+
+
+def arguments(options: dict) -> list[str]:
+    """The same settings as a command line."""
+    out = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            out.append(f"--{'' if value else 'no_'}{name}")
+        elif value is not None:
+            out += [f"--{name}", str(value)]
+    return out
