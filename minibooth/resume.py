@@ -36,9 +36,14 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], identity: dict) -> No
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    for other in steps(run):
-        if other != folder:
-            shutil.rmtree(other)
+    keep_only(run, step)
+
+
+def keep_only(run: Path, step: int) -> None:
+    """Remove the states of all other steps: older ones, and newer ones that were damaged."""
+    for folder in steps(run):
+        if folder.name != f"step-{step:08d}":
+            shutil.rmtree(folder)
 
 
 def steps(run: Path) -> list[Path]:

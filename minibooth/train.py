@@ -529,6 +529,7 @@ class Run:
             for key, p in self.parameters().items():
                 p.copy_(tensors[key])
         self.update.load_state(tensors)
+        resume.keep_only(self.folder, step)
         report.truncate_losses(losses, step)
         print(f"resumed {self.folder} at step {step}")
         return step

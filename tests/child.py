@@ -1,0 +1,81 @@
+"""A program in a process of its own that kills itself, as kill -9 does, at a chosen moment.
+
+Kept apart from the tests: it imports nothing heavy beside minibooth, so a forked copy starts fast.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from minibooth import cli, train
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: str) -> None:
+    """moment: "before NAME" or "after NAME", around the renaming that gives a file or folder that
+    name (before it, the half-written part is cut in two); "remove NAME", half through removing a
+    folder; "encode N", at the N-th picture; "step N", in the backward pass of a step."""
+    kind, name = moment.split()
+    replace, rmtree = os.replace, shutil.rmtree
+
+    def dying_replace(source, target):
+        if kind == "before" and str(target).endswith(name):
+            if Path(source).is_file():
+                os.truncate(source, os.path.getsize(source) // 2)
+            die()
+        replace(source, target)
+        if kind == "after" and str(target).endswith(name):
+            die()
+
+    def dying_rmtree(folder, **options):
+        if kind == "remove" and name in str(folder) and os.path.exists(folder):
+            next(f for f in Path(folder).rglob("*") if f.is_file()).unlink()
+            die()
+        rmtree(folder, **options)
+
+    os.replace, shutil.rmtree = dying_replace, dying_rmtree
+    if kind == "encode":
+        train.tqdm = lambda rows, **_: (
+            row if i < int(name) else die() for i, row in enumerate(rows)
+        )
+    if kind == "step":
+        apply = train.Update.apply
+
+        def dying_apply(self, step, *rest):
+            return die() if step == int(name) else apply(self, step, *rest)
+
+        train.Update.apply = dying_apply
+
+
+def main(arguments: list[str], moment: str | None, log: str) -> None:
+    torch.set_num_threads(1)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.argv = ["minibooth.train", *arguments]
+    if moment:
+        arm(moment)
+    cli.run("minibooth.train", train.main)
+
+
+def start(arguments: list[str], moment: str | None, log: Path) -> multiprocessing.Process:
+    """`python -m minibooth.train` with arguments, forked from a server that has imported it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "child"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11 gives the server no other
+    process = context.Process(target=main, args=(arguments, moment, str(log)))
+    process.start()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+    return process
