@@ -1448,3 +1448,72 @@ def test_a_cached_model_needs_no_network(tmp_path, monkeypatch, no_warnings):
     assert asked == [] and time.monotonic() - started < 10
     sd.save(tmp_path / "out")
     assert_same(minibooth.load(tmp_path / "out"), pipe)
+
+
+# ---- full size ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, keys, gigabytes", [(768, 1130, 2.13), (1024, 1214, 2.58)])
+def test_full_size_single_files(width, keys, gigabytes, tmp_path):
+    """Random fp16 weights of the public sizes: out, into diffusers, back, and as a foreign file."""
+    noise = torch.randn(52_000_000, generator=torch.Generator().manual_seed(0)).half()
+    configs = {name: dict(config) for name, config in checkpoint.SINGLE_FILE[width].items()}
+    networks, offset = {}, 0
+    for name in checkpoint.NETWORKS:
+        networks[name] = checkpoint.skeleton(name, configs[name]).half()
+        state = {}
+        for key, tensor in networks[name].state_dict().items():
+            offset = (offset + 7919) % 1_000_000  # every tensor its own window of the noise
+            size = tensor.numel()
+            assert offset + size <= len(noise)
+            state[key] = noise[offset : offset + size].view(tensor.shape)
+        networks[name].load_state_dict(state, assign=True)
+    peers.write_tokenizer(tmp_path / "tokenizer", pad="!" if width == 1024 else "<|endoftext|>")
+    sd = minibooth.StableDiffusion(
+        tokenizer=minibooth.checkpoint.Tokenizer.from_folder(tmp_path / "tokenizer"),
+        schedule=Schedule.from_config(configs["scheduler"]),
+        configs=configs,
+        **networks,
+    )
+    path = tmp_path / "model.safetensors"
+    sd.save_single_file(path)
+    assert path.stat().st_size / 1e9 == pytest.approx(gigabytes, abs=0.01)
+    with checkpoint.safe_open(path, "pt") as f:
+        assert len(f.keys()) == keys
+        assert {f.get_slice(k).get_dtype() for k in f.keys()} == {"F16"}  # noqa: SIM118
+
+    for name in (*checkpoint.NETWORKS, "scheduler"):
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        files.write_json(tmp_path / name / file, configs[name])
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0"}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {
+        name: ["diffusers", c]
+        for name, c in (
+            ("unet", "UNet2DConditionModel"),
+            ("vae", "AutoencoderKL"),
+            ("scheduler", "DDIMScheduler"),
+        )
+    }
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"]}
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"]}
+    files.write_json(tmp_path / "model_index.json", index)
+    theirs = diffusers.StableDiffusionPipeline.from_single_file(
+        str(path), config=str(tmp_path), local_files_only=True, torch_dtype=torch.float16
+    )
+    for name, network in networks.items():
+        assert_same_state(network.state_dict(), peers.tensors(getattr(theirs, name)))
+    del theirs
+
+    whole = path.read_bytes()[:300_000]  # the header; now without what says that it is ours
+    foreign = whole.replace(b"minibooth.configs", b"minibooth.nothing")
+    foreign = foreign.replace(b"modelspec.prediction_type", b"modelspec.prediction_typo")
+    assert foreign != whole
+    with open(path, "rb+") as f:
+        f.write(foreign)
+    again = minibooth.load(path, dtype=torch.float16, tokenizer=tmp_path / "tokenizer")
+    for name, network in networks.items():
+        ours = getattr(again, name).half().state_dict()
+        assert_same_state(ours, network.state_dict())
+    assert again.configs["unet"]["cross_attention_dim"] == width
