@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # a second's import that the first optimizer of a process does
 
 from minibooth import cli, train
 
