@@ -1,6 +1,8 @@
 """Short runs on small models: what the tests of training, resume, faults and programs share."""
 
 import functools
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minibooth import load
+from minibooth import cli, load
 from minibooth.pipeline import StableDiffusion
 from minibooth.train import TrainConfig
 
@@ -73,3 +75,18 @@ def arguments(options: dict) -> list[str]:
         elif value is not None:
             out += [f"--{name}", str(value)]
     return out
+
+
+def program(monkeypatch, capsys, module, *given) -> tuple[int, str, str]:
+    """Run a program's main as `python -m` does: exit status, stdout, stderr."""
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, given)])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)  # cli.run replaces it
+        try:
+            cli.run(module.__name__, module.main)
+            status = 0
+        except SystemExit as e:
+            status = e.code
+    out, err = capsys.readouterr()
+    return status, out, err

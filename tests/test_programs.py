@@ -1,0 +1,289 @@
+"""train, sample and convert as a user runs them."""
+
+import dataclasses
+import json
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import peers
+import pytest
+import runs
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import minibooth
+from minibooth import cli, convert, load, sample, train
+from minibooth.convert import ConvertConfig
+from minibooth.sample import SampleConfig
+from minibooth.train import TrainConfig
+
+PROGRAMS = {train: TrainConfig, sample: SampleConfig, convert: ConvertConfig}
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Run one that must succeed; what it printed."""
+
+    def run(module, *arguments):
+        status, out, err = runs.program(monkeypatch, capsys, module, *arguments)
+        assert status == 0, err
+        return out
+
+    return run
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", PROGRAMS, ids=lambda m: m.__name__)
+def test_help_names_every_setting(module, program, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    out = program(module, "--help")
+    assert out.startswith(f"usage: {module.__name__}")
+    for field in dataclasses.fields(PROGRAMS[module]):
+        assert f"--{field.name}" in out
+        for choice in field.metadata["choices"] or ():
+            assert choice in out
+
+
+def test_the_modules_run_as_programs(tmp_path, monkeypatch, capsys):
+    """One in a process of its own, from any folder. Without settings they say what to give."""
+    root = Path(minibooth.__file__).parent.parent
+    command = [sys.executable, "-m", "minibooth.train", "--output-dir", str(tmp_path / "out")]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("minibooth.train: give --instance_data_dir")
+    assert done.stderr.count("\n") == 1
+    for name in ("sample", "convert"):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+            patch.setattr(sys, "argv", [name])
+            patch.setattr(warnings, "showwarning", warnings.showwarning)
+            patch.delitem(sys.modules, f"minibooth.{name}")
+            runpy.run_module(f"minibooth.{name}", run_name="__main__")
+        assert capsys.readouterr().err.startswith(f"minibooth.{name}: give --model")
+
+
+def parse(*argv):
+    return cli.parse(TrainConfig, "x", "", list(argv))
+
+
+def test_flags_take_underscores_hyphens_and_diffusers_names():
+    assert parse() == TrainConfig()
+    expected = TrainConfig(model="a-b_c", instance_prompt="a sks-dog --x", seed=3)
+    prompt = ("--instance_prompt", "a sks-dog --x")
+    assert parse("--model", "a-b_c", *prompt, "--seed", "3") == expected
+    assert parse("--model=a-b_c", "--instance-prompt=a sks-dog --x", "--seed=3") == expected
+    assert parse("--pretrained-model-name-or-path", "a-b_c", *prompt, "--seed", "3") == expected
+    assert parse("--pretrained_model_name_or_path=a-b_c", *prompt, "--seed", "3") == expected
+    sampled = cli.parse(SampleConfig, "x", "", ["--num_inference_steps", "7", "--prompt", "b"])
+    assert (sampled.steps, sampled.prompt) == (7, ("b",))
+
+
+def test_switches_can_be_switched_on_and_off(tmp_path):
+    assert parse("--center-crop").center_crop is True
+    assert parse("--center_crop", "--no_center_crop").center_crop is False
+    path = tmp_path / "config.json"
+    path.write_text('{"center_crop": true, "seed": 4, "learning_rate": 1}')
+    assert parse("--config", str(path)) == TrainConfig(
+        center_crop=True, seed=4, learning_rate=1, config=str(path)
+    )
+    assert parse("--no-center-crop", "--config", str(path), "--seed=0") == TrainConfig(
+        learning_rate=1, config=str(path)
+    )
+
+
+def test_flags_that_are_unknown_shortened_or_empty_are_refused():
+    for argv in (["--instance_data", "x"], ["--model"], ["stray"], ["--seed", "x"]):
+        with pytest.raises(minibooth.UserError, match="--help lists the options"):
+            parse(*argv)
+
+
+def test_a_prompt_given_several_times_is_several_prompts(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"validation_prompt": ["a", "b"]}')
+    assert parse("--config", str(path)).validation_prompt == ("a", "b")
+    flags = ("--validation_prompt", "c", "--validation-prompt=d")
+    assert parse(*flags, "--config", str(path)).validation_prompt == ("c", "d")
+
+
+def test_the_device_is_what_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli.pick_device("auto") == torch.device("cuda")
+    assert cli.pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(minibooth.UserError, match="no device cuda:2"):
+        cli.pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert cli.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(minibooth.UserError, match="no device cuda"):
+        cli.pick_device("cuda")
+
+
+# ---- train -------------------------------------------------------------------------------------
+
+
+def unet(source):
+    return runs.flat(load(source).unet.state_dict())
+
+
+def test_a_config_that_a_run_wrote_runs_again_and_flags_override_it(program, tmp_path):
+    first = tmp_path / "first"
+    settings = runs.settings(first, train_batch_size=2, lr_warmup_steps=2, seed=3)
+    program(train, *runs.arguments(settings))
+    config = ["--config", first / "config.json"]
+    program(train, *config, "--output_dir", tmp_path / "again")
+    program(train, *config, "--output_dir", tmp_path / "other", "--seed", 4)
+    assert torch.equal(unet(first), unet(tmp_path / "again"))
+    assert not torch.equal(unet(first), unet(tmp_path / "other"))
+    written = {
+        f: json.loads((tmp_path / f / "config.json").read_text()) for f in ("again", "other")
+    }
+    assert written["again"] | {"seed": 4, "output_dir": str(tmp_path / "other")} == written["other"]
+
+
+def test_the_program_says_what_it_does_and_what_comes_next(program, tmp_path):
+    out = tmp_path / "out"
+    said = program(train, *runs.arguments(runs.settings(out, max_train_steps=1)))
+    assert "identifier: 'sks' is 1 token" in said
+    assert "3 photographs, 5 crops of 32² pixels; device cpu, precision no" in said
+    settings = " ".join(said.split())
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(runs.config(out, max_train_steps=1), field.name)
+        assert value in (None, ()) or f"{field.name} {value}" in settings
+    commands = [
+        line.split("python -m minibooth.")[1] for line in said.splitlines() if "-m " in line
+    ]
+    assert [c.split()[0] for c in commands] == ["sample", "convert"]
+
+
+# ---- sample ------------------------------------------------------------------------------------
+
+
+def draw(program, folder, *more, model=None):
+    model = model or peers.model()[0]
+    given = ["--model", model, "--output_dir", folder, "--steps", 2, "--device", "cpu"]
+    return program(sample, *given, *more)
+
+
+def test_sample_names_its_pictures_and_writes_into_them_how_to_draw_them(program, tmp_path):
+    prompts = ["--prompt", "A sks dog, in the snow!", "--prompt", "a cat"]
+    said = draw(program, tmp_path, *prompts, "--num_images", 2, "--seed", 5)
+    names = {"a-sks-dog-in-the-snow-5.png", "a-sks-dog-in-the-snow-6.png"}
+    names |= {"a-cat-5.png", "a-cat-6.png", "grid.png"}
+    assert runs.files(tmp_path) == names
+    assert said.strip() == f"4 pictures and grid.png in {tmp_path}"
+    sd = runs.model()
+    for name, prompt, seed in [
+        ("a-sks-dog-in-the-snow-6.png", "A sks dog, in the snow!", 6),
+        ("a-cat-5.png", "a cat", 5),
+    ]:
+        with Image.open(tmp_path / name) as image:
+            assert image.text["prompt"] == prompt and image.text["seed"] == str(seed)
+            assert image.text["model"] == str(peers.model()[0])
+            assert image.text["steps"] == "2" and image.text["sampler"] == "ddim"
+            [again] = sd.generate([prompt], steps=2, seed=seed)
+            # Drawn alone instead of beside another: the same up to rounding.
+            difference = np.asarray(image, int) - np.asarray(again, int)
+            assert abs(difference).max() <= 1
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert min(grid.size) > 2 * 128
+
+
+def test_sample_passes_every_setting_on(program, tmp_path):
+    settings = ["--sampler", "ddpm", "--guidance_scale", 3, "--negative_prompt", "snow"]
+    settings += ["--height", 16, "--width", 24, "--num_images", 3, "--batch_size", 2]
+    draw(program, tmp_path, "--prompt", "a dog", *settings)
+    drawn = runs.model().generate(
+        ["a dog"] * 3,
+        **{"sampler": "ddpm", "guidance_scale": 3, "negative_prompt": "snow", "steps": 2},
+        **{"height": 16, "width": 24, "batch_size": 2},
+    )
+    for i, image in enumerate(drawn):
+        assert Image.open(tmp_path / f"a-dog-{i}.png").tobytes() == image.tobytes()
+
+
+def test_sample_never_overwrites_a_different_picture(program, tmp_path):
+    one = ["--prompt", "a dog", "--num_images", 1]
+    draw(program, tmp_path, *one)
+    first = (tmp_path / "a-dog-0.png").read_bytes()
+    draw(program, tmp_path, *one)
+    assert runs.files(tmp_path) == {"a-dog-0.png", "grid.png"}
+    draw(program, tmp_path, *one, "--steps", 3)
+    draw(program, tmp_path, *one, "--steps", 4)
+    assert runs.files(tmp_path) == {"a-dog-0.png", "a-dog-0-2.png", "a-dog-0-3.png", "grid.png"}
+    assert (tmp_path / "a-dog-0.png").read_bytes() == first
+    assert len({Image.open(f).tobytes() for f in tmp_path.glob("a-dog-*.png")}) == 3
+
+
+def test_names_of_odd_prompts_are_names_of_files():
+    assert sample.slug("../../etc/passwd") == "etc-passwd"
+    assert sample.slug("Ein süßer Hund") == "ein-süßer-hund"
+    assert sample.slug("") == sample.slug("???") == "empty"
+    assert len(sample.slug("dog " * 100)) <= 80
+
+
+# ---- convert -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A trained model and, in one place, all that convert makes of it."""
+    folder = tmp_path_factory.mktemp("convert")
+    train.train(runs.config(folder / "out", max_train_steps=1, train_text_encoder=True))
+    return folder
+
+
+def state(source):
+    sd = load(source, tokenizer=peers.model()[0] / "tokenizer")
+    return {f"{n}.{k}": v for n, net in sd.networks.items() for k, v in net.state_dict().items()}
+
+
+def test_folder_and_file_convert_into_each_other_without_loss(program, model):
+    tokenizer = ["--tokenizer", peers.model()[0]]
+    file, folder = model / "fp32.safetensors", model / "back"
+    said = program(convert, "--model", model / "out", "--output", file, "--dtype", "fp32")
+    assert said.startswith(f"{file}: ") and said.strip().endswith("B")
+    program(convert, "--model", file, "--output", folder, *tokenizer)
+    program(convert, "--model", folder, "--output", model / "twice.safetensors", "--dtype=fp32")
+    original, back = state(model / "out"), state(folder)
+    assert original.keys() == back.keys()
+    assert all(torch.equal(original[k], back[k]) for k in original)
+    twice = state(model / "twice.safetensors")
+    assert all(torch.equal(original[k], twice[k]) for k in original)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert torch.equal(runs.flat(peers.tensors(pipe.unet)), unet(model / "out"))
+
+
+@pytest.mark.parametrize("dtype, stored", [(None, "F16"), ("bf16", "BF16"), ("fp32", "F32")])
+def test_a_file_holds_what_was_asked_for_fp16_unless_said(program, model, dtype, stored):
+    file = model / f"{stored}.safetensors"
+    program(
+        convert, "--model", model / "out", "--output", file, *(["--dtype", dtype] * bool(dtype))
+    )
+    with safe_open(file, "pt") as f:
+        assert {f.get_slice(k).get_dtype() for k in f.keys()} == {stored}  # noqa: SIM118
+    original, cast = state(model / "out"), state(file)
+    kind = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[stored]
+    assert all(torch.equal(original[k].to(kind).float(), cast[k]) for k in original)
+
+
+def test_folder_and_file_draw_the_same_picture(program, model, tmp_path):
+    """Both in fp16, as checkpoint-N and the file for other programs are."""
+    program(convert, "--model", model / "out", "--output", tmp_path / "half", "--dtype", "fp16")
+    program(convert, "--model", model / "out", "--output", tmp_path / "half.safetensors")
+    prompt = ["--prompt", "a sks dog", "--num_images", 2]
+    draw(program, tmp_path / "a", *prompt, model=tmp_path / "half")
+    tokenizer = ["--tokenizer", peers.model()[0]]
+    draw(program, tmp_path / "b", *prompt, *tokenizer, model=tmp_path / "half.safetensors")
+    for name in ("a-sks-dog-0.png", "a-sks-dog-1.png"):
+        a, b = (Image.open(tmp_path / x / name) for x in ("a", "b"))
+        assert a.tobytes() == b.tobytes()
+    assert len({Image.open(f).tobytes() for f in (tmp_path / "a").glob("a-*.png")}) == 2
