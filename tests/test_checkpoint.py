@@ -86,6 +86,7 @@ def single(tmp_path, monkeypatch, kind="sd1", change=lambda t: t, pipe=None, **l
         for name in ("unet", "vae", "text_encoder")
     }
     configs["text_encoder"]["num_hidden_layers"] = pipe.text_encoder.config.num_hidden_layers
+    configs["unet"]["in_channels"] = 4  # inpainting models have to be told apart by their weights
     scheduler = dict(pipe.scheduler.config, prediction_type="epsilon")
     monkeypatch.setattr(checkpoint, "SINGLE_FILE", {32: {**configs, "scheduler": scheduler}})
     path = tmp_path / "single.safetensors"
@@ -1416,7 +1417,7 @@ def test_a_cached_model_needs_no_network(tmp_path, monkeypatch, no_warnings):
     snapshot = repo / "snapshots" / "0123abc"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs/main").write_text("0123abc")
-    (repo / "refs/old").write_text("0123abc")
+    (repo / "refs/old").write_text("9876fed")
     for i, file in enumerate(f for f in folder.rglob("*") if f.is_file()):
         blob, link = repo / "blobs" / f"blob{i}", snapshot / file.relative_to(folder)
         blob.parent.mkdir(exist_ok=True)
@@ -1424,6 +1425,10 @@ def test_a_cached_model_needs_no_network(tmp_path, monkeypatch, no_warnings):
         shutil.copy(file, blob)
         link.symlink_to(os.path.relpath(blob, link.parent))
     (snapshot / "README.md").write_text("---\nlicense: openrail\n---\n")
+
+    shutil.copytree(snapshot, repo / "snapshots" / "9876fed")
+    bias = torch.arange(4.0)
+    rewrite(repo / "snapshots" / "9876fed" / UNET_FILE, lambda t: t | {"conv_out.bias": bias})
 
     asked = []
 
@@ -1441,7 +1446,8 @@ def test_a_cached_model_needs_no_network(tmp_path, monkeypatch, no_warnings):
     sd = minibooth.load("someone/some-model")
     assert_same(sd, pipe)
     assert sd.licence == "openrail"
-    assert_same(minibooth.load("someone/some-model", revision="old"), pipe)
+    old = minibooth.load("someone/some-model", revision="old")
+    assert torch.equal(old.unet.conv_out.bias, bias)
     assert_same_state(
         minibooth.load(folder, vae="someone/some-model").vae.state_dict(), peers.tensors(pipe.vae)
     )

@@ -49,6 +49,7 @@ def sd(models):
         (3, 7.5, "the dog", (7, 5)),  # odd: not divisible by the UNet's downsampling
         (7, 1.0, "", (12, 8)),
         (3, 3.0, "", (8, 8)),
+        (3, 0.5, "", (8, 8)),  # not above 1: no guidance
     ],
 )
 def test_equal_to_diffusers_pipeline(kind, steps, guidance, negative, size, models):
