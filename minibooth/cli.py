@@ -36,17 +36,23 @@ def parse(cls, prog: str, description: str, argv: list[str] | None = None):
 
     If `cls` has a field `config`, that JSON file is read first and the flags override it.
     """
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(
+        prog=prog,
+        usage=f"python -m {prog} --option value …",
+        description=f"{description} Options take underscores or hyphens.",
+        allow_abbrev=False,
+    )
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
         help = field.metadata["help"].replace("%", "%%")
-        if field.default not in (None, False, True, (), ""):
+        if not isinstance(field.default, bool) and field.default not in (None, (), ""):
             help += f" [{field.default}]"
         kind, common = hints[field.name], {"dest": field.name, "default": argparse.SUPPRESS}
         if kind is bool:
-            parser.add_argument(*flags, action="store_true", help=help, **common)
             off = [flag.replace("--", "--no_", 1) for flag in flags]
+            help += f"; {off[0]} switches it off"
+            parser.add_argument(*flags, action="store_true", help=help, **common)
             parser.add_argument(*off, action="store_false", help=argparse.SUPPRESS, **common)
             continue
         several = typing.get_origin(kind) is tuple

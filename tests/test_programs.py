@@ -46,9 +46,11 @@ def program(monkeypatch, capsys):
 def test_help_names_every_setting(module, program, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     out = program(module, "--help")
-    assert out.startswith(f"usage: {module.__name__}")
+    assert out.startswith(f"usage: python -m {module.__name__} ")
     for field in dataclasses.fields(PROGRAMS[module]):
-        assert f"--{field.name}" in out
+        [about] = re.findall(rf"^  --{field.name}\b.*?(?=^  -|\Z)", out, re.MULTILINE | re.DOTALL)
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            assert f"[{field.default}]" in " ".join(about.split())
         for choice in field.metadata["choices"] or ():
             assert choice in out
 
