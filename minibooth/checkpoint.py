@@ -228,8 +228,6 @@ INERT = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|typing|collections|numpy)\..*"
     r"|(__builtin__|builtins)\.(int|float|str|bool|dict|list|set|tuple|object)"
 )
-
-
 MOST_NESTED = 10  # state_dict within state_dict; a pickle can also hold itself, without end
 
 

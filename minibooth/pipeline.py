@@ -224,7 +224,8 @@ def load(
     `tokenizer` (a folder or id) is for single files, which hold none; `vae` (folder, id or file)
     replaces the model's own; `prediction_type` overrides what the model says, "epsilon" or
     "v_prediction"; `revision` is a branch, tag or commit on the hub. With dtype fp16 the VAE stays
-    fp32, since some overflow to black pictures. Raises UserError, saying what is wrong.
+    fp32, since some overflow to black pictures. Raises UserError where the source is no model,
+    damaged, hostile, of another kind or incomplete, or its parts do not fit together.
     """
     found = checkpoint.read(source, tokenizer, revision)
     if vae is not None:
@@ -240,10 +241,8 @@ def load(
         networks[name] = checkpoint.build(
             name, found.configs[name], weights, torch.float32 if wide else dtype, device
         )
-    vae_channels, token = (
-        found.configs["vae"]["latent_channels"],
-        max(found.tokenizer.vocab.values()),
-    )
+    vae_channels = found.configs["vae"]["latent_channels"]
+    token = max(found.tokenizer.vocab.values())
     misfit = f"{source}: its parts do not fit together"
     if text["hidden_size"] != unet["cross_attention_dim"]:
         raise UserError(f"{misfit}: text {text['hidden_size']}, UNet {unet['cross_attention_dim']}")

@@ -54,21 +54,24 @@ def sd(models):
 )
 def test_equal_to_diffusers_pipeline(kind, steps, guidance, negative, size, models):
     ours, theirs = models[kind]
-    latents = randn(2, 4, *size)
+    prompts = PROMPTS[:1] if steps == 50 else PROMPTS
+    latents = randn(len(prompts), 4, *size)
     settings = dict(negative_prompt=negative, guidance_scale=guidance, latents=latents)
     want = theirs(
-        PROMPTS,
-        **settings | {"negative_prompt": [negative] * 2},
+        prompts,
+        **settings | {"negative_prompt": [negative] * len(prompts)},
         num_inference_steps=steps,
         height=64,  # latents set the size; diffusers only wants multiples of 8 here
         width=64,
         output_type="latent",
     ).images
-    got = ours.generate(PROMPTS, **settings, steps=steps, output="latent")
+    got = ours.generate(prompts, **settings, steps=steps, output="latent")
     assert rel(got, want) < 1e-4
     assert rel(got, latents) > 0.05  # something was done
 
-    pictures = ours.generate(PROMPTS, **settings, steps=steps, output="pt")
+    if steps == 50:
+        return  # the pictures are looked at after fewer steps
+    pictures = ours.generate(prompts, **settings, steps=steps, output="pt")
     want = (theirs.vae.decode(want / theirs.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     assert rel(pictures, want.detach()) < 1e-4
 
