@@ -174,10 +174,13 @@ def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
         x = left + (step - 1) / (last - 1) * (width - left - right)
         return x, height - bottom - min(value / ceiling, 1.0) * (height - top - bottom)
 
-    for i in range(6):
-        y = at(1, ceiling * i / 5)[1]
+    ticks = (m * 10.0**e for e in range(-12, 13) for m in (1, 2, 5))
+    tick = next((tick for tick in ticks if ceiling / tick < 6), ceiling)
+    for i in range(int(ceiling / tick) + 1):
+        y = at(1, tick * i)[1]
         draw.line([(left, y), (width - right, y)], fill=(225, 225, 225))
-        draw.text((left - 8, y), f"{ceiling * i / 5:.3g}", "black", font, anchor="rm")
+        draw.text((left - 8, y), f"{tick * i:.3g}", "black", font, anchor="rm")
+    for i in range(6):
         step = round(1 + (last - 1) * i / 5)
         draw.text((at(step, 0)[0], height - bottom + 8), str(step), "black", font, anchor="ma")
     draw.text((width - right, height - 20), "step", "black", font, anchor="ra")
