@@ -3,19 +3,19 @@
 import json
 import re
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import hub, ldm
+from .configs import SD2_V, SINGLE_FILE, check_config
 from .errors import UserError, first_line
-from .files import write_json, write_safetensors
+from .files import write_json
+from .tensor_files import read_tensors, write_safetensors
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
 from .unet import UNet
@@ -40,227 +40,7 @@ class Checkpoint:
     needs_probe: bool = False  # nothing says whether the UNet predicts ε or v
 
 
-# ---- configs -----------------------------------------------------------------------------------
-
-SD1_UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "norm_eps": 1e-5,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
-SD_VAE = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-SD1_TEXT = {
-    "architectures": ["CLIPTextModel"],
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-5,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "vocab_size": 49408,
-}
-SD_SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
-SD2_UNET = SD1_UNET | {
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
-SD2_TEXT = SD1_TEXT | {
-    "hidden_act": "gelu",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 23,  # of OpenCLIP's 24: SD 2.x was trained on the last but one
-}
-SD2_V = {"sample_size": 96, "upcast_attention": True}  # SD 2.x with v was trained at 768²
-# A single file says nothing of its sizes; the width of its text conditioning tells the two apart.
-SINGLE_FILE = {
-    768: {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT, "scheduler": SD_SCHEDULER},
-    1024: {"unet": SD2_UNET, "vae": SD_VAE, "text_encoder": SD2_TEXT, "scheduler": SD_SCHEDULER},
-}
-
-# What the networks do is written in their code; a config that wants something else is refused.
-ACCEPTED: dict[str, dict[str, tuple]] = {
-    "unet": {
-        "act_fn": ("silu", "swish"),
-        "addition_embed_type": (None,),
-        "attention_type": ("default",),
-        "center_input_sample": (False,),
-        "class_embed_type": (None,),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "downsample_padding": (1,),
-        "dual_cross_attention": (False,),
-        "encoder_hid_dim": (None,),
-        "flip_sin_to_cos": (True,),
-        "freq_shift": (0,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "num_class_embeds": (None,),
-        "only_cross_attention": (False,),
-        "resnet_time_scale_shift": ("default",),
-        "time_cond_proj_dim": (None,),
-        "time_embedding_type": ("positional",),
-        "transformer_layers_per_block": (1,),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    },
-    "vae": {
-        "act_fn": ("silu", "swish"),
-        "down_block_types": ("DownEncoderBlock2D",),
-        "in_channels": (3,),
-        "latents_mean": (None,),
-        "out_channels": (3,),
-        "shift_factor": (None,),
-        "up_block_types": ("UpDecoderBlock2D",),
-        "use_post_quant_conv": (True,),
-        "use_quant_conv": (True,),
-    },
-    "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
-    "scheduler": {},
-}
-# Whole numbers and the largest that makes sense: each costs modules or memory.
-LARGEST = {
-    "attention_head_dim": 1000,
-    "block_out_channels": 100_000,
-    "cross_attention_dim": 100_000,
-    "hidden_size": 100_000,
-    "in_channels": 1000,
-    "intermediate_size": 1_000_000,
-    "latent_channels": 1000,
-    "layers_per_block": 10,
-    "max_position_embeddings": 10_000,
-    "norm_num_groups": 100_000,
-    "num_attention_heads": 1000,
-    "num_hidden_layers": 100,
-    "num_train_timesteps": 100_000,
-    "out_channels": 1000,
-    "sample_size": 100_000,
-    "vocab_size": 10_000_000,
-}
-PER_LEVEL = ("block_out_channels", "attention_head_dim", "num_attention_heads")  # may be lists
-POSITIVE = ("norm_eps", "layer_norm_eps", "scaling_factor", "beta_start", "beta_end")
-
-
-def check_config(name: str, config: dict) -> None:
-    """Raise UserError unless what the config says is what the code does, and of a sane size."""
-    for key, value in config.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        accepted, largest = ACCEPTED[name].get(key), LARGEST.get(key)
-        if accepted and any(v not in accepted for v in values):
-            raise UserError(
-                f"the {name}'s config says {key} = {value!r:.80}, which Stable Diffusion 1.x and "
-                "2.x do not have: another kind of model"
-            )
-        if largest and value is not None:
-            few = len(values) <= 8 if key in PER_LEVEL else values == [value]
-            sane = few and all(type(v) is int and 0 < v <= largest for v in values)
-        else:
-            sane = key not in POSITIVE or (isinstance(value, int | float) and 0 < value < 1e6)
-        if not sane:
-            raise UserError(f"the {name}'s config says {key} = {value!r:.80}, which cannot be")
-
-
 # ---- tensors -----------------------------------------------------------------------------------
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a weight file, memory-mapped, and a safetensors file's metadata.
-
-    Pickles (.ckpt, .bin, .pt) are read by torch's restricted unpickler: no code in them runs.
-    Raises UserError for a file that is damaged or wants to run code.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as f:
-                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-                return tensors, f.metadata() or {}
-        return read_pickle(path), {}
-    except UserError:
-        raise
-    except Exception as e:  # what a damaged file does to its reader has many names
-        if foreign := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise wants_to_run_code(path, [foreign[1]]) from None
-        raise UserError(
-            f"{path} is damaged or not a weight file: download it again ({first_line(e)})"
-        ) from None
-
-
-# Checkpoints of Lightning carry objects of these beside the weights. They become empty shells.
-INERT = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|typing|collections|numpy)\..*"
-    r"|(__builtin__|builtins)\.(int|float|str|bool|dict|list|set|tuple|object)"
-)
-MOST_NESTED = 10  # state_dict within state_dict; a pickle can also hold itself, without end
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    zipped, shells = zipfile.is_zipfile(path), []
-    if zipped:
-        foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        if refused := [name for name in foreign if not INERT.fullmatch(name)]:
-            raise wants_to_run_code(path, refused)
-        shells = [(type(name.rpartition(".")[2], (Shell,), {}), name) for name in foreign]
-    with torch.serialization.safe_globals(shells):
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    for _ in range(MOST_NESTED):
-        if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-            value = value["state_dict"]
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no dictionary of weights")
-    return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
-
-
-def wants_to_run_code(path: Path, names: list[str]) -> UserError:
-    shown = ", ".join(names[:5])
-    return UserError(f"{path} wants to run code ({shown:.200}): not loaded; use safetensors")
-
-
-class Shell:
-    """Stands for a foreign class in a pickle: takes everything, does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
 
 
 def legacy_names(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import checkpoint, schedule
+from .configs import SD2_V, check_config
 from .errors import UserError, first_line
 from .files import write_text
 from .schedule import Schedule
@@ -255,7 +256,7 @@ def load(
     if found.needs_probe and prediction_type is None and predicts_v(networks["unet"]):
         scheduler["prediction_type"] = "v_prediction"
     if found.needs_probe and scheduler["prediction_type"] == "v_prediction":
-        unet |= checkpoint.SD2_V
+        unet |= SD2_V
     return StableDiffusion(
         tokenizer=found.tokenizer,
         schedule=read_schedule(scheduler).to(device),
@@ -268,7 +269,7 @@ def load(
 
 
 def read_schedule(config: dict) -> Schedule:
-    checkpoint.check_config("scheduler", config)
+    check_config("scheduler", config)
     try:
         built = Schedule.from_config(config)
         schedule.timesteps(built, 1)  # a step would also stumble over an offset that is no number

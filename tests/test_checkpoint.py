@@ -25,7 +25,8 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 import minibooth
-from minibooth import checkpoint, files, ldm
+from minibooth import checkpoint, files, ldm, tensor_files
+from minibooth.configs import SINGLE_FILE
 from minibooth.errors import UserError
 from minibooth.schedule import Schedule
 
@@ -552,10 +553,10 @@ def test_a_pickle_that_wants_to_run_code_is_named_and_not_run(name, write, tmp_p
     call, reported = hostile_calls(victim)[name]
     write({"state_dict": {"a": torch.zeros(2)}, "extra": call}, path)
     if name == "runstring" and write is zipped:  # numpy's names get an empty shell instead
-        assert checkpoint.read_tensors(path)[0].keys() == {"a"}
+        assert tensor_files.read_tensors(path)[0].keys() == {"a"}
     else:
         with pytest.raises(UserError, match=rf"wants to run code \([\w., ]*{reported}\b") as error:
-            checkpoint.read_tensors(path)
+            tensor_files.read_tensors(path)
         one_line(error)
     assert not victim.exists()
 
@@ -582,7 +583,7 @@ def test_pickles_of_lightning_name_classes_that_are_not_here(tmp_path, monkeypat
         zipped({"callbacks": callbacks, "hyper": config, "state_dict": weights}, path)
     with pytest.raises(ImportError):
         import pytorch_lightning  # noqa: F401
-    found, _ = checkpoint.read_tensors(path)
+    found, _ = tensor_files.read_tensors(path)
     assert found.keys() == weights.keys() and torch.equal(found["a.weight"], weights["a.weight"])
     assert "pytorch_lightning" not in sys.modules
 
@@ -591,14 +592,14 @@ def test_a_pickle_that_holds_itself_ends(tmp_path):
     value = {}
     value["state_dict"] = value
     zipped(value, tmp_path / "model.ckpt")
-    assert checkpoint.read_tensors(tmp_path / "model.ckpt")[0] == {}
+    assert tensor_files.read_tensors(tmp_path / "model.ckpt")[0] == {}
 
 
 @pytest.mark.parametrize("value", [3, [torch.zeros(2)], torch.zeros(2), None])
 def test_a_pickle_of_something_else(value, tmp_path):
     zipped(value, tmp_path / "model.ckpt")
     with pytest.raises(UserError, match="no dictionary"):
-        checkpoint.read_tensors(tmp_path / "model.ckpt")
+        tensor_files.read_tensors(tmp_path / "model.ckpt")
 
 
 def safetensors_bytes(header, data=b"\0" * 64, length=None):
@@ -647,7 +648,7 @@ def test_headers_need_not_be_aligned(tmp_path):
     for pad in range(8):
         text = json.dumps(header).encode() + b" " * pad
         (tmp_path / "x.safetensors").write_bytes(safetensors_bytes(text, data))
-        found, _ = checkpoint.read_tensors(tmp_path / "x.safetensors")
+        found, _ = tensor_files.read_tensors(tmp_path / "x.safetensors")
         assert all(torch.equal(found[k], want[k]) for k in want)
 
 
@@ -675,11 +676,11 @@ def test_truncated_weights_at_many_points(form, tmp_path):
     write = {"safetensors": save_file, "zipped": zipped, "legacy": legacy}[form]
     write(tensors, path)
     whole = path.read_bytes()
-    assert checkpoint.read_tensors(path)[0].keys() == tensors.keys()
+    assert tensor_files.read_tensors(path)[0].keys() == tensors.keys()
     for cut in cuts(len(whole)):
         path.write_bytes(whole[:cut])
         with pytest.raises(UserError) as error:
-            checkpoint.read_tensors(path)
+            tensor_files.read_tensors(path)
         assert "download it again" in one_line(error), cut
 
 
@@ -693,7 +694,7 @@ def test_flipped_bytes_never_end_in_a_traceback(form, tmp_path):
         at, value = (torch.randint(n, (), generator=generator).item() for n in (len(whole), 256))
         path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
         try:
-            checkpoint.read_tensors(path)
+            tensor_files.read_tensors(path)
         except UserError as e:
             assert "\n" not in str(e)
 
@@ -878,7 +879,7 @@ def test_damaged_metadata_of_our_own_files(metadata, tmp_path):
 MEMORY = """
 import json, re, sys, torch, minibooth
 from pathlib import Path
-from minibooth import checkpoint, files
+from minibooth import checkpoint, tensor_files
 from minibooth.schedule import Schedule
 
 def anonymous():  # MB of memory that is not a mapped file
@@ -895,7 +896,7 @@ shapes = {k: v.shape for k, v in checkpoint.skeleton("unet", config).state_dict(
 noise = torch.rand(max(s.numel() for s in shapes.values()))
 tensors = {k: noise[: s.numel()].view(s) for k, s in shapes.items()}
 size = sum(s.numel() for s in shapes.values()) * 4 / 1e6
-files.write_safetensors(path, tensors)
+tensor_files.write_safetensors(path, tensors)
 minibooth.load(folder)  # whatever is allocated once
 
 def cost(source, **options):
@@ -912,7 +913,7 @@ torch.save(sd.unet.state_dict(), path.with_suffix(".bin"))
 figures["bin"], _ = cost(folder)
 del sd
 path.with_suffix(".bin").unlink()
-files.write_safetensors(path, tensors, torch.float16)
+tensor_files.write_safetensors(path, tensors, torch.float16)
 figures["half"], _ = cost(folder)
 print(json.dumps(figures))
 """
@@ -1039,7 +1040,7 @@ def test_licence_files_in_metadata_cannot_name_other_places(tmp_path):
     folder, _ = peers.model("sd1")
     path = tmp_path / "x.safetensors"
     minibooth.load(folder).save_single_file(path)
-    with checkpoint.safe_open(path, "pt") as f:
+    with tensor_files.safe_open(path, "pt") as f:
         metadata = f.metadata()
     metadata["minibooth.licence_files"] = json.dumps({"../escaped": "x", "LICENSE": "y"})
     save_file(load_file(path), path, metadata)
@@ -1089,7 +1090,7 @@ def test_a_full_disk_leaves_the_old_file_whole(when, tmp_path, monkeypatch):
         if isinstance(when, str):
             m.setattr(files.os, when, no_space)
         else:
-            m.setattr(files, "open", lambda *a: FullDisk(open(*a), when), raising=False)  # noqa: SIM115
+            m.setattr(tensor_files, "open", lambda *a: FullDisk(open(*a), when), raising=False)  # noqa: SIM115
         with pytest.raises(UserError, match=r"cannot write .*x\.safetensors.*No space left") as e:
             sd.save_single_file(path, torch.float32)
         one_line(e)
@@ -1158,7 +1159,7 @@ def test_a_single_file_comes_back_with_configs_and_prediction_type(kind, tmp_pat
     assert_same(again, pipe)
     assert again.configs == sd.configs
     assert again.schedule.prediction_type == sd.schedule.prediction_type
-    with checkpoint.safe_open(tmp_path / "x.safetensors", "pt") as f:
+    with tensor_files.safe_open(tmp_path / "x.safetensors", "pt") as f:
         metadata = f.metadata()
     assert metadata["modelspec.trigger_phrase"] == "sks"
     assert metadata["modelspec.prediction_type"] == ("v" if kind == "sd2" else "epsilon")
@@ -1242,7 +1243,7 @@ FULL_SD2 = {
 )
 def test_full_size_keys_and_shapes(width, count, rows, parameters):
     """On the meta device: no weights, but every key and shape of the public sizes."""
-    configs = checkpoint.SINGLE_FILE[width]
+    configs = SINGLE_FILE[width]
     tensors = {n: checkpoint.skeleton(n, configs[n]).state_dict() for n in checkpoint.NETWORKS}
     for name, (keys, numel) in (parameters | {"vae": (248, 83_653_863)}).items():
         assert len(tensors[name]) == keys
@@ -1271,7 +1272,7 @@ def test_full_size_keys_and_shapes(width, count, rows, parameters):
 
 
 def test_the_guessed_configs_are_the_public_ones():
-    sd1, sd2 = checkpoint.SINGLE_FILE[768], checkpoint.SINGLE_FILE[1024]
+    sd1, sd2 = SINGLE_FILE[768], SINGLE_FILE[1024]
     assert sd1["unet"]["attention_head_dim"] == 8
     assert sd2["unet"]["attention_head_dim"] == [5, 10, 20, 20]
     assert (sd1["text_encoder"]["hidden_act"], sd1["text_encoder"]["num_hidden_layers"]) == (
@@ -1464,7 +1465,7 @@ def test_a_cached_model_needs_no_network(tmp_path, monkeypatch, no_warnings):
 def test_full_size_single_files(width, keys, gigabytes, tmp_path):
     """Random fp16 weights of the public sizes: out, into diffusers, back, and as a foreign file."""
     noise = torch.randn(52_000_000, generator=torch.Generator().manual_seed(0)).half()
-    configs = {name: dict(config) for name, config in checkpoint.SINGLE_FILE[width].items()}
+    configs = {name: dict(config) for name, config in SINGLE_FILE[width].items()}
     networks, offset = {}, 0
     for name in checkpoint.NETWORKS:
         networks[name] = checkpoint.skeleton(name, configs[name]).half()
@@ -1485,7 +1486,7 @@ def test_full_size_single_files(width, keys, gigabytes, tmp_path):
     path = tmp_path / "model.safetensors"
     sd.save_single_file(path)
     assert path.stat().st_size / 1e9 == pytest.approx(gigabytes, abs=0.01)
-    with checkpoint.safe_open(path, "pt") as f:
+    with tensor_files.safe_open(path, "pt") as f:
         assert len(f.keys()) == keys
         assert {f.get_slice(k).get_dtype() for k in f.keys()} == {"F16"}  # noqa: SIM118
 

@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "minibooth", ROOT / "kernels" / "minibooth_kernels"
 CORE = ["schedule", "text_encoder", "vae", "unet", "dreambooth"]
 ORDER = [
-    *("errors", "files", "schedule", "tokenizer", "ops", "text_encoder", "vae", "unet"),
+    *(
+        "errors",
+        "files",
+        "tensor_files",
+        "configs",
+        "schedule",
+        "tokenizer",
+        "ops",
+        "text_encoder",
+        "vae",
+        "unet",
+    ),
     *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth", "update"),
     *("resume", "report", "fast", "toybox", "cli"),
     *("train", "sample", "convert", "evaluate", "explain", "bench", "__init__"),

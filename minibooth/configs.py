@@ -1,0 +1,162 @@
+"""What checkpoints say of themselves: the sizes of those that do not, and what is accepted.
+
+Networks are built from a checkpoint's own config files. A single file in LDM layout has none, so
+the public models' are written down here.
+"""
+
+from .errors import UserError
+
+SD1_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD_VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SD1_TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "vocab_size": 49408,
+}
+SD_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+SD2_UNET = SD1_UNET | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SD2_TEXT = SD1_TEXT | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,  # of OpenCLIP's 24: SD 2.x was trained on the last but one
+}
+SD2_V = {"sample_size": 96, "upcast_attention": True}  # SD 2.x with v was trained at 768²
+# A single file says nothing of its sizes; the width of its text conditioning tells the two apart.
+SINGLE_FILE = {
+    768: {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT, "scheduler": SD_SCHEDULER},
+    1024: {"unet": SD2_UNET, "vae": SD_VAE, "text_encoder": SD2_TEXT, "scheduler": SD_SCHEDULER},
+}
+
+# What the networks do is written in their code; a config that wants something else is refused.
+ACCEPTED: dict[str, dict[str, tuple]] = {
+    "unet": {
+        "act_fn": ("silu", "swish"),
+        "addition_embed_type": (None,),
+        "attention_type": ("default",),
+        "center_input_sample": (False,),
+        "class_embed_type": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "downsample_padding": (1,),
+        "dual_cross_attention": (False,),
+        "encoder_hid_dim": (None,),
+        "flip_sin_to_cos": (True,),
+        "freq_shift": (0,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "num_class_embeds": (None,),
+        "only_cross_attention": (False,),
+        "resnet_time_scale_shift": ("default",),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "transformer_layers_per_block": (1,),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "vae": {
+        "act_fn": ("silu", "swish"),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "in_channels": (3,),
+        "latents_mean": (None,),
+        "out_channels": (3,),
+        "shift_factor": (None,),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "use_post_quant_conv": (True,),
+        "use_quant_conv": (True,),
+    },
+    "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
+    "scheduler": {},
+}
+# Whole numbers and the largest that makes sense: each costs modules or memory.
+LARGEST = {
+    "attention_head_dim": 1000,
+    "block_out_channels": 100_000,
+    "cross_attention_dim": 100_000,
+    "hidden_size": 100_000,
+    "in_channels": 1000,
+    "intermediate_size": 1_000_000,
+    "latent_channels": 1000,
+    "layers_per_block": 10,
+    "max_position_embeddings": 10_000,
+    "norm_num_groups": 100_000,
+    "num_attention_heads": 1000,
+    "num_hidden_layers": 100,
+    "num_train_timesteps": 100_000,
+    "out_channels": 1000,
+    "sample_size": 100_000,
+    "vocab_size": 10_000_000,
+}
+PER_LEVEL = ("block_out_channels", "attention_head_dim", "num_attention_heads")  # may be lists
+POSITIVE = ("norm_eps", "layer_norm_eps", "scaling_factor", "beta_start", "beta_end")
+
+
+def check_config(name: str, config: dict) -> None:
+    """Raise UserError unless what the config says is what the code does, and of a sane size."""
+    for key, value in config.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        accepted, largest = ACCEPTED[name].get(key), LARGEST.get(key)
+        if accepted and any(v not in accepted for v in values):
+            raise UserError(
+                f"the {name}'s config says {key} = {value!r:.80}, which Stable Diffusion 1.x and "
+                "2.x do not have: another kind of model"
+            )
+        if largest and value is not None:
+            few = len(values) <= 8 if key in PER_LEVEL else values == [value]
+            sane = few and all(type(v) is int and 0 < v <= largest for v in values)
+        else:
+            sane = key not in POSITIVE or (isinstance(value, int | float) and 0 < value < 1e6)
+        if not sane:
+            raise UserError(f"the {name}'s config says {key} = {value!r:.80}, which cannot be")
