@@ -263,8 +263,7 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_last_steps(
         return file
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "open", full_open, raising=False)
-        patch.setattr(report, "open", full_open, raising=False)
+        patch.setattr(builtins, "open", full_open)
         status, _, err = runs.program(monkeypatch, capsys, train, *arguments)
     line = err.replace("\r", "\n").strip().splitlines()[-1]
     assert status == 2 and "Traceback" not in err

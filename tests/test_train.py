@@ -99,23 +99,23 @@ def class_images_of(config):
 
 
 CASES = {
-    "prior preservation": {},
+    "prior preservation": {"max_train_steps": 3},
     "plain fine-tuning": {"prior_loss_weight": 0.0, "class_prompt": None},
     "λ and batch": {"prior_loss_weight": 0.3, "train_batch_size": 2, "seed": 5},
     "text encoder": {"train_text_encoder": True},
-    "accumulation": {"gradient_accumulation_steps": 2, "max_train_steps": 2},
-    "warm-up": {"lr_warmup_steps": 2},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "warm-up": {"lr_warmup_steps": 3},
     "no clipping": {"max_grad_norm": 1e9},
-    "weight decay": {"adam_weight_decay": 20.0, "max_train_steps": 2},
-    "min-SNR": {"snr_gamma": 5.0, "train_batch_size": 2, "max_train_steps": 2},
-    "v, trained text": {"kind": "sd2", "train_text_encoder": True, "max_train_steps": 2},
-    "v, min-SNR": {"kind": "sd2", "snr_gamma": 5.0, "max_train_steps": 2},
+    "weight decay": {"adam_weight_decay": 20.0},
+    "min-SNR": {"snr_gamma": 5.0, "train_batch_size": 2},
+    "v, trained text": {"kind": "sd2", "train_text_encoder": True},
+    "v, min-SNR": {"kind": "sd2", "snr_gamma": 5.0},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_weights_after_some_steps_equal_an_independent_loop(case, tmp_path):
-    changes = {"max_grad_norm": 0.3} | CASES[case]
+    changes = {"max_grad_norm": 0.3, "max_train_steps": 2} | CASES[case]
     kind, config = changes.get("kind", "sd1"), runs.config(tmp_path / "out", **changes)
     sd = runs.model(kind)
     start = {name: runs.flat(network.state_dict()) for name, network in sd.networks.items()}
