@@ -33,7 +33,6 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], identity: dict) -> No
     try:
         write_safetensors(part / "state.safetensors", tensors)
         write_json(part / "identity.json", identity)
-        shutil.rmtree(folder, ignore_errors=True)  # there only if it was damaged and not loaded
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

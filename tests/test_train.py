@@ -122,6 +122,7 @@ def test_the_weights_after_some_steps_equal_an_independent_loop(case, tmp_path):
     train.train(config, sd)
     expected, norm = independent_loop(config, kind)
     assert norm > 0.3  # so that clipping at 0.3 does something
+    assert read_losses(tmp_path / "out")[-1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     for name, peer in expected.items():
         moved = runs.flat(sd.networks[name].state_dict()) - start[name]
         if name == "text_encoder" and not config.train_text_encoder:
@@ -429,6 +430,22 @@ def test_the_fp16_scale_grows_after_many_good_steps(monkeypatch):
         apply(weight, optimizer, step, [gradient, 0.0])
         scales.append(optimizer.scale.item() / 2**16)
     assert scales == [1, 1, 0.5, 0.5, 0.5, 1, 1]
+
+
+def test_the_fp16_scale_and_adam_go_on_from_their_state(monkeypatch):
+    monkeypatch.setattr(update, "GROWTH_INTERVAL", 3)
+    weight, optimizer = one_weight(scaled=True)
+    for step, gradient in enumerate([float("inf"), 1.0, 2.0]):
+        apply(weight, optimizer, step, [gradient, -1.0])
+    state = {key: value.clone() for key, value in optimizer.state().items()}
+    twin, resumed = one_weight(scaled=True)
+    twin.data.copy_(weight)
+    resumed.load_state(state)
+    for step, gradient in enumerate([3.0, float("nan"), 1.0]):  # the first makes the scale grow
+        apply(weight, optimizer, step, [gradient, 0.5])
+        apply(twin, resumed, step, [gradient, 0.5])
+        assert torch.equal(weight, twin) and resumed.scale == optimizer.scale
+    assert resumed.scale == 2**15
 
 
 def test_fp16_that_overflows_without_any_scale_is_an_error():
