@@ -1,9 +1,7 @@
 """python -m minibooth.train: DreamBooth on a folder of photographs.
 
 photographs → latents (mean and std, cached) → noisy latents → UNet → loss → update → pictures.
-The loss itself is dreambooth.py's; this is everything around it. Timesteps, noises and the order of
-the photographs are functions of (seed, step), not of a generator that moves on, so a run that was
-interrupted goes on exactly as it would have.
+The loss itself is dreambooth.py's, the batches are data.py's; this is the run around them.
 """
 
 import hashlib
@@ -21,7 +19,8 @@ from tqdm import tqdm
 
 from . import class_images, cli, dreambooth, fast, photos, pipeline, report, resume, schedule
 from .cli import option
-from .dreambooth import Step, Term
+from .data import draw_term, encode
+from .dreambooth import Step
 from .errors import UserError
 from .files import gigabytes, require_space, write_json, write_text
 from .photos import Photos
@@ -139,62 +138,6 @@ class TrainConfig:
                 raise UserError(f"--{name} must be a number from 0 up")
 
 
-# ---- data: everything random is a function of (seed, name, n) -----------------------------------
-
-
-@dataclass(frozen=True)
-class Latents:
-    """The encoded pictures of one term: N crops of P photographs."""
-
-    mean: Tensor  # (N, 4, h, w) scaled: mean and std of z times the VAE's scaling_factor
-    std: Tensor  # (N, 4, h, w)
-    photo: Tensor  # (N,) which photograph a crop is from: 0 … P − 1
-
-
-@torch.no_grad()
-def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Latents:
-    """Encode every crop once. The latent's distribution is kept, so each step samples it anew."""
-    images, photo = pictures.images, pictures.photo
-    if flip:
-        images, photo = torch.cat([images, images.flip(-1)]), torch.cat([photo, photo])
-    rows = tqdm(images, desc=f"encoding {what}", unit="image")
-    moments = [
-        torch.stack(sd.vae.encode(image[None].to(sd.device))).float().cpu() for image in rows
-    ]
-    mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor
-    return Latents(mean, std, photo)
-
-
-def rng(seed: int, *what: str | int) -> torch.Generator:
-    """A generator that depends on nothing but its arguments."""
-    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-
-
-def pick(latents: Latents, seed: int, name: str, n: int, batch: int) -> Tensor:
-    """The crops of batch n, (B,). Each epoch takes every photograph once, in an order of its own,
-    and of each one crop at random."""
-    rows, count = [], int(latents.photo.max()) + 1
-    for k in range(n * batch, (n + 1) * batch):
-        order = torch.randperm(count, generator=rng(seed, name, "order", k // count))
-        crops = (latents.photo == order[k % count]).nonzero().flatten()
-        rows.append(crops[torch.randint(len(crops), (), generator=rng(seed, name, "crop", k))])
-    return torch.stack(rows)
-
-
-def draw_term(
-    latents: Latents, c: Tensor, T: int, seed: int, name: str, n: int, batch: int
-) -> Term:
-    """Batch n of one term of Eq. 2: latents sampled from the VAE's Gaussian, noise, timesteps."""
-    rows, g = pick(latents, seed, name, n, batch), rng(seed, name, "noise", n)
-    shape = (batch, *latents.mean.shape[1:])
-    x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)
-    eps = torch.randn(shape, generator=g)
-    t = torch.randint(T, (batch,), generator=g)
-    x0, eps, t = (x.to(c.device, non_blocking=True) for x in (x0, eps, t))
-    return Term(x0, eps, t, c.expand(batch, -1, -1))
-
-
 # ---- the run -----------------------------------------------------------------------------------
 
 
@@ -209,6 +152,12 @@ def train(
     called after the backward pass of every batch, before the update. Returns the trained model.
     Raises UserError for whatever the user can mend.
     """
+    if sd is None and config.model is None:
+        raise UserError(
+            "give --model (a folder, a single file or a hub id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5), --instance_data_dir (3 to 6 "
+            'photographs), --instance_prompt "a sks dog" and --class_prompt "a dog"'
+        )
     config.check()
     run, device = Path(config.output_dir), cli.pick_device(config.device)
     photos.image_files(config.instance_data_dir)
@@ -239,11 +188,6 @@ def is_model(folder: Path) -> bool:
 
 
 def load(config: TrainConfig) -> StableDiffusion:
-    if config.model is None:
-        raise UserError(
-            "give --model: a folder, a single file or a hub id such as "
-            "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
     return pipeline.load(
         config.model,
         tokenizer=config.tokenizer,

@@ -63,7 +63,7 @@ def test_the_modules_run_as_programs(tmp_path, monkeypatch, capsys):
     env = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("minibooth.train: give --instance_data_dir")
+    assert done.stderr.startswith("minibooth.train: give --model")
     assert done.stderr.count("\n") == 1
     for name in ("sample", "convert"):
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):

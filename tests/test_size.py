@@ -23,8 +23,8 @@ ORDER = [
         "vae",
         "unet",
     ),
-    *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth", "update"),
-    *("resume", "report", "fast", "toybox", "cli"),
+    *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth"),
+    *("data", "update", "resume", "report", "fast", "toybox", "cli"),
     *("train", "sample", "convert", "evaluate", "explain", "bench", "__init__"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 from PIL import Image
 
-from minibooth import UserError, class_images, load, photos, train, update
-from minibooth.train import Latents, draw_term, pick, rng
+from minibooth import UserError, class_images, data, load, photos, train, update
+from minibooth.data import Latents, draw_term, pick, rng
 from minibooth.update import Precision, Update
 
 # ---- the whole loop ----------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_latents_are_sampled_anew_from_mean_and_std_each_step():
 
 def test_flipping_adds_the_mirrored_crops_to_the_turn_of_their_photograph():
     sd, pictures = runs.model(), photos.load_photos(runs.photographs(), 32)
-    latents = train.encode(sd, pictures, True, "photographs")
+    latents = data.encode(sd, pictures, True, "photographs")
     assert latents.photo.tolist() == pictures.photo.tolist() * 2
     mean, _ = sd.vae.encode(pictures.images.flip(-1))
     torch.testing.assert_close(latents.mean[5:], mean.detach() * 0.18215, rtol=1e-4, atol=1e-5)

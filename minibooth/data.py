@@ -1,0 +1,70 @@
+"""What the steps read: photographs as latents, and the batches drawn from them.
+
+Everything random is a function of (seed, name of the term, n), not of a generator that moves on.
+So batch n is the same whoever asks for it and whenever: a run that was interrupted, a step that is
+done again, a test.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .dreambooth import Term
+from .photos import Photos
+from .pipeline import StableDiffusion
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The encoded pictures of one term: N crops of P photographs."""
+
+    mean: Tensor  # (N, 4, h, w) scaled: mean and std of z times the VAE's scaling_factor
+    std: Tensor  # (N, 4, h, w)
+    photo: Tensor  # (N,) which photograph a crop is from: 0 … P − 1
+
+
+@torch.no_grad()
+def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Latents:
+    """Encode every crop once. The latent's distribution is kept, so each step samples it anew."""
+    images, photo = pictures.images, pictures.photo
+    if flip:
+        images, photo = torch.cat([images, images.flip(-1)]), torch.cat([photo, photo])
+    rows = tqdm(images, desc=f"encoding {what}", unit="image")
+    moments = [
+        torch.stack(sd.vae.encode(image[None].to(sd.device))).float().cpu() for image in rows
+    ]
+    mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor
+    return Latents(mean, std, photo)
+
+
+def rng(seed: int, *what: str | int) -> torch.Generator:
+    """A generator that depends on nothing but its arguments."""
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def pick(latents: Latents, seed: int, name: str, n: int, batch: int) -> Tensor:
+    """The crops of batch n, (B,). Each epoch takes every photograph once, in an order of its own,
+    and of each one crop at random."""
+    rows, count = [], int(latents.photo.max()) + 1
+    for k in range(n * batch, (n + 1) * batch):
+        order = torch.randperm(count, generator=rng(seed, name, "order", k // count))
+        crops = (latents.photo == order[k % count]).nonzero().flatten()
+        rows.append(crops[torch.randint(len(crops), (), generator=rng(seed, name, "crop", k))])
+    return torch.stack(rows)
+
+
+def draw_term(
+    latents: Latents, c: Tensor, T: int, seed: int, name: str, n: int, batch: int
+) -> Term:
+    """Batch n of one term of Eq. 2: latents sampled from the VAE's Gaussian, noise, timesteps."""
+    rows, g = pick(latents, seed, name, n, batch), rng(seed, name, "noise", n)
+    shape = (batch, *latents.mean.shape[1:])
+    x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)
+    eps = torch.randn(shape, generator=g)
+    t = torch.randint(T, (batch,), generator=g)
+    x0, eps, t = (x.to(c.device, non_blocking=True) for x in (x0, eps, t))
+    return Term(x0, eps, t, c.expand(batch, -1, -1))
