@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # a second's import that the first optimizer of a process does
 
-from minibooth import cli, train
+from minibooth import cli, data, train
 
 
 def die() -> None:
@@ -44,7 +44,7 @@ def arm(moment: str) -> None:
 
     os.replace, shutil.rmtree = dying_replace, dying_rmtree
     if kind == "encode":
-        train.tqdm = lambda rows, **_: (
+        data.tqdm = lambda rows, **_: (
             row if i < int(name) else die() for i, row in enumerate(rows)
         )
     if kind == "step":
