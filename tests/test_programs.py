@@ -139,7 +139,8 @@ def unet(source):
 
 def test_a_config_that_a_run_wrote_runs_again_and_flags_override_it(program, tmp_path):
     first = tmp_path / "first"
-    settings = runs.settings(first, train_batch_size=2, lr_warmup_steps=2, seed=3)
+    changes = {"train_batch_size": 2, "max_train_steps": 2, "lr_warmup_steps": 2, "seed": 3}
+    settings = runs.settings(first, **changes)
     program(train, *runs.arguments(settings))
     config = ["--config", first / "config.json"]
     program(train, *config, "--output_dir", tmp_path / "again")

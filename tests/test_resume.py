@@ -66,10 +66,8 @@ MOMENTS = [
     "before step-00000.png",
     "step 1",
     "before state.safetensors",
-    "before step-00000002",
     "after step-00000002",  # the state is there, its snapshot is not
     "before checkpoint-2.tmp/vae/config.json",
-    "before checkpoint-2",
     "step 4",
     "remove step-00000002",  # two states, the older half removed
     "after step-00000005",
@@ -84,7 +82,7 @@ MOMENTS = [
 def test_a_run_killed_at_every_kind_of_moment_ends_bit_identical(variant, tmp_path):
     whole = uninterrupted(tmp_path / "whole", **VARIANTS[variant])
     folder = tmp_path / "killed"
-    moments = MOMENTS if variant == "text encoder frozen" else MOMENTS[6:12:2]
+    moments = MOMENTS if variant == "text encoder frozen" else MOMENTS[5:10:2]
     for moment in moments:
         code, said = kill_or_finish(folder, moment, **VARIANTS[variant])
         assert code == -signal.SIGKILL, f"{moment}: {said}"
