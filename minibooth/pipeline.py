@@ -90,56 +90,22 @@ class StableDiffusion:
         `on_step` is called after every step of every batch. Raises UserError for wrong settings.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        factor, channels = self.vae.factor, self.configs["unet"]["out_channels"]
-        default = (self.image_size, self.image_size)
-        if latents is not None and latents.ndim == 4:
-            default = (latents.shape[2] * factor, latents.shape[3] * factor)
-        height, width = height or default[0], width or default[1]
-        shape = (channels, height // factor, width // factor)
-        if not prompts:
-            raise UserError("no prompts: give at least one")
-        if height % factor or width % factor or min(shape) < 1:
-            raise UserError(f"{width}×{height} pixels: give multiples of {factor}")
-        if latents is not None and latents.shape != (len(prompts), *shape):
-            raise UserError(
-                f"latents are {list(latents.shape)}, wanted are {[len(prompts), *shape]} for "
-                f"{len(prompts)} prompts and {width}×{height} pixels"
-            )
-        if sampler not in SAMPLERS:
-            raise UserError(f"sampler {sampler!r}: give one of {', '.join(SAMPLERS)}")
-        if output not in OUTPUTS:
-            raise UserError(f"output {output!r}: give one of {', '.join(OUTPUTS)}")
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta {eta}: give a number from 0 (DDIM) to 1 (as much noise as DDPM)")
-        if not 0 <= seed < 2**63 - len(prompts):
-            raise UserError(f"seed {seed}: give a whole number from 0")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: give a number from 1")
-        if self.configs["unet"]["in_channels"] != channels:
-            raise UserError("an inpainting model wants a picture and a mask: not supported here")
-
+        shape = self.latent_shape(len(prompts), height, width, latents)  # (4, h, w)
+        check_sampling(len(prompts), sampler, output, eta, seed, batch_size)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        finished = []
-        batch_size = batch_size or 8
         negative = self.encode_prompt([negative_prompt])  # (1, 77, D)
-        for first in range(0, len(prompts), batch_size):
-            batch = slice(first, first + batch_size)
+        finished = []
+        for first in range(0, len(prompts), batch_size or 8):
+            batch = slice(first, first + (batch_size or 8))
 
             def noise(batch=batch) -> Tensor:
                 drawn = [torch.randn(shape, generator=g) for g in generators[batch]]
-                return torch.stack(drawn).to(self.device)
+                return torch.stack(drawn).to(self.device)  # (B, 4, h, w)
 
             x = noise() if latents is None else latents[batch].to(self.device, torch.float32)
-            context = self.encode_prompt(prompts[batch])
-            if guided := guidance_scale > 1:
-                context = torch.cat([negative.expand_as(context), context])  # (2B, 77, D)
+            context = self.encode_prompt(prompts[batch])  # (B, 77, D)
             for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
-                x_in = torch.cat([x, x]) if guided else x
-                times = torch.full((len(x_in),), t, device=self.device)
-                prediction = self.unet(x_in, times, context).float()
-                if guided:  # away from the negative prompt, arXiv 2207.12598 Eq. 6
-                    without, towards = prediction.chunk(2)
-                    prediction = without + guidance_scale * (towards - without)
+                prediction = self.predict(x, t, context, negative, guidance_scale)
                 if sampler == "ddpm":
                     x = schedule.ddpm_step(x, prediction, t, t_prev, self.schedule, noise())
                 else:
@@ -153,6 +119,43 @@ class StableDiffusion:
             return result
         pixels = (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(p) for p in pixels]
+
+    def predict(
+        self, x: Tensor, t: int, context: Tensor, negative: Tensor, guidance_scale: float
+    ) -> Tensor:
+        """The UNet's ε̂ or v̂ for x: (B, 4, h, w), with guidance (arXiv 2207.12598 Eq. 6).
+
+        Both prompts go through the UNet in one batch, and the difference that the prompt makes
+        against the negative one, context (B, 77, D) against (1, 77, D), is exaggerated.
+        """
+        times = torch.full((len(x),), t, device=self.device)
+        if guidance_scale <= 1:
+            return self.unet(x, times, context).float()
+        both = torch.cat([negative.expand_as(context), context])  # (2B, 77, D)
+        prediction = self.unet(torch.cat([x, x]), torch.cat([times, times]), both).float()
+        without, towards = prediction.chunk(2)
+        return without + guidance_scale * (towards - without)
+
+    def latent_shape(
+        self, count: int, height: int | None, width: int | None, latents: Tensor | None
+    ) -> tuple[int, int, int]:
+        """(4, h, w) for pictures of that size. Raises UserError for one that cannot be."""
+        factor, channels = self.vae.factor, self.configs["unet"]["out_channels"]
+        if self.configs["unet"]["in_channels"] != channels:
+            raise UserError("an inpainting model wants a picture and a mask: not supported here")
+        given = latents is not None and latents.ndim == 4
+        default = [n * factor for n in latents.shape[2:]] if given else [self.image_size] * 2
+        height = default[0] if height is None else height
+        width = default[1] if width is None else width
+        shape = (channels, height // factor, width // factor)
+        if height % factor or width % factor or min(shape) < 1:
+            raise UserError(f"{width}×{height} pixels: give multiples of {factor}")
+        if latents is not None and latents.shape != (count, *shape):
+            raise UserError(
+                f"latents are {list(latents.shape)}, wanted are {[count, *shape]} for "
+                f"{count} prompts and {width}×{height} pixels"
+            )
+        return shape
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1]; one at a time, to save memory."""
@@ -210,6 +213,24 @@ class StableDiffusion:
         checkpoint.write_single_file(path, self.configs, self.tensors(), dtype, about)
 
 
+def check_sampling(
+    count: int, sampler: str, output: str, eta: float, seed: int, batch_size: int | None
+) -> None:
+    """Raise UserError for settings of `generate` that cannot be."""
+    if count < 1:
+        raise UserError("no prompts: give at least one")
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler {sampler!r}: give one of {', '.join(SAMPLERS)}")
+    if output not in OUTPUTS:
+        raise UserError(f"output {output!r}: give one of {', '.join(OUTPUTS)}")
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta {eta}: give a number from 0 (DDIM) to 1 (as much noise as DDPM)")
+    if not 0 <= seed < 2**63 - count:
+        raise UserError(f"seed {seed}: give a whole number from 0")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: give a number from 1")
+
+
 def load(
     source: str | Path,
     *,
@@ -235,28 +256,17 @@ def load(
     if prediction_type is not None:
         scheduler["prediction_type"] = prediction_type
     networks = {}
-    text, unet = found.configs["text_encoder"], found.configs["unet"]
     for name in checkpoint.NETWORKS:
         wide = name == "vae" and dtype == torch.float16
         weights = found.tensors.pop(name)
         networks[name] = checkpoint.build(
             name, found.configs[name], weights, torch.float32 if wide else dtype, device
         )
-    vae_channels = found.configs["vae"]["latent_channels"]
-    token = max(found.tokenizer.vocab.values())
-    misfit = f"{source}: its parts do not fit together"
-    if text["hidden_size"] != unet["cross_attention_dim"]:
-        raise UserError(f"{misfit}: text {text['hidden_size']}, UNet {unet['cross_attention_dim']}")
-    if vae_channels != unet["out_channels"]:
-        raise UserError(
-            f"{misfit}: latents of {vae_channels} and of {unet['out_channels']} channels"
-        )
-    if token >= text["vocab_size"]:
-        raise UserError(f"{misfit}: token {token}, text encoder for {text['vocab_size']}")
+    check_fit(source, found)
     if found.needs_probe and prediction_type is None and predicts_v(networks["unet"]):
         scheduler["prediction_type"] = "v_prediction"
     if found.needs_probe and scheduler["prediction_type"] == "v_prediction":
-        unet |= SD2_V
+        found.configs["unet"] |= SD2_V
     return StableDiffusion(
         tokenizer=found.tokenizer,
         schedule=read_schedule(scheduler).to(device),
@@ -266,6 +276,21 @@ def load(
         licence_files=found.licence_files,
         **networks,
     )
+
+
+def check_fit(source: str | Path, found: checkpoint.Checkpoint) -> None:
+    """Raise UserError unless the parts speak of the same tokens, text vectors and latents."""
+    text, unet, vae = (found.configs[name] for name in ("text_encoder", "unet", "vae"))
+    misfit = f"{source}: its parts do not fit together"
+    if text["hidden_size"] != unet["cross_attention_dim"]:
+        raise UserError(f"{misfit}: text {text['hidden_size']}, UNet {unet['cross_attention_dim']}")
+    if vae["latent_channels"] != unet["out_channels"]:
+        raise UserError(
+            f"{misfit}: latents of {vae['latent_channels']} and of {unet['out_channels']} channels"
+        )
+    token = max(found.tokenizer.vocab.values())
+    if token >= text["vocab_size"]:
+        raise UserError(f"{misfit}: token {token}, text encoder for {text['vocab_size']}")
 
 
 def read_schedule(config: dict) -> Schedule:
