@@ -23,7 +23,6 @@ Every gradient has one program that adds it up in a fixed order: no atomics, equ
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -31,10 +30,8 @@ from . import card
 
 SHORT = 128  # keys that fit one block
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 512, 256  # of the short path: chunks of queries × heads
-INTEGERS = (
-    "stride_qb stride_qh stride_qn stride_kb stride_kh stride_kn stride_vb stride_vh stride_vn "
-    "H N_q N_k d8 chunk"
-).split()  # one compilation serves all their values
+STRIDES = [f"stride_{x}{axis}" for x in "qkv" for axis in "bhn"]
+INTEGERS = [*STRIDES, "H", "N_q", "N_k", "d8", "chunk"]  # one compilation serves all their values
 
 
 def reference(q, k, v, scale=None):
@@ -115,7 +112,7 @@ def _forward(
     Q,  # (B, H, N_q, d) in, any strides
     K,  # (B, H, N_k, d)
     V,  # (B, H, N_k, d)
-    O,  # (B, N_q, H, d) out
+    Out,  # (B, N_q, H, d) out
     L,  # (B, H, N_q) fp32 out: log2 of the softmax's denominator
     stride_qb,
     stride_qh,
@@ -146,8 +143,8 @@ def _forward(
     Q = _head(Q, b, h, stride_qb, stride_qh)
     q1, q2 = _load(Q, queries, N_q, stride_qn * 8, d, D1, D2)
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     acc1, acc2 = _zeros(BLOCK_M, D1, D2)
     if PREFETCH:
         k1, k2 = _load(K, tl.arange(0, BLOCK_N), N_k, stride_kn * 8, d, D1, D2)
@@ -163,20 +160,20 @@ def _forward(
             S = _product(q1, q2, k1, k2, D2)
         if not EVEN:
             S = tl.where((keys < N_k)[None, :], S, float("-inf"))
-        m_new = tl.maximum(m, tl.max(S, axis=1) * scale_log2)
-        P = tl.exp2(S * scale_log2 - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        m = m_new
-        l = l * alpha + tl.sum(P, axis=1)
+        m_next = tl.maximum(m_i, tl.max(S, axis=1) * scale_log2)
+        P = tl.exp2(S * scale_log2 - m_next[:, None])
+        alpha = tl.exp2(m_i - m_next)
+        m_i = m_next
+        l_i = l_i * alpha + tl.sum(P, axis=1)
         acc1 = acc1 * alpha[:, None]
         if D2:
             acc2 = acc2 * alpha[:, None]
         v1, v2 = _load(V, keys, N_k, stride_vn * 8, d, D1, D2)
         acc1, acc2 = _add_product(acc1, acc2, P, v1, v2, D2)
 
-    O = _packed_head(O, b, h, N_q, H, d)
-    _store(O, acc1 / l[:, None], acc2 / l[:, None], queries, N_q, H * d, d, D1, D2)
-    tl.store(L + tl.program_id(1) * N_q + queries, m + tl.log2(l), mask=queries < N_q)
+    Out = _packed_head(Out, b, h, N_q, H, d)
+    _store(Out, acc1 / l_i[:, None], acc2 / l_i[:, None], queries, N_q, H * d, d, D1, D2)
+    tl.store(L + tl.program_id(1) * N_q + queries, m_i + tl.log2(l_i), mask=queries < N_q)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -184,7 +181,7 @@ def _short_forward(
     Q,  # (B, H, N_q, d) in, any strides
     K,  # (B, H, N_k, d), N_k <= BLOCK_N
     V,  # (B, H, N_k, d)
-    O,  # (B, N_q, H, d) out
+    Out,  # (B, N_q, H, d) out
     L,  # (B, H, N_q) fp32 out
     stride_qb,
     stride_qh,
@@ -212,7 +209,7 @@ def _short_forward(
     k1, k2 = _load(_head(K, b, h, stride_kb, stride_kh), keys, N_k, stride_kn * 8, d, D1, D2)
     v1, v2 = _load(_head(V, b, h, stride_vb, stride_vh), keys, N_k, stride_vn * 8, d, D1, D2)
     Q = _head(Q, b, h, stride_qb, stride_qh)
-    O = _packed_head(O, b, h, N_q, H, d)
+    Out = _packed_head(Out, b, h, N_q, H, d)
 
     first = tl.program_id(0) * chunk
     for start in range(first, tl.minimum(first + chunk, N_q), BLOCK_M):
@@ -220,13 +217,13 @@ def _short_forward(
         q1, q2 = _load(Q, queries, N_q, stride_qn * 8, d, D1, D2)
         S = _product(q1, q2, k1, k2, D2)
         S = tl.where((keys < N_k)[None, :], S, float("-inf"))
-        m = tl.max(S, axis=1) * scale_log2
-        P = tl.exp2(S * scale_log2 - m[:, None])
-        l = tl.sum(P, axis=1)
+        m_i = tl.max(S, axis=1) * scale_log2
+        P = tl.exp2(S * scale_log2 - m_i[:, None])
+        l_i = tl.sum(P, axis=1)
         o1, o2 = _zeros(BLOCK_M, D1, D2)
         o1, o2 = _add_product(o1, o2, P, v1, v2, D2)
-        _store(O, o1 / l[:, None], o2 / l[:, None], queries, N_q, H * d, d, D1, D2)
-        tl.store(L + tl.program_id(1) * N_q + queries, m + tl.log2(l), mask=queries < N_q)
+        _store(Out, o1 / l_i[:, None], o2 / l_i[:, None], queries, N_q, H * d, d, D1, D2)
+        tl.store(L + tl.program_id(1) * N_q + queries, m_i + tl.log2(l_i), mask=queries < N_q)
 
 
 @triton.jit
@@ -243,7 +240,7 @@ def _backward_dq(
     Q,  # (B, H, N_q, d) in, any strides
     K,  # (B, H, N_k, d)
     V,  # (B, H, N_k, d)
-    O,  # (B, N_q, H, d)
+    Out,  # (B, N_q, H, d)
     dO,  # (B, N_q, H, d)
     L,  # (B, H, N_q) fp32
     dQ,  # (B, N_q, H, d) out
@@ -276,12 +273,12 @@ def _backward_dq(
     queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     Q = _head(Q, b, h, stride_qb, stride_qh)
     q1, q2 = _load(Q, queries, N_q, stride_qn * 8, d, D1, D2)
-    o1, o2 = _load(_packed_head(O, b, h, N_q, H, d), queries, N_q, H * d, d, D1, D2)
+    o1, o2 = _load(_packed_head(Out, b, h, N_q, H, d), queries, N_q, H * d, d, D1, D2)
     do1, do2 = _load(_packed_head(dO, b, h, N_q, H, d), queries, N_q, H * d, d, D1, D2)
     delta = _row_dot(o1, o2, do1, do2, D2)
     rows = tl.program_id(1) * N_q + queries
     tl.store(Delta + rows, delta, mask=queries < N_q)
-    l = tl.load(L + rows, mask=queries < N_q, other=0.0)
+    L_i = tl.load(L + rows, mask=queries < N_q, other=0.0)
 
     dq1, dq2 = _zeros(BLOCK_M, D1, D2)
     for start in range(0, N_k, BLOCK_N):
@@ -289,7 +286,7 @@ def _backward_dq(
         k1, k2 = _load(K, keys, N_k, stride_kn * 8, d, D1, D2)
         v1, v2 = _load(V, keys, N_k, stride_vn * 8, d, D1, D2)
         S = _product(q1, q2, k1, k2, D2)
-        P = tl.exp2(S * scale_log2 - l[:, None])
+        P = tl.exp2(S * scale_log2 - L_i[:, None])
         if not EVEN:  # S is 0 there, and exp2(0 − L) may be infinite
             P = tl.where((keys < N_k)[None, :], P, 0.0)
         dP = _product(do1, do2, v1, v2, D2)
@@ -342,13 +339,14 @@ def _backward_dkv(
     for start in range(0, N_q, BLOCK_M):
         queries = start + tl.arange(0, BLOCK_M)
         rows = tl.program_id(1) * N_q + queries
-        l = tl.load(L + rows, mask=queries < N_q, other=float("inf"))  # P = 0 beyond N_q
+        L_i = tl.load(L + rows, mask=queries < N_q, other=float("inf"))  # P = 0 beyond N_q
         delta = tl.load(Delta + rows, mask=queries < N_q, other=0.0)
         q1, q2 = _load(Q, queries, N_q, stride_qn * 8, d, D1, D2)
         do1, do2 = _load(dO, queries, N_q, H * d, d, D1, D2)
-        # Transposed, keys × queries: Pᵀ and dSᵀ are left operands as they are.
+        # Transposed, keys × queries: Pᵀ and dSᵀ are left operands as they are. Rows of keys beyond
+        # N_k hold nonsense, which no other row sees and nothing stores.
         S_T = _product(k1, k2, q1, q2, D2)
-        P_T = tl.exp2(S_T * scale_log2 - l[None, :])
+        P_T = tl.exp2(S_T * scale_log2 - L_i[None, :])
         dv1, dv2 = _add_product(dv1, dv2, P_T, do1, do2, D2)
         dP_T = _product(v1, v2, do1, do2, D2)
         dS_T = P_T * (dP_T - delta[None, :])
@@ -364,7 +362,7 @@ def _short_backward(
     Q,  # (B, H, N_q, d) in, any strides
     K,  # (B, H, N_k, d), N_k <= BLOCK_N
     V,  # (B, H, N_k, d)
-    O,  # (B, N_q, H, d)
+    Out,  # (B, N_q, H, d)
     dO,  # (B, N_q, H, d)
     L,  # (B, H, N_q) fp32
     dQ,  # (B, N_q, H, d) out
@@ -397,7 +395,7 @@ def _short_backward(
     k1, k2 = _load(_head(K, b, h, stride_kb, stride_kh), keys, N_k, stride_kn * 8, d, D1, D2)
     v1, v2 = _load(_head(V, b, h, stride_vb, stride_vh), keys, N_k, stride_vn * 8, d, D1, D2)
     Q = _head(Q, b, h, stride_qb, stride_qh)
-    O = _packed_head(O, b, h, N_q, H, d)
+    Out = _packed_head(Out, b, h, N_q, H, d)
     dO = _packed_head(dO, b, h, N_q, H, d)
     dQ = _packed_head(dQ, b, h, N_q, H, d)
 
@@ -408,13 +406,13 @@ def _short_backward(
         queries = start + tl.arange(0, BLOCK_M)
         q1, q2 = _load(Q, queries, N_q, stride_qn * 8, d, D1, D2)
         do1, do2 = _load(dO, queries, N_q, H * d, d, D1, D2)
-        o1, o2 = _load(O, queries, N_q, H * d, d, D1, D2)
+        o1, o2 = _load(Out, queries, N_q, H * d, d, D1, D2)
         delta = _row_dot(o1, o2, do1, do2, D2)
         rows = tl.program_id(1) * N_q + queries
-        l = tl.load(L + rows, mask=queries < N_q, other=float("inf"))
+        L_i = tl.load(L + rows, mask=queries < N_q, other=float("inf"))
         S_T = _product(k1, k2, q1, q2, D2)
-        P_T = tl.exp2(S_T * scale_log2 - l[None, :])
-        P_T = tl.where((keys < N_k)[:, None], P_T, 0.0)
+        P_T = tl.exp2(S_T * scale_log2 - L_i[None, :])
+        P_T = tl.where((keys < N_k)[:, None], P_T, 0.0)  # dQ sums over the keys
         dv1, dv2 = _add_product(dv1, dv2, P_T, do1, do2, D2)
         dP_T = _product(v1, v2, do1, do2, D2)
         dS_T = P_T * (dP_T - delta[None, :])
@@ -432,21 +430,68 @@ def _short_backward(
 
 
 def split(d: int) -> tuple[int, int]:
-    """d as the sum of one or two tile widths (powers of two from 16), the second 0 if not needed."""
-    power = max(16, 1 << (d.bit_length() - 1))
-    if d <= power:
-        return power, 0
-    rest = max(16, triton.next_power_of_2(d - power))
-    return (power, rest) if rest <= power // 2 else (2 * power, 0)
+    """d as the sum of one or two widths (powers of two from 16), the second 0 if not needed."""
+    D1 = max(16, 1 << (d.bit_length() - 1))
+    if d <= D1:
+        return D1, 0
+    D2 = max(16, D1 // 4, triton.next_power_of_2(d - D1))
+    return (D1, D2) if 2 * D2 <= D1 else (2 * D1, 0)
 
 
-def config(kernel: str, q: torch.Tensor, N_k: int) -> dict:
-    t = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+# Tiles by kernel: (head dimensions up to, BLOCK_M, BLOCK_N, warps, stages), the first row that
+# fits. They were chosen among what compiles without spills: kernels/results/ has the costs.
+AMPERE = {  # compute capability 8.x and 12.x: mma.sync, and an RTX card's 99 KB of shared memory
+    "forward": ((64, 64, 64, 4, 3), (80, 64, 64, 4, 2), (160, 64, 32, 4, 2), (512, 64, 16, 8, 1)),
+    "short_forward": ((80, 64, 128, 4, 2),),
+    "backward_dq": ((64, 64, 64, 4, 2), (96, 64, 32, 4, 2), (160, 128, 16, 8, 2)),
+    "backward_dkv": ((48, 64, 64, 4, 2), (96, 16, 64, 4, 2), (160, 32, 16, 4, 2)),
+    "short_backward": ((64, 32, 128, 8, 2),),
+}
+HOPPER = {  # 9.0: wgmma, which runs while other instructions do
+    "forward": ((160, 64, 64, 4, 3), (512, 64, 32, 8, 2)),
+    "short_forward": ((80, 64, 128, 4, 2),),
+    "backward_dq": ((96, 64, 64, 4, 2), (160, 64, 32, 4, 2)),
+    "backward_dkv": ((96, 64, 64, 4, 2), (160, 64, 64, 8, 2)),
+    "short_backward": ((64, 64, 128, 8, 2), (80, 64, 128, 8, 1)),
+}
+BLACKWELL = {  # 10.x: tcgen05, whose accumulators lie in tensor memory
+    "forward": ((160, 128, 64, 8, 2), (512, 64, 32, 8, 2)),
+    "short_forward": ((80, 64, 128, 4, 1),),
+    "backward_dq": ((64, 128, 64, 8, 2), (96, 64, 64, 4, 2), (160, 128, 64, 8, 2)),
+    "backward_dkv": ((96, 64, 128, 8, 2), (160, 32, 128, 8, 2)),
+    "short_backward": ((80, 64, 128, 8, 1),),
+}
+FLOAT32 = {  # no tensor cores
+    "forward": ((48, 32, 16, 4, 1), (160, 32, 16, 8, 1), (512, 16, 16, 8, 1)),
+    "short_forward": (),
+    "backward_dq": ((160, 16, 16, 8, 1),),
+    "backward_dkv": ((160, 16, 32, 4, 1),),
+    "short_backward": (),
+}
+
+
+def config(kernel: str, q: torch.Tensor, N_k: int) -> dict | None:
+    """Constants and launch options of a kernel; None if this case is not its own.
+
+    Reads the dtype and head dimension of q and the card it is on.
+    """
+    d = q.shape[-1]
+    major = card.capability(q.device) // 10
+    tables = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: AMPERE}
+    table = FLOAT32 if q.dtype == torch.float32 else tables[major]
+    row = next((row for row in table[kernel] if d <= row[0]), None)
+    if row is None or (kernel.startswith("short") and N_k > SHORT):
+        return None
+    _, block_m, block_n, warps, stages = row
+    D1, D2 = split(d)
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     if kernel == "forward":
-        t["PREFETCH"] = False
-    if "short" in kernel:
-        t["BLOCK_N"] = 64 if N_k <= 64 else 128
-    return t
+        options["PREFETCH"] = table is HOPPER and d <= 64
+        if options["PREFETCH"]:  # S in one product: two in flight, and ptxas serializes them all
+            D1, D2 = max(16, triton.next_power_of_2(d)), 0
+    if kernel in ("forward", "backward_dq"):
+        options["EVEN"] = N_k % block_n == 0
+    return {"D1": D1, "D2": D2, **options}
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -467,25 +512,22 @@ def _chunk(N_q, heads, block, programs):
 
 
 @torch.library.custom_op("minibooth::attention", mutates_args=())
+@card.launched_where_its_input_is
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = (_aligned(x) for x in (q, k, v))
     B, H, N_q, d = q.shape
     N_k = k.shape[2]
-    D1, D2 = split(d)
     out = q.new_empty(B, N_q, H, d)
     L = q.new_empty(B, H, N_q, dtype=torch.float32)
     arguments = (q, k, v, out, L, *_arguments(q, k, v), scale * math.log2(math.e))
-    short = N_k <= SHORT and d <= 160
-    tiles = config("short_forward" if short else "forward", q, N_k)
-    if short:
-        chunk = _chunk(N_q, B * H, tiles["BLOCK_M"], FORWARD_PROGRAMS)
-        _short_forward[(triton.cdiv(N_q, chunk), B * H)](*arguments, chunk, D1=D1, D2=D2, **tiles)
+    if options := config("short_forward", q, N_k):
+        chunk = _chunk(N_q, B * H, options["BLOCK_M"], FORWARD_PROGRAMS)
+        _short_forward[(triton.cdiv(N_q, chunk), B * H)](*arguments, chunk, **options)
     else:
-        grid = (triton.cdiv(N_q, tiles["BLOCK_M"]), B * H)
-        even = N_k % tiles["BLOCK_N"] == 0
-        _forward[grid](*arguments, D1=D1, D2=D2, EVEN=even, **tiles)
+        options = config("forward", q, N_k)
+        _forward[(triton.cdiv(N_q, options["BLOCK_M"]), B * H)](*arguments, **options)
     return out.transpose(1, 2), L
 
 
@@ -496,6 +538,7 @@ def _(q, k, v, scale):
 
 
 @torch.library.custom_op("minibooth::attention_backward", mutates_args=())
+@card.launched_where_its_input_is
 def _attention_backward(
     do: torch.Tensor,
     q: torch.Tensor,
@@ -509,30 +552,23 @@ def _attention_backward(
     o, do = o.transpose(1, 2), do.transpose(1, 2).contiguous()
     B, H, N_q, d = q.shape
     N_k = k.shape[2]
-    D1, D2 = split(d)
     dq = torch.empty_like(o)
     common = (*_arguments(q, k, v), scale, scale * math.log2(math.e))
-    if N_k <= SHORT:
-        tiles = config("short_backward", q, N_k)
-        chunk = _chunk(N_q, B * H, tiles["BLOCK_M"], BACKWARD_PROGRAMS)
+    if options := config("short_backward", q, N_k):
+        chunk = _chunk(N_q, B * H, options["BLOCK_M"], BACKWARD_PROGRAMS)
         grid = (triton.cdiv(N_q, chunk), B * H)
         partial = q.new_empty(grid[0], 2, B, N_k, H, d, dtype=torch.float32)
-        _short_backward[grid](
-            q, k, v, o, do, L, dq, partial, *common, chunk, D1=D1, D2=D2, **tiles
-        )
+        _short_backward[grid](q, k, v, o, do, L, dq, partial, *common, chunk, **options)
         dkv = partial.sum(0).to(k.dtype)
     else:
         dkv = k.new_empty(2, B, N_k, H, d)
         delta = torch.empty_like(L)
-        tiles = config("backward_dq", q, N_k)
-        grid = (triton.cdiv(N_q, tiles["BLOCK_M"]), B * H)
-        even = N_k % tiles["BLOCK_N"] == 0
-        _backward_dq[grid](
-            q, k, v, o, do, L, dq, delta, *common, D1=D1, D2=D2, EVEN=even, **tiles
-        )
-        tiles = config("backward_dkv", q, N_k)
-        grid = (triton.cdiv(N_k, tiles["BLOCK_N"]), B * H)
-        _backward_dkv[grid](q, k, v, do, L, delta, *dkv, *common, D1=D1, D2=D2, **tiles)
+        options = config("backward_dq", q, N_k)
+        grid = (triton.cdiv(N_q, options["BLOCK_M"]), B * H)
+        _backward_dq[grid](q, k, v, o, do, L, dq, delta, *common, **options)
+        options = config("backward_dkv", q, N_k)
+        grid = (triton.cdiv(N_k, options["BLOCK_N"]), B * H)
+        _backward_dkv[grid](q, k, v, do, L, delta, *dkv, *common, **options)
     return dq.transpose(1, 2), dkv.transpose(2, 3)  # dK and dV in one tensor (2, B, H, N_k, d)
 
 
@@ -559,7 +595,9 @@ def _autograd_backward(ctx, do, _):
 _attention.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def unsupported(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
+) -> str | None:
     """Why the kernels cannot take these arguments, in one line; None if they can."""
     if reason := card.unsupported(q):
         return reason
@@ -573,6 +611,8 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if d > 160 and gradients:
         return f"there is no backward for head dimension {d}, only for up to 160"
+    if scale is not None and scale <= 0:
+        return f"the scale must be positive, not {scale}"  # the kernels scale the row maximum
     return None
 
 
@@ -587,9 +627,7 @@ def attention(
     Returns (B, H, N_q, d), a view of (B, N_q, H, d). Two runs give equal bits, gradients included.
     Raises ValueError for what the kernels cannot take.
     """
-    if reason := unsupported(q, k, v):
+    if reason := unsupported(q, k, v, scale):
         raise ValueError(reason)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, not {scale}")  # the row maximum relies on it
     return _attention(q, k, v, scale)[0]

@@ -8,27 +8,15 @@ import triton
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run as NumPy, on the CPU
 
 
-@functools.cache
-def _properties(index: int):
-    return torch.cuda.get_device_properties(index)
-
-
 def capability(device: torch.device) -> int:
-    """Compute capability as one number: 80 A100, 86 RTX 30, 89 RTX 40, 90 H100/H200, 100 B200, 120.
+    """Compute capability as one number: 80 A100, 86 RTX 30, 89 RTX 40, 90 H100, 100 B200, 120.
 
     The interpreter has no card; it takes the A100's configurations.
     """
     if device.type != "cuda":
         return 80
-    properties = _properties(device.index or 0)
+    properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may use."""
-    if device.type != "cuda":
-        return 166_912
-    return _properties(device.index or 0).shared_memory_per_block_optin
 
 
 def unsupported(x: torch.Tensor) -> str | None:
@@ -42,3 +30,14 @@ def unsupported(x: torch.Tensor) -> str | None:
     if x.numel() == 0:
         return "an empty tensor has nothing to compute"
     return None
+
+
+def launched_where_its_input_is(operator):
+    """Triton launches on the current device; this makes it that of the first tensor."""
+
+    @functools.wraps(operator)
+    def on_device(x, *arguments):
+        with torch.cuda.device_of(x):
+            return operator(x, *arguments)
+
+    return on_device

@@ -13,6 +13,8 @@ x is read as (N, R, C), R the product of the spatial sizes, in either memory lay
 each other (channels_last) or R next to each other (contiguous). Only `_offsets` knows which.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -20,10 +22,12 @@ import triton.language as tl
 
 from . import card
 
-# One program per group: (elements of the tile, warps), the smallest that fits is taken.
-# The backward holds x and dy, so it has to stop at half the size.
-FORWARD_TILES = ((4096, 4), (16384, 8), (32768, 16))
-BACKWARD_TILES = ((4096, 4), (16384, 16))
+# One program per group: (elements of the tile, warps), the smallest that fits is taken, for
+# channels_last (True) or not. The backward holds x and dy, so it stops at half the size; contiguous
+# tensors spill a step earlier.
+FORWARD_TILES = {True: ((4096, 4), (16384, 8), (32768, 16)), False: ((4096, 4), (16384, 8))}
+BACKWARD_TILES = {True: ((4096, 4), (16384, 16)), False: ((4096, 4),)}
+COMBINE = {"BLOCK_CHUNKS": 128, "BLOCK_C": 16, "num_warps": 4}
 PROGRAMS = 1024  # in each pass over a large tensor: some eight per multiprocessor of a large card
 
 
@@ -50,9 +54,10 @@ def _affine(x_hat, channels, mask, Weight, Bias):
 
 
 @triton.jit
-def _per_channel(Groups, n, channels, C, G):
+def _per_channel(Groups, n, channels, C, group_channels):
     """Values of the groups of sample n, spread over their channels."""
-    return tl.load(Groups + n * G + channels // (C // G), mask=channels < C, other=0.0)
+    groups = n * (C // group_channels) + channels // group_channels
+    return tl.load(Groups + groups, mask=channels < C, other=0.0)
 
 
 @triton.jit
@@ -66,7 +71,7 @@ def _silu_backward(z, dy):
 def _merge(count, mean, M2, count_b, mean_b, M2_b):
     """Mean and sum of squared deviations of two sets together (Chan, Golub & LeVeque 1979).
 
-    E[x²] − E[x]² would be shorter, and wrong in fp32 where the mean is large and the variance small.
+    E[x²] − E[x]² would be shorter, and wrong where the mean is large and the variance small.
     """
     total = count + count_b
     delta = mean_b - mean
@@ -75,6 +80,15 @@ def _merge(count, mean, M2, count_b, mean_b, M2_b):
 
 
 # ---- one program per sample and group -----------------------------------------------------------
+
+
+@triton.jit
+def _group(g, group_channels, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows and channels of a group's tile. Groups start at multiples of UNIT: wider loads."""
+    first = tl.multiple_of(g * group_channels, UNIT)
+    last = tl.multiple_of((g + 1) * group_channels, UNIT)
+    channels = first + tl.arange(0, BLOCK_C)
+    return tl.arange(0, BLOCK_R), channels, channels < last
 
 
 @triton.jit
@@ -87,29 +101,29 @@ def _forward_one_pass(
     Rstd,  # (N, G) fp32 out
     R,
     C,
-    G,
+    group_channels,
     eps,
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    g, n = tl.program_id(0), tl.program_id(1)
-    channels = g * (C // G) + tl.arange(0, BLOCK_C)
-    rows = tl.arange(0, BLOCK_R)
-    channel_mask = channels < (g + 1) * (C // G)
+    g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
     mask = (rows < R)[:, None] & channel_mask[None, :]
-    offsets = n.to(tl.int64) * R * C + _offsets(rows, channels, R, C, CHANNELS_LAST)
-    x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
+    offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
+    sample = n.to(tl.int64) * R * C
+    x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
 
-    size = R * (C // G)
+    size = R * group_channels
     mean = tl.sum(x) / size
     centered = tl.where(mask, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centered * centered) / size + eps)
     z, _ = _affine(centered * rstd, channels, channel_mask, Weight, Bias)
     if SILU:
         z = z * tl.sigmoid(z)
-    tl.store(Y + offsets, z, mask=mask)
+    tl.store(Y + sample + offsets, z, mask=mask)
     tl.store(Mean + n * G + g, mean)
     tl.store(Rstd + n * G + g, rstd)
 
@@ -126,22 +140,22 @@ def _backward_one_pass(
     Sums,  # (2, N, C) fp32 out: Σ dz·x̂ and Σ dz over the rows, which sum over n to dγ and dβ
     R,
     C,
-    G,
+    group_channels,
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    g, n = tl.program_id(0), tl.program_id(1)
-    channels = g * (C // G) + tl.arange(0, BLOCK_C)
-    rows = tl.arange(0, BLOCK_R)
-    channel_mask = channels < (g + 1) * (C // G)
+    g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
     mask = (rows < R)[:, None] & channel_mask[None, :]
-    offsets = n.to(tl.int64) * R * C + _offsets(rows, channels, R, C, CHANNELS_LAST)
+    offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
+    sample = n.to(tl.int64) * R * C
     mean, rstd = tl.load(Mean + n * G + g), tl.load(Rstd + n * G + g)
 
-    x_hat = (tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
-    dz = tl.load(dY + offsets, mask=mask, other=0.0).to(tl.float32)  # zero outside: no sum sees it
+    x_hat = (tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+    dz = tl.load(dY + sample + offsets, mask=mask, other=0.0).to(tl.float32)
     z, weight = _affine(x_hat, channels, channel_mask, Weight, Bias)
     if SILU:
         dz = _silu_backward(z, dz)
@@ -150,10 +164,11 @@ def _backward_one_pass(
     tl.store(Sums + n * C + channels, sum_dz_x, mask=channel_mask)
     tl.store(Sums + (tl.num_programs(1) + n) * C + channels, sum_dz, mask=channel_mask)
 
-    size = R * (C // G)
+    size = R * group_channels
     a = tl.sum(weight * sum_dz_x) / size
     b = tl.sum(weight * sum_dz) / size
-    tl.store(dX + offsets, rstd * (weight[None, :] * dz - a * x_hat - b), mask=mask)
+    dx = rstd * (weight[None, :] * dz - a * x_hat - b)
+    tl.store(dX + sample + offsets, dx, mask=mask)
 
 
 # ---- large groups: partial results, combination, second pass ------------------------------------
@@ -162,7 +177,7 @@ def _backward_one_pass(
 @triton.jit
 def _partial_statistics(
     X,  # (N, R, C) in
-    Partial,  # (2, chunks, N, C) fp32 out: mean and M2, the sum of squared deviations, of each chunk
+    Partial,  # (2, chunks, N, C) fp32 out: mean and sum of squared deviations of each chunk
     R,
     C,
     chunk_rows,
@@ -203,6 +218,7 @@ def _combine_statistics(
     Rstd,  # (N, G) fp32 out
     R,
     C,
+    group_channels,
     chunk_rows,
     eps,
     BLOCK_CHUNKS: tl.constexpr,
@@ -213,11 +229,12 @@ def _combine_statistics(
     chunks = tl.cdiv(R, chunk_rows)
     count, mean, M2 = 0.0, 0.0, 0.0
     for first_chunk in range(0, chunks, BLOCK_CHUNKS):
-        for first_channel in range(0, C // G, BLOCK_C):
+        for first_channel in range(0, group_channels, BLOCK_C):
             chunk = first_chunk + tl.arange(0, BLOCK_CHUNKS)
             channel = first_channel + tl.arange(0, BLOCK_C)
-            mask = (chunk < chunks)[:, None] & (channel < C // G)[None, :]
-            partial = Partial + (chunk[:, None] * N + n) * C + g * (C // G) + channel[None, :]
+            mask = (chunk < chunks)[:, None] & (channel < group_channels)[None, :]
+            channels = g * group_channels + channel[None, :]
+            partial = Partial + (chunk[:, None] * N + n) * C + channels
             mean_i = tl.load(partial, mask=mask, other=0.0)
             M2_i = tl.load(partial + chunks * N * C, mask=mask, other=0.0)
             rows = tl.minimum(R - chunk * chunk_rows, chunk_rows).to(tl.float32)  # the last: fewer
@@ -242,7 +259,7 @@ def _apply(
     Y,  # (N, R, C) out
     R,
     C,
-    G,
+    group_channels,
     chunk_rows,
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -250,15 +267,17 @@ def _apply(
     BLOCK_C: tl.constexpr,
 ):
     n = tl.program_id(2)
+    X += n.to(tl.int64) * R * C
+    Y += n.to(tl.int64) * R * C
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = _per_channel(Mean, n, channels, C, G)
-    rstd = _per_channel(Rstd, n, channels, C, G)
+    mean = _per_channel(Mean, n, channels, C, group_channels)
+    rstd = _per_channel(Rstd, n, channels, C, group_channels)
     first = tl.program_id(0) * chunk_rows
     last = tl.minimum(first + chunk_rows, R)
     for row in range(first, last, BLOCK_R):
         rows = row + tl.arange(0, BLOCK_R)
         mask = (rows < last)[:, None] & (channels < C)[None, :]
-        offsets = n.to(tl.int64) * R * C + _offsets(rows, channels, R, C, CHANNELS_LAST)
+        offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
         x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
         x_hat = (x - mean[None, :]) * rstd[None, :]
         z, _ = _affine(x_hat, channels, channels < C, Weight, Bias)
@@ -278,7 +297,7 @@ def _backward_partial_sums(
     Partial,  # (2, chunks, N, C) fp32 out: Σ dz·x̂ and Σ dz of each chunk
     R,
     C,
-    G,
+    group_channels,
     chunk_rows,
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -286,9 +305,11 @@ def _backward_partial_sums(
     BLOCK_C: tl.constexpr,
 ):
     chunk, n = tl.program_id(0), tl.program_id(2)
+    X += n.to(tl.int64) * R * C
+    dY += n.to(tl.int64) * R * C
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = _per_channel(Mean, n, channels, C, G)
-    rstd = _per_channel(Rstd, n, channels, C, G)
+    mean = _per_channel(Mean, n, channels, C, group_channels)
+    rstd = _per_channel(Rstd, n, channels, C, group_channels)
     first = chunk * chunk_rows
     last = tl.minimum(first + chunk_rows, R)
     sum_dz_x = tl.zeros([BLOCK_C], tl.float32)
@@ -296,7 +317,7 @@ def _backward_partial_sums(
     for row in range(first, last, BLOCK_R):
         rows = row + tl.arange(0, BLOCK_R)
         mask = (rows < last)[:, None] & (channels < C)[None, :]
-        offsets = n.to(tl.int64) * R * C + _offsets(rows, channels, R, C, CHANNELS_LAST)
+        offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
         x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
         dz = tl.load(dY + offsets, mask=mask, other=0.0).to(tl.float32)
         x_hat = (x - mean[None, :]) * rstd[None, :]
@@ -320,6 +341,7 @@ def _backward_combine(
     Terms,  # (2, N, G) fp32 out: the group's means of γ·dz·x̂ and of γ·dz
     R,
     C,
+    group_channels,
     chunk_rows,
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -329,10 +351,10 @@ def _backward_combine(
     chunks = tl.cdiv(R, chunk_rows)
     Partial += which * chunks * N * C
     term = 0.0
-    for first_channel in range(0, C // G, BLOCK_C):
+    for first_channel in range(0, group_channels, BLOCK_C):
         channel = first_channel + tl.arange(0, BLOCK_C)
-        channels = g * (C // G) + channel
-        channel_mask = channel < C // G
+        channels = g * group_channels + channel
+        channel_mask = channel < group_channels
         total = tl.zeros([BLOCK_C], tl.float32)
         for first_chunk in range(0, chunks, BLOCK_CHUNKS):
             chunk = first_chunk + tl.arange(0, BLOCK_CHUNKS)
@@ -342,7 +364,7 @@ def _backward_combine(
         tl.store(Sums + (which * N + n) * C + channels, total, mask=channel_mask)
         weight = tl.load(Weight + channels, mask=channel_mask, other=0.0).to(tl.float32)
         term += tl.sum(weight * total)
-    tl.store(Terms + (which * N + n) * G + g, term / (R * (C // G)))
+    tl.store(Terms + (which * N + n) * G + g, term / (R * group_channels))
 
 
 @triton.jit
@@ -357,7 +379,7 @@ def _backward_apply(
     dX,  # (N, R, C) out
     R,
     C,
-    G,
+    group_channels,
     chunk_rows,
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -365,17 +387,20 @@ def _backward_apply(
     BLOCK_C: tl.constexpr,
 ):
     n, N = tl.program_id(2), tl.num_programs(2)
+    X += n.to(tl.int64) * R * C
+    dY += n.to(tl.int64) * R * C
+    dX += n.to(tl.int64) * R * C
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = _per_channel(Mean, n, channels, C, G)
-    rstd = _per_channel(Rstd, n, channels, C, G)
-    a = _per_channel(Terms, n, channels, C, G)
-    b = _per_channel(Terms, N + n, channels, C, G)
+    mean = _per_channel(Mean, n, channels, C, group_channels)
+    rstd = _per_channel(Rstd, n, channels, C, group_channels)
+    a = _per_channel(Terms, n, channels, C, group_channels)
+    b = _per_channel(Terms, N + n, channels, C, group_channels)
     first = tl.program_id(0) * chunk_rows
     last = tl.minimum(first + chunk_rows, R)
     for row in range(first, last, BLOCK_R):
         rows = row + tl.arange(0, BLOCK_R)
         mask = (rows < last)[:, None] & (channels < C)[None, :]
-        offsets = n.to(tl.int64) * R * C + _offsets(rows, channels, R, C, CHANNELS_LAST)
+        offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
         x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
         dz = tl.load(dY + offsets, mask=mask, other=0.0).to(tl.float32)
         x_hat = (x - mean[None, :]) * rstd[None, :]
@@ -394,17 +419,24 @@ def _dense(x):
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
+def _matching(dy, x):
+    """dy in x's layout: itself, unless autograd brings another."""
+    same = dy.is_contiguous() if x.is_contiguous() else dy.movedim(1, -1).is_contiguous()
+    return dy if same else torch.empty_like(x).copy_(dy)
+
+
 def _one_pass(R, group_channels, tiles):
-    """BLOCK_R, BLOCK_C and warps for one program per group, or None if the group is too large."""
+    """Constants and warps for one program per group, or None if the group is too large."""
     block_c = max(16, triton.next_power_of_2(group_channels))
     for elements, warps in tiles:
         if block_c <= 128 and R * block_c <= elements:
-            return {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": warps}
+            tile = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": warps}
+            return {"UNIT": math.gcd(group_channels, 8), **tile}
     return None
 
 
 def _two_pass(N, R, C, channels_last):
-    """Grid, rows per program and tile of a pass over the whole tensor; a thread holds 32 elements."""
+    """Grid, rows per program and tile of a pass over all of x; a thread holds 32 elements."""
     block_r, block_c = (64, 64) if channels_last else (1024, 4)
     columns = triton.cdiv(C, block_c) * N
     tiles_per_program = max(1, triton.cdiv(R, block_r) * columns // PROGRAMS)
@@ -413,10 +445,8 @@ def _two_pass(N, R, C, channels_last):
     return grid, chunk_rows, {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 4}
 
 
-_COMBINE = {"BLOCK_CHUNKS": 128, "BLOCK_C": 16, "num_warps": 4}
-
-
 @torch.library.custom_op("minibooth::group_norm", mutates_args=())
+@card.launched_where_its_input_is
 def _group_norm(
     x: torch.Tensor,
     num_groups: int,
@@ -426,24 +456,25 @@ def _group_norm(
     silu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = _dense(x)
-    N, C, G = x.shape[0], x.shape[1], num_groups
-    R = x.numel() // (N * C)
+    N, C = x.shape[:2]
+    R, G = x.numel() // (N * C), num_groups
+    sizes = (R, C, C // G)
+    channels_last = not x.is_contiguous()
+    layout = {"CHANNELS_LAST": channels_last}
     y = torch.empty_like(x)
     mean = x.new_empty(N, G, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    layout = {"SILU": silu, "CHANNELS_LAST": not x.is_contiguous()}
 
-    if tile := _one_pass(R, C // G, FORWARD_TILES):
-        arguments = (x, weight, bias, y, mean, rstd, R, C, G, eps)
-        _forward_one_pass[(G, N)](*arguments, **layout, **tile)
-        return y, mean, rstd
-    grid, chunk_rows, tile = _two_pass(N, R, C, layout["CHANNELS_LAST"])
-    partial = x.new_empty(2, grid[0], N, C, dtype=torch.float32)
-    _partial_statistics[grid](
-        x, partial, R, C, chunk_rows, CHANNELS_LAST=layout["CHANNELS_LAST"], **tile
-    )
-    _combine_statistics[(G, N)](partial, mean, rstd, R, C, chunk_rows, eps, **_COMBINE)
-    _apply[grid](x, weight, bias, mean, rstd, y, R, C, G, chunk_rows, **layout, **tile)
+    if tile := _one_pass(R, C // G, FORWARD_TILES[channels_last]):
+        arguments = (x, weight, bias, y, mean, rstd, *sizes, eps)
+        _forward_one_pass[(G, N)](*arguments, SILU=silu, **layout, **tile)
+    else:
+        grid, chunk_rows, tile = _two_pass(N, R, C, channels_last)
+        partial = x.new_empty(2, grid[0], N, C, dtype=torch.float32)
+        _partial_statistics[grid](x, partial, R, C, chunk_rows, **layout, **tile)
+        _combine_statistics[(G, N)](partial, mean, rstd, *sizes, chunk_rows, eps, **COMBINE)
+        arguments = (x, weight, bias, mean, rstd, y, *sizes, chunk_rows)
+        _apply[grid](*arguments, SILU=silu, **layout, **tile)
     return y, mean, rstd
 
 
@@ -454,6 +485,7 @@ def _(x, num_groups, weight, bias, eps, silu):
 
 
 @torch.library.custom_op("minibooth::group_norm_backward", mutates_args=())
+@card.launched_where_its_input_is
 def _group_norm_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -465,25 +497,26 @@ def _group_norm_backward(
     silu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = _dense(x)
-    N, C, G = x.shape[0], x.shape[1], num_groups
-    R = x.numel() // (N * C)
+    dy = _matching(dy, x)
+    N, C = x.shape[:2]
+    R, G = x.numel() // (N * C), num_groups
+    sizes = (R, C, C // G)
+    channels_last = not x.is_contiguous()
+    layout = {"SILU": silu, "CHANNELS_LAST": channels_last}
+    inputs = (dy, x, weight, bias, mean, rstd)
     dx = torch.empty_like(x)
-    if dy.stride() != x.stride():  # a gradient in another layout than the input's: rare
-        dy = torch.empty_like(x).copy_(dy)
     sums = x.new_empty(2, N, C, dtype=torch.float32)
-    layout = {"SILU": silu, "CHANNELS_LAST": not x.is_contiguous()}
 
-    if tile := _one_pass(R, C // G, BACKWARD_TILES):
-        arguments = (dy, x, weight, bias, mean, rstd, dx, sums, R, C, G)
-        _backward_one_pass[(G, N)](*arguments, **layout, **tile)
+    if tile := _one_pass(R, C // G, BACKWARD_TILES[channels_last]):
+        _backward_one_pass[(G, N)](*inputs, dx, sums, *sizes, **layout, **tile)
     else:
-        grid, chunk_rows, tile = _two_pass(N, R, C, layout["CHANNELS_LAST"])
+        grid, chunk_rows, tile = _two_pass(N, R, C, channels_last)
         partial = x.new_empty(2, grid[0], N, C, dtype=torch.float32)
         terms = x.new_empty(2, N, G, dtype=torch.float32)
-        inputs = (dy, x, weight, bias, mean, rstd)
-        _backward_partial_sums[grid](*inputs, partial, R, C, G, chunk_rows, **layout, **tile)
-        _backward_combine[(G, N, 2)](partial, weight, sums, terms, R, C, chunk_rows, **_COMBINE)
-        _backward_apply[grid](*inputs, terms, dx, R, C, G, chunk_rows, **layout, **tile)
+        sizes = (*sizes, chunk_rows)
+        _backward_partial_sums[grid](*inputs, partial, *sizes, **layout, **tile)
+        _backward_combine[(G, N, 2)](partial, weight, sums, terms, *sizes, **COMBINE)
+        _backward_apply[grid](*inputs, terms, dx, *sizes, **layout, **tile)
     return dx, sums.sum(1).to(weight.dtype)  # dγ and dβ in one tensor (2, C)
 
 
