@@ -4,12 +4,14 @@ test_kernels.py runs it in a process of its own, because Triton reads the variab
 fp32 shows that the logic is right, fp16 that the casts are; the interpreter's bf16 is not exact.
 """
 
+import json
+
 import pytest
 import torch
 from minibooth_kernels import attention as at
 from minibooth_kernels import group_norm as gn
 
-from minibooth import ops
+from minibooth import bench, ops
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -308,3 +310,37 @@ def test_ops_choose_the_kernels_when_asked():
         finally:
             ops.use("auto")
     assert calls == [FP32, FP32, FP16]
+
+
+def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
+    """Everything of the GPU command but the clock: the checks, every row, the JSON, the chart."""
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    attention = {"SD 1.5 cross": (2, 20, 7, 8), "VAE 4096": (1, 6, 9, 512)}
+    monkeypatch.setattr(bench, "ATTENTION", attention)
+    monkeypatch.setattr(bench, "NORMS", {"UNet": (64, 3)})
+    monkeypatch.setattr(bench, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(bench, "L2_BYTES", 2)
+    monkeypatch.setattr(bench, "forward_variants", lambda bound: [])
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (0, 0))
+
+    def once(make_calls):
+        for call in make_calls()[:2]:
+            call()
+        return 1e-3
+
+    monkeypatch.setattr(bench, "graph_time", once)
+    monkeypatch.setattr(bench, "bounds", lambda dtype: {"flops": 1e12, "bytes": 1e12})
+    assert bench.check(FP16) == []
+    wrong = [lambda q, k, v: at.attention(q, k, v) * 1.01, at.reference, at.reference]
+    make = lambda: bench.attention_inputs(1, 1, 5, 6, 8, FP16)  # noqa: E731
+    assert "allowed" in bench.check_one("wrong", *wrong, make, backward=True)[0]
+
+    bench.benchmark(1.0, tmp_path, {})
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    assert len(report["rows"]) == 2 * (2 + 1 + 2) and report["left_out"] == []
+    row = report["rows"][0]
+    assert row["ratio"] == 1.0 and row["error"]["triton"] < 0.05 and "flash" in row["refused"]
+    assert "1.00× " in capsys.readouterr().out
+    assert (tmp_path / "kernels.png").stat().st_size > 0

@@ -26,7 +26,7 @@ from . import card
 # channels_last (True) or not. The backward holds x and dy, so it stops at half the size; contiguous
 # tensors spill a step earlier.
 FORWARD_TILES = {True: ((4096, 4), (16384, 8), (32768, 16)), False: ((4096, 4), (16384, 8))}
-BACKWARD_TILES = {True: ((4096, 4), (16384, 16)), False: ((4096, 4),)}
+BACKWARD_TILES = {True: ((4096, 4), (16384, 16)), False: ((4096, 8),)}
 COMBINE = {"BLOCK_CHUNKS": 128, "BLOCK_C": 16, "num_warps": 4}
 PROGRAMS = 1024  # in each pass over a large tensor: some eight per multiprocessor of a large card
 

@@ -1,6 +1,6 @@
 """Compiles the kernels for cards that need not be there, and says what each costs:
 
-    PYTHONPATH=kernels python -m minibooth_kernels.report --output kernels/results/aot.json
+    PYTHONPATH=kernels python -m minibooth_kernels.report --output kernels/results/aot.csv
 
 The kernels' own launch code runs, with a stand-in for the CUDA driver that names the card and
 compiles instead of launching: what is compiled is what a card of that kind would run, down to the
@@ -9,9 +9,9 @@ alignment of each pointer. `problems` is the gate the tests use.
 
 import argparse
 import contextlib
+import csv
 import functools
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -90,7 +90,7 @@ def measure(name: str, options: dict, compiled) -> dict:
     count = functools.partial(_count, opcodes)
     return {
         "kernel": name.lstrip("_"),
-        "options": options,
+        "options": " ".join(f"{name}={value}" for name, value in options.items()),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared,
@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--capability", type=int, nargs="+", default=list(SHARED_MEMORY))
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES))
     parser.add_argument("--quick", action="store_true", help="one representative of each kernel")
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--output", type=Path, help="a CSV file")
     args = parser.parse_args()
     lines, bad = [], 0
     for capability, dtype in itertools.product(args.capability, args.dtype):
@@ -167,18 +167,13 @@ def main() -> int:
             lines.append(line)
             found = "; ".join(problems(line))
             bad += bool(found)
-            print(
-                f"sm_{capability} {dtype} {line['kernel']:22} {line['registers']:3} registers "
-                f"{line['shared']:6} B shared {line['instructions']:5} instructions "
-                f"{' '.join(f'{k}={v}' for k, v in line['options'].items())} {found}",
-                flush=True,
-            )
+            print(*line.values(), found, flush=True)
     if args.output:
-        versions = {"triton": triton.__version__, "torch": torch.__version__}
-        rows = ",\n".join(json.dumps(line) for line in lines)
-        text = f'{{"versions": {json.dumps(versions)}, "kernels": [\n{rows}\n]}}\n'
-        args.output.write_text(text, encoding="utf-8")
-    print(f"{len(lines)} kernels compiled, {bad} with problems")
+        with args.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    print(f"Triton {triton.__version__}: {len(lines)} kernels compiled, {bad} with problems")
     return 1 if bad else 0
 
 
