@@ -60,6 +60,8 @@ NORMS = {
     )
     for channels in widths
 }
+ODD_ATTENTION = {"odd lengths": (3, 333, 201, 88), "tiny": (1, 5, 3, 8)}  # checked, not timed
+ODD_NORMS = {"odd size": (64, 13)}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -162,18 +164,17 @@ def check_one(name, ours, theirs, reference, make_inputs, backward) -> list[str]
 
 def check(dtype: torch.dtype) -> list[str]:
     """Every benchmarked shape at batch size 2, and odd ones, on the GPU; the failures, in lines."""
-    shapes = ATTENTION | {"odd lengths": (3, 333, 201, 88), "tiny": (1, 5, 3, 8)}
     # torch.empty is filled with NaN under this setting: what no kernel writes shows.
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     failures = []
     try:
-        for name, shape in shapes.items():
+        for name, shape in (ATTENTION | ODD_ATTENTION).items():
             make = functools.partial(attention_inputs, 2, *shape, dtype)
             reference = fp64_attention
             arguments = (triton_attention, F.scaled_dot_product_attention, reference, make)
             failures += check_one(f"{name} {dtype}", *arguments, backward=shape[3] <= 160)
-        for name, shape in (NORMS | {"odd size": (64, 13)}).items():
+        for name, shape in (NORMS | ODD_NORMS).items():
             make = functools.partial(norm_inputs, 2, *shape, dtype)
             arguments = (triton_norm, eager_norm, eager_norm, make)
             failures += check_one(f"{name} {dtype}", *arguments, backward=True)
@@ -332,7 +333,7 @@ def norm_row(name, B, dtype, direction, bound) -> dict:
     tiles = ops.group_norm_kernels.FORWARD_TILES if forward else (
         ops.group_norm_kernels.BACKWARD_TILES
     )  # fmt: skip
-    one_pass = ops.group_norm_kernels._one_pass(size * size, C // 32, tiles[True])
+    one_pass = ops.group_norm_kernels._one_pass(size * size, C // 32, tiles, True)
     fewest, most = (2, 3) if forward else (3, 5)
     moved = tensor * (fewest if one_pass else most)
     work = {"flops": 0, "bytes": tensor * fewest, "moved": moved}

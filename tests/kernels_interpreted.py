@@ -318,6 +318,8 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     attention = {"SD 1.5 cross": (2, 20, 7, 8), "VAE 4096": (1, 6, 9, 512)}
     monkeypatch.setattr(bench, "ATTENTION", attention)
     monkeypatch.setattr(bench, "NORMS", {"UNet": (64, 3)})
+    monkeypatch.setattr(bench, "ODD_ATTENTION", {"tiny": (1, 5, 3, 8)})
+    monkeypatch.setattr(bench, "ODD_NORMS", {})
     monkeypatch.setattr(bench, "BATCH_SIZES", (1,))
     monkeypatch.setattr(bench, "L2_BYTES", 2)
     monkeypatch.setattr(bench, "forward_variants", lambda bound: [])
@@ -340,7 +342,7 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     bench.benchmark(1.0, tmp_path, {})
     report = json.loads((tmp_path / "kernels.json").read_text())
     assert len(report["rows"]) == 2 * (2 + 1 + 2) and report["left_out"] == []
-    row = report["rows"][0]
-    assert row["ratio"] == 1.0 and row["error"]["triton"] < 0.05 and "flash" in row["refused"]
+    for row in report["rows"][5:]:  # fp16; the interpreter's bf16 is not exact
+        assert row["ratio"] == 1.0 and row["error"]["triton"] < 5e-3
     assert "1.00× " in capsys.readouterr().out
     assert (tmp_path / "kernels.png").stat().st_size > 0

@@ -114,27 +114,14 @@ def _forward(
     V,  # (B, H, N_k, d)
     Out,  # (B, N_q, H, d) out
     L,  # (B, H, N_q) fp32 out: log2 of the softmax's denominator
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    H,
-    N_q,
-    N_k,
-    d8,
-    scale_log2,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    H, N_q, N_k, d8, scale_log2,
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,  # N_k is a multiple of BLOCK_N
     PREFETCH: tl.constexpr,  # compute the next S before the softmax of this one
-):
+):  # fmt: skip
     d = d8 * 8
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     K = _head(K, b, h, stride_kb, stride_kh)
@@ -183,26 +170,13 @@ def _short_forward(
     V,  # (B, H, N_k, d)
     Out,  # (B, N_q, H, d) out
     L,  # (B, H, N_q) fp32 out
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    H,
-    N_q,
-    N_k,
-    d8,
-    scale_log2,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    H, N_q, N_k, d8, scale_log2,
     chunk,  # queries of a program
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     d = d8 * 8
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     keys = tl.arange(0, BLOCK_N)
@@ -245,27 +219,13 @@ def _backward_dq(
     L,  # (B, H, N_q) fp32
     dQ,  # (B, N_q, H, d) out
     Delta,  # (B, H, N_q) fp32 out, for _backward_dkv
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    H,
-    N_q,
-    N_k,
-    d8,
-    scale,
-    scale_log2,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    H, N_q, N_k, d8, scale, scale_log2,
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
-):
+):  # fmt: skip
     d = d8 * 8
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     K = _head(K, b, h, stride_kb, stride_kh)
@@ -306,26 +266,12 @@ def _backward_dkv(
     Delta,  # (B, H, N_q) fp32
     dK,  # (B, N_k, H, d) out
     dV,  # (B, N_k, H, d) out
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    H,
-    N_q,
-    N_k,
-    d8,
-    scale,
-    scale_log2,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    H, N_q, N_k, d8, scale, scale_log2,
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     d = d8 * 8
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -367,27 +313,12 @@ def _short_backward(
     L,  # (B, H, N_q) fp32
     dQ,  # (B, N_q, H, d) out
     dKV,  # (chunks, 2, B, N_k, H, d) fp32 out: what this chunk of queries adds to dK and dV
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    H,
-    N_q,
-    N_k,
-    d8,
-    scale,
-    scale_log2,
-    chunk,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    H, N_q, N_k, d8, scale, scale_log2, chunk,
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     d = d8 * 8
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     B = tl.num_programs(1) // H

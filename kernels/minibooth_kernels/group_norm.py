@@ -28,7 +28,7 @@ from . import card
 FORWARD_TILES = {True: ((4096, 4), (16384, 8), (32768, 16)), False: ((4096, 4), (16384, 8))}
 BACKWARD_TILES = {True: ((4096, 4), (16384, 16)), False: ((4096, 8),)}
 COMBINE = {"BLOCK_CHUNKS": 128, "BLOCK_C": 16, "num_warps": 4}
-PROGRAMS = 1024  # in each pass over a large tensor: some eight per multiprocessor of a large card
+PROGRAMS = 1024  # that leave partial results: some eight per multiprocessor of a large card
 
 
 def reference(x, num_groups, weight, bias, eps, silu=False):
@@ -99,16 +99,10 @@ def _forward_one_pass(
     Y,  # (N, R, C) out
     Mean,  # (N, G) fp32 out
     Rstd,  # (N, G) fp32 out
-    R,
-    C,
-    group_channels,
-    eps,
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    R, C, group_channels, eps,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
     mask = (rows < R)[:, None] & channel_mask[None, :]
@@ -138,15 +132,10 @@ def _backward_one_pass(
     Rstd,  # (N, G) fp32
     dX,  # (N, R, C) out
     Sums,  # (2, N, C) fp32 out: Σ dz·x̂ and Σ dz over the rows, which sum over n to dγ and dβ
-    R,
-    C,
-    group_channels,
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    R, C, group_channels,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
     mask = (rows < R)[:, None] & channel_mask[None, :]
@@ -178,13 +167,9 @@ def _backward_one_pass(
 def _partial_statistics(
     X,  # (N, R, C) in
     Partial,  # (2, chunks, N, C) fp32 out: mean and sum of squared deviations of each chunk
-    R,
-    C,
-    chunk_rows,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    R, C, chunk_rows,
+    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     chunk, n = tl.program_id(0), tl.program_id(2)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     X += n.to(tl.int64) * R * C
@@ -216,14 +201,9 @@ def _combine_statistics(
     Partial,  # (2, chunks, N, C) fp32 in
     Mean,  # (N, G) fp32 out
     Rstd,  # (N, G) fp32 out
-    R,
-    C,
-    group_channels,
-    chunk_rows,
-    eps,
-    BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    R, C, group_channels, chunk_rows, eps,
+    BLOCK_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     g, n = tl.program_id(0), tl.program_id(1)
     G, N = tl.num_programs(0), tl.num_programs(1)
     chunks = tl.cdiv(R, chunk_rows)
@@ -257,33 +237,24 @@ def _apply(
     Mean,  # (N, G) fp32
     Rstd,  # (N, G) fp32
     Y,  # (N, R, C) out
-    R,
-    C,
-    group_channels,
-    chunk_rows,
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    R, C, group_channels,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(2)
     X += n.to(tl.int64) * R * C
     Y += n.to(tl.int64) * R * C
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = _per_channel(Mean, n, channels, C, group_channels)
     rstd = _per_channel(Rstd, n, channels, C, group_channels)
-    first = tl.program_id(0) * chunk_rows
-    last = tl.minimum(first + chunk_rows, R)
-    for row in range(first, last, BLOCK_R):
-        rows = row + tl.arange(0, BLOCK_R)
-        mask = (rows < last)[:, None] & (channels < C)[None, :]
-        offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
-        x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
-        x_hat = (x - mean[None, :]) * rstd[None, :]
-        z, _ = _affine(x_hat, channels, channels < C, Weight, Bias)
-        if SILU:
-            z = z * tl.sigmoid(z)
-        tl.store(Y + offsets, z, mask=mask)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = (rows < R)[:, None] & (channels < C)[None, :]
+    offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
+    x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
+    x_hat = (x - mean[None, :]) * rstd[None, :]
+    z, _ = _affine(x_hat, channels, channels < C, Weight, Bias)
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(Y + offsets, z, mask=mask)
 
 
 @triton.jit
@@ -295,15 +266,9 @@ def _backward_partial_sums(
     Mean,  # (N, G) fp32
     Rstd,  # (N, G) fp32
     Partial,  # (2, chunks, N, C) fp32 out: Σ dz·x̂ and Σ dz of each chunk
-    R,
-    C,
-    group_channels,
-    chunk_rows,
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    R, C, group_channels, chunk_rows,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     chunk, n = tl.program_id(0), tl.program_id(2)
     X += n.to(tl.int64) * R * C
     dY += n.to(tl.int64) * R * C
@@ -339,13 +304,9 @@ def _backward_combine(
     Weight,  # (C,)
     Sums,  # (2, N, C) fp32 out, as in _backward_one_pass
     Terms,  # (2, N, G) fp32 out: the group's means of γ·dz·x̂ and of γ·dz
-    R,
-    C,
-    group_channels,
-    chunk_rows,
-    BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    R, C, group_channels, chunk_rows,
+    BLOCK_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     g, n, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G, N = tl.num_programs(0), tl.num_programs(1)
     chunks = tl.cdiv(R, chunk_rows)
@@ -377,15 +338,9 @@ def _backward_apply(
     Rstd,  # (N, G) fp32
     Terms,  # (2, N, G) fp32
     dX,  # (N, R, C) out
-    R,
-    C,
-    group_channels,
-    chunk_rows,
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    R, C, group_channels,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     n, N = tl.program_id(2), tl.num_programs(2)
     X += n.to(tl.int64) * R * C
     dY += n.to(tl.int64) * R * C
@@ -395,20 +350,17 @@ def _backward_apply(
     rstd = _per_channel(Rstd, n, channels, C, group_channels)
     a = _per_channel(Terms, n, channels, C, group_channels)
     b = _per_channel(Terms, N + n, channels, C, group_channels)
-    first = tl.program_id(0) * chunk_rows
-    last = tl.minimum(first + chunk_rows, R)
-    for row in range(first, last, BLOCK_R):
-        rows = row + tl.arange(0, BLOCK_R)
-        mask = (rows < last)[:, None] & (channels < C)[None, :]
-        offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
-        x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
-        dz = tl.load(dY + offsets, mask=mask, other=0.0).to(tl.float32)
-        x_hat = (x - mean[None, :]) * rstd[None, :]
-        z, weight = _affine(x_hat, channels, channels < C, Weight, Bias)
-        if SILU:
-            dz = _silu_backward(z, dz)
-        dx = rstd[None, :] * (weight[None, :] * dz - a[None, :] * x_hat - b[None, :])
-        tl.store(dX + offsets, dx, mask=mask)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = (rows < R)[:, None] & (channels < C)[None, :]
+    offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
+    x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
+    dz = tl.load(dY + offsets, mask=mask, other=0.0).to(tl.float32)
+    x_hat = (x - mean[None, :]) * rstd[None, :]
+    z, weight = _affine(x_hat, channels, channels < C, Weight, Bias)
+    if SILU:
+        dz = _silu_backward(z, dz)
+    dx = rstd[None, :] * (weight[None, :] * dz - a[None, :] * x_hat - b[None, :])
+    tl.store(dX + offsets, dx, mask=mask)
 
 
 # ---- launches -----------------------------------------------------------------------------------
@@ -425,24 +377,23 @@ def _matching(dy, x):
     return dy if same else torch.empty_like(x).copy_(dy)
 
 
-def _one_pass(R, group_channels, tiles):
+def _one_pass(R, group_channels, tiles, channels_last):
     """Constants and warps for one program per group, or None if the group is too large."""
     block_c = max(16, triton.next_power_of_2(group_channels))
-    for elements, warps in tiles:
+    for elements, warps in tiles[channels_last]:
         if block_c <= 128 and R * block_c <= elements:
             tile = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": warps}
-            return {"UNIT": math.gcd(group_channels, 8), **tile}
+            return {"UNIT": math.gcd(group_channels, 8) if channels_last else 1, **tile}
     return None
 
 
 def _two_pass(N, R, C, channels_last):
-    """Grid, rows per program and tile of a pass over all of x; a thread holds 32 elements."""
+    """Grid of tiles; grid and rows of partial results; the tile, 32 elements a thread."""
     block_r, block_c = (64, 64) if channels_last else (1024, 4)
-    columns = triton.cdiv(C, block_c) * N
-    tiles_per_program = max(1, triton.cdiv(R, block_r) * columns // PROGRAMS)
-    chunk_rows = tiles_per_program * block_r
-    grid = (triton.cdiv(R, chunk_rows), triton.cdiv(C, block_c), N)
-    return grid, chunk_rows, {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 4}
+    tiles = (triton.cdiv(R, block_r), triton.cdiv(C, block_c), N)
+    chunk_rows = max(1, math.prod(tiles) // PROGRAMS) * block_r
+    partial = (triton.cdiv(R, chunk_rows), *tiles[1:])
+    return tiles, partial, chunk_rows, {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 4}
 
 
 @torch.library.custom_op("minibooth::group_norm", mutates_args=())
@@ -465,16 +416,16 @@ def _group_norm(
     mean = x.new_empty(N, G, dtype=torch.float32)
     rstd = torch.empty_like(mean)
 
-    if tile := _one_pass(R, C // G, FORWARD_TILES[channels_last]):
+    if tile := _one_pass(R, C // G, FORWARD_TILES, channels_last):
         arguments = (x, weight, bias, y, mean, rstd, *sizes, eps)
         _forward_one_pass[(G, N)](*arguments, SILU=silu, **layout, **tile)
     else:
-        grid, chunk_rows, tile = _two_pass(N, R, C, channels_last)
-        partial = x.new_empty(2, grid[0], N, C, dtype=torch.float32)
-        _partial_statistics[grid](x, partial, R, C, chunk_rows, **layout, **tile)
+        tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
+        partial = x.new_empty(2, chunks[0], N, C, dtype=torch.float32)
+        _partial_statistics[chunks](x, partial, R, C, chunk_rows, **layout, **tile)
         _combine_statistics[(G, N)](partial, mean, rstd, *sizes, chunk_rows, eps, **COMBINE)
-        arguments = (x, weight, bias, mean, rstd, y, *sizes, chunk_rows)
-        _apply[grid](*arguments, SILU=silu, **layout, **tile)
+        arguments = (x, weight, bias, mean, rstd, y, *sizes)
+        _apply[tiles](*arguments, SILU=silu, **layout, **tile)
     return y, mean, rstd
 
 
@@ -507,16 +458,15 @@ def _group_norm_backward(
     dx = torch.empty_like(x)
     sums = x.new_empty(2, N, C, dtype=torch.float32)
 
-    if tile := _one_pass(R, C // G, BACKWARD_TILES[channels_last]):
+    if tile := _one_pass(R, C // G, BACKWARD_TILES, channels_last):
         _backward_one_pass[(G, N)](*inputs, dx, sums, *sizes, **layout, **tile)
     else:
-        grid, chunk_rows, tile = _two_pass(N, R, C, channels_last)
-        partial = x.new_empty(2, grid[0], N, C, dtype=torch.float32)
+        tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
+        partial = x.new_empty(2, chunks[0], N, C, dtype=torch.float32)
         terms = x.new_empty(2, N, G, dtype=torch.float32)
-        sizes = (*sizes, chunk_rows)
-        _backward_partial_sums[grid](*inputs, partial, *sizes, **layout, **tile)
-        _backward_combine[(G, N, 2)](partial, weight, sums, terms, *sizes, **COMBINE)
-        _backward_apply[grid](*inputs, terms, dx, *sizes, **layout, **tile)
+        _backward_partial_sums[chunks](*inputs, partial, *sizes, chunk_rows, **layout, **tile)
+        _backward_combine[(G, N, 2)](partial, weight, sums, terms, *sizes, chunk_rows, **COMBINE)
+        _backward_apply[tiles](*inputs, terms, dx, *sizes, **layout, **tile)
     return dx, sums.sum(1).to(weight.dtype)  # dγ and dβ in one tensor (2, C)
 
 
