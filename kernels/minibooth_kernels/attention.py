@@ -512,6 +512,7 @@ def _(do, q, k, v, o, L, scale):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, ctx.scale = inputs
+    ctx.set_materialize_grads(False)  # no zeros for L, which has no gradient
     ctx.save_for_backward(q, k, v, *output)
 
 

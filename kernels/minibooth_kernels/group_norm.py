@@ -477,6 +477,7 @@ def _(dy, x, num_groups, weight, bias, mean, rstd, silu):
 
 def _setup_context(ctx, inputs, output):
     x, ctx.num_groups, weight, bias, _, ctx.silu = inputs
+    ctx.set_materialize_grads(False)  # no zeros for mean and rstd, which have no gradient
     ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
