@@ -225,6 +225,8 @@ def test_attention_reads_views_where_they_lie():
     odd = torch.cat([q, q], dim=-1)[..., 4:44]
     expected = at.reference(odd.double(), k.double(), v.double())
     assert relative_error(at.attention(odd, k, v), expected) < 1e-3
+    shifted = torch.randn(1 + 80, dtype=FP16)[1:].view(1, 1, 2, 40)  # contiguous, not at 16 bytes
+    assert at._aligned(shifted).data_ptr() % 16 == 0 and torch.equal(at._aligned(shifted), shifted)
 
 
 def test_attention_output_is_heads_side_by_side():

@@ -4,7 +4,7 @@
 
 The FlashAttention recurrences (Dao et al. 2022, algorithm 1; Dao 2023, algorithms 1 and 2):
 a program owns a block of queries, walks over the keys and keeps the running maximum m and sum l
-of each row. The backward recomputes P from L = m + log l:
+of each row. The backward recomputes P from L = m + log l, the log of the softmax's denominator:
 
     dP = dO Vᵀ     delta = rowsum(dO ∘ O)     dS = P ∘ (dP − delta)
     dV = Pᵀ dO     dQ = scale · dS K          dK = scale · dSᵀ Q
@@ -113,7 +113,7 @@ def _forward(
     K,  # (B, H, N_k, d)
     V,  # (B, H, N_k, d)
     Out,  # (B, N_q, H, d) out
-    L,  # (B, H, N_q) fp32 out: log2 of the softmax's denominator
+    L,  # (B, H, N_q) fp32 out
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
@@ -428,7 +428,9 @@ def config(kernel: str, q: torch.Tensor, N_k: int) -> dict | None:
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x itself if its rows start at multiples of 16 bytes, as every projection's output does."""
     regular = x.stride(-1) == 1 and all(s % 8 == 0 for s in x.stride()[:-1])
-    return x if regular and x.data_ptr() % 16 == 0 else x.contiguous()
+    if regular and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _arguments(q, k, v):
