@@ -128,7 +128,7 @@ LENGTHS = ((64, 77), (64, 256), (64, 200))  # (N_q, N_k): short; long, whole blo
 SHAPES = ((640, 32), (320, 32), (960, 32), (640, 16), (1280, 16), (1920, 16), (2560, 16))
 SHAPES += ((128, 8), (256, 8), (320, 8), (640, 8), (1280, 8), (2560, 8), (320, 64))
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
-QUICK = {"dims": (40,), "lengths": LENGTHS[:2], "shapes": ((320, 64), (1280, 16)), "silu": (True,)}
+QUICK = {"dims": (40,), "lengths": LENGTHS[:2], "shapes": ((320, 64), (1280, 8)), "silu": (True,)}
 FULL = {"dims": DIMS, "lengths": LENGTHS, "shapes": SHAPES, "silu": (True, False)}
 
 
