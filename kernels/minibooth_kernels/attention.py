@@ -379,7 +379,7 @@ AMPERE = {  # compute capability 8.x and 12.x: mma.sync, and an RTX card's 99 KB
     "short_backward": ((64, 32, 128, 8, 2),),
 }
 HOPPER = {  # 9.0: wgmma, which runs while other instructions do
-    "forward": ((160, 64, 64, 4, 3), (512, 64, 32, 8, 2)),
+    "forward": ((96, 64, 64, 4, 3), (160, 64, 64, 4, 2), (512, 64, 32, 8, 2)),
     "short_forward": ((80, 64, 128, 4, 2),),
     "backward_dq": ((96, 64, 64, 4, 2), (160, 64, 32, 4, 2)),
     "backward_dkv": ((96, 64, 64, 4, 2), (160, 64, 64, 8, 2)),
