@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from . import cli, photos, pipeline
+from . import cli, ops, photos, pipeline
 from .cli import option
 from .errors import UserError
 from .files import atomic
@@ -37,6 +37,9 @@ class SampleConfig:
         None, "of the weights [fp16 on a GPU, else fp32]", choices=("fp32", "fp16", "bf16")
     )
     device: str = option("auto", "auto, cuda, mps or cpu")
+    kernels: str | None = option(
+        None, "for attention and group norm [MINIBOOTH_KERNELS, or torch]", choices=ops.MODES
+    )
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
     tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
     prediction_type: str | None = option(
@@ -67,6 +70,8 @@ def sample(config: SampleConfig) -> list[Path]:
     config.check()
     cli.check_folder("--output_dir", config.output_dir)
     device = cli.pick_device(config.device)
+    if config.kernels:
+        ops.use(config.kernels)
     sd = pipeline.load(
         config.model,
         device=device,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import class_images, cli, dreambooth, fast, photos, pipeline, report, resume, schedule
+from . import class_images, cli, dreambooth, fast, ops, photos, pipeline, report, resume, schedule
 from .cli import option
 from .data import draw_term, encode
 from .dreambooth import Step
@@ -99,6 +99,9 @@ class TrainConfig:
     )
     revision: str | None = option(None, "branch, tag or commit on the hub")
     device: str = option("auto", "auto, cuda, mps or cpu")
+    kernels: str | None = option(
+        None, "for attention and group norm [MINIBOOTH_KERNELS, or torch]", choices=ops.MODES
+    )
     config: str | None = option(None, "a config.json of another run; flags override it")
 
     @property
@@ -160,6 +163,8 @@ def train(
         )
     config.check()
     run, device = Path(config.output_dir), cli.pick_device(config.device)
+    if config.kernels:
+        ops.use(config.kernels)
     photos.image_files(config.instance_data_dir)
     cli.check_folder("--output_dir", run)
     state, models = resume.steps(run), [f for f in (run, *report.snapshots(run)) if is_model(f)]

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import minibooth
-from minibooth import cli, convert, load, sample, train
+from minibooth import UserError, cli, convert, load, ops, sample, train
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
@@ -291,3 +291,14 @@ def test_folder_and_file_draw_the_same_picture(program, model, tmp_path):
         a, b = (Image.open(tmp_path / x / name) for x in ("a", "b"))
         assert a.tobytes() == b.tobytes()
     assert len({Image.open(f).tobytes() for f in (tmp_path / "a").glob("a-*.png")}) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a card, triton can run")
+def test_kernels_are_pytorchs_unless_asked_for_and_asking_in_vain_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "_mode", ops._mode)  # put back afterwards
+    assert SampleConfig().kernels is None and TrainConfig().kernels is None
+    folder, _ = peers.model("sd1")
+    settings = {"model": str(folder), "prompt": ("a dog",), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="--kernels triton cannot run here"):
+        sample.sample(SampleConfig(**settings, num_images=1, steps=1, kernels="triton"))
+    assert len(sample.sample(SampleConfig(**settings, num_images=1, steps=1, kernels="auto"))) == 1

@@ -1,0 +1,1 @@
+"""Attention and GroupNorm in Triton. Read kernels/README.md, then attention.py."""

@@ -1,0 +1,43 @@
+"""What the kernels ask about the card they run on."""
+
+import functools
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run as NumPy, on the CPU
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number: 80 A100, 86 RTX 30, 89 RTX 40, 90 H100, 100 B200, 120.
+
+    The interpreter has no card; it takes the A100's configurations.
+    """
+    if device.type != "cuda":
+        return 80
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
+
+
+def unsupported(x: torch.Tensor) -> str | None:
+    """Why no kernel here can run on x, whatever its shape; None if one can."""
+    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
+        return f"the kernels run on CUDA, the tensor is on {x.device.type}"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take float16, bfloat16 and float32, not {x.dtype}"
+    if (major := capability(x.device) // 10) not in (8, 9, 10, 12):
+        return f"the kernels are compiled for compute capability 8, 9, 10 and 12, this is {major}"
+    if x.numel() == 0:
+        return "an empty tensor has nothing to compute"
+    return None
+
+
+def launched_where_its_input_is(operator):
+    """Triton launches on the current device; this makes it that of the first tensor."""
+
+    @functools.wraps(operator)
+    def on_device(x, *arguments):
+        with torch.cuda.device_of(x):
+            return operator(x, *arguments)
+
+    return on_device

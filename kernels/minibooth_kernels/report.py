@@ -1,0 +1,181 @@
+"""Compiles the kernels for cards that need not be there, and says what each costs:
+
+    PYTHONPATH=kernels python -m minibooth_kernels.report --output kernels/results/aot.csv
+
+The kernels' own launch code runs, with a stand-in for the CUDA driver that names the card and
+compiles instead of launching: what is compiled is what a card of that kind would run, down to the
+alignment of each pointer. `problems` is the gate the tests use.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from . import attention, card, group_norm
+
+# Shared memory of one block, bytes, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability", less the 1 KB that the system keeps).
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TENSOR_CORE = r"HGMMA|HMMA|UTCHMMA"  # sm_90; sm_80 … 89 and 120; sm_100
+
+
+class _Driver:
+    """As much of Triton's CUDA driver as compiling asks for; a device is its capability."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def recording(capability: int):
+    """Within it, launches on CPU tensors compile for a card of this capability.
+
+    Yields the list that collects them: (kernel's name, its constants and options, the compiled
+    kernel), each once.
+    """
+    launches, seen = [], set()
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        if compiled is not None and id(compiled) not in seen:
+            seen.add(id(compiled))
+            launches.append((self.fn.__name__, options, compiled))
+        return compiled
+
+    triton.runtime.driver.set_active(_Driver(capability))
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(card, "capability", lambda device: capability),
+    ):
+        yield launches
+
+
+def _tool(name: str, *arguments) -> str:
+    path = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def measure(name: str, options: dict, compiled) -> dict:
+    """One line of the report: registers, stack, shared memory and instructions of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("cuobjdump", "-sass", file.name)
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.M)
+    count = functools.partial(_count, opcodes)
+    return {
+        "kernel": name.lstrip("_"),
+        "options": " ".join(f"{name}={value}" for name, value in options.items()),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "instructions": len(opcodes),
+        "tensor_core": count(TENSOR_CORE),
+        "exp2": count(r"MUFU\.EX2"),
+        "local_memory": count(r"LDL|STL"),
+        "wgmma_waits": count(r"WARPGROUP\.DEPBAR"),
+    }
+
+
+def _count(opcodes, pattern):
+    return sum(bool(re.match(pattern, opcode)) for opcode in opcodes)
+
+
+def problems(line: dict) -> list[str]:
+    """What would make a kernel slow or impossible on its card; empty if nothing."""
+    found = []
+    if line["stack"] or line["local_memory"]:
+        found.append(f"spills: {line['stack']} bytes of stack, {line['local_memory']} accesses")
+    if line["shared"] > SHARED_MEMORY[line["capability"]]:
+        found.append(f"{line['shared']} bytes of shared memory, more than the card has")
+    attends = line["kernel"] in attention.AMPERE
+    if attends and line["dtype"] != "fp32" and not line["tensor_core"]:
+        found.append("no tensor-core instruction")
+    if line["instructions"] < 100:  # what ptxas leaves of a kernel that cannot run
+        found.append("an empty kernel")
+    return found
+
+
+# One head dimension for each pair of widths; d itself is no constant of the kernels.
+DIMS = (16, 32, 48, 64, 80, 96, 128, 160, 512)
+LENGTHS = ((64, 77), (64, 256), (64, 200))  # (N_q, N_k): short; long, whole blocks; long, a rest
+# (C, height and width) for 32 groups: every tile of a small group, and one group too large.
+SHAPES = ((640, 32), (320, 32), (960, 32), (640, 16), (1280, 16), (1920, 16), (2560, 16))
+SHAPES += ((128, 8), (256, 8), (320, 8), (640, 8), (1280, 8), (2560, 8), (320, 64))
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+QUICK = {"dims": (40,), "lengths": LENGTHS[:2], "shapes": ((320, 64), (1280, 8)), "silu": (True,)}
+FULL = {"dims": DIMS, "lengths": LENGTHS, "shapes": SHAPES, "silu": (True, False)}
+
+
+def launch_all(dtype: torch.dtype, dims, lengths, shapes, silu) -> None:
+    """Calls each operator, forward and backward, on every combination."""
+    for d, (N_q, N_k) in itertools.product(dims, lengths):
+        q, k, v = (torch.empty(1, 1, N, d, dtype=dtype) for N in (N_q, N_k, N_k))
+        out, L = attention._attention(q, k, v, 1.0)
+        if d <= 160:
+            attention._attention_backward(out, q, k, v, out, L, 1.0)
+    for (C, size), layout, silu_ in itertools.product(shapes, LAYOUTS, silu):
+        x = torch.empty(1, C, size, size, dtype=dtype).to(memory_format=layout)
+        weight = torch.empty(C, dtype=dtype)
+        y, mean, rstd = group_norm._group_norm(x, 32, weight, weight, 1e-5, silu_)
+        group_norm._group_norm_backward(y, x, 32, weight, weight, mean, rstd, silu_)
+
+
+def report(capability: int, dtype: str, cases: dict) -> list[dict]:
+    """The measurements of every kernel that the cases launch on such a card."""
+    with recording(capability) as launches:
+        launch_all(DTYPES[dtype], **cases)
+    head = {"capability": capability, "dtype": dtype}
+    return [head | measure(*launch) for launch in launches]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel for cards not at hand.")
+    parser.add_argument("--capability", type=int, nargs="+", default=list(SHARED_MEMORY))
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES))
+    parser.add_argument("--quick", action="store_true", help="one representative of each kernel")
+    parser.add_argument("--output", type=Path, help="a CSV file")
+    args = parser.parse_args()
+    lines, bad = [], 0
+    for capability, dtype in itertools.product(args.capability, args.dtype):
+        for line in report(capability, dtype, QUICK if args.quick else FULL):
+            lines.append(line)
+            found = "; ".join(problems(line))
+            bad += bool(found)
+            print(*line.values(), found, flush=True)
+    if args.output:
+        with args.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    print(f"Triton {triton.__version__}: {len(lines)} kernels compiled, {bad} with problems")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""The kernels against fp64 PyTorch, in Triton's interpreter: TRITON_INTERPRET=1 pytest <this file>.
+
+test_kernels.py runs it in a process of its own, because Triton reads the variable at import.
+fp32 shows that the logic is right, fp16 that the casts are; the interpreter's bf16 is not exact.
+"""
+
+import json
+
+import pytest
+import torch
+from minibooth_kernels import attention as at
+from minibooth_kernels import group_norm as gn
+
+from minibooth import bench, ops
+
+FP16, FP32 = torch.float16, torch.float32
+
+
+def relative_error(out, expected):
+    return ((out.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_no_worse(outs, theirs, expected, times, floor):
+    """Against fp64: twice PyTorch's error in the same dtype, `times` for gradients, or `floor`."""
+    for name, out, their, true in zip(("y", "d1", "d2", "d3"), outs, theirs, expected, strict=True):
+        error = relative_error(out, true)
+        allowed = max(floor, (2 if name == "y" else times) * relative_error(their, true))
+        assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+def value_and_gradients(f, inputs, upstream):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = f(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+
+# ---- group norm -----------------------------------------------------------------------------
+
+
+def group_norm_case(shape, dtype, layout, mean=0.0, std=1.0):
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = mean + std * torch.randn(shape, generator=generator)
+    x = x.to(dtype).to(memory_format=layout)
+    weight, bias = torch.randn(2, shape[1], generator=generator).to(dtype)
+    upstream = torch.randn(shape, generator=generator).to(dtype).to(memory_format=layout)
+    return (x, weight, bias), upstream
+
+
+def check_group_norm(inputs, groups, upstream, silu):
+    def run(f):
+        return lambda x, weight, bias: f(x, groups, weight, bias, 1e-5, silu=silu)
+
+    outs = value_and_gradients(run(gn.group_norm), inputs, upstream)
+    theirs = value_and_gradients(run(gn.reference), inputs, upstream)
+    expected = value_and_gradients(run(gn.reference), [x.double() for x in inputs], upstream)
+    assert outs[0].stride() == inputs[0].stride() == outs[1].stride()
+    assert [x.dtype for x in outs] == [x.dtype for x in theirs]
+    assert_no_worse(outs, theirs, expected, times=3, floor=2e-6)
+
+
+@pytest.fixture(params=["one pass", "two passes"])
+def both_ways(request, monkeypatch):
+    if request.param == "two passes":
+        monkeypatch.setattr(gn, "FORWARD_TILES", {True: (), False: ()})
+        monkeypatch.setattr(gn, "BACKWARD_TILES", {True: (), False: ()})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "shape, groups, dtype, silu",
+    [
+        ((2, 40, 8, 8), 4, FP32, True),  # 10 channels per group, as in SD's 320
+        ((2, 80, 9, 7), 4, FP16, True),  # 20 channels, odd spatial size
+        ((1, 24, 16, 72), 2, FP16, False),  # several tiles and programs per channel block
+        ((3, 6, 5, 3), 3, FP32, False),  # far smaller than a tile
+    ],
+)
+def test_group_norm_matches_fp64(both_ways, shape, groups, dtype, silu, layout):
+    inputs, upstream = group_norm_case(shape, dtype, layout)
+    check_group_norm(inputs, groups, upstream, silu)
+
+
+def test_group_norm_is_stable_for_a_large_mean_with_a_small_variance(both_ways):
+    """E[x²] − E[x]² gets nothing right here: at 4096 ± 1, x² has no bits left for the variance."""
+    inputs, _ = group_norm_case((2, 20, 16, 20), FP32, torch.channels_last, mean=4096.0)
+    x, weight, bias = inputs
+    expected = gn.reference(x.double(), 2, weight.double(), bias.double(), 1e-5)
+    # The mean itself is rounded to fp32: half a unit of 4096's last place, 2.4e-4, of σ = 1.
+    assert relative_error(gn.group_norm(*inputs[:1], 2, weight, bias, 1e-5), expected) < 3e-4
+
+
+def test_group_norm_of_a_constant_is_the_bias(both_ways):
+    x = torch.full((2, 8, 12, 12), 3.7)
+    y = gn.group_norm(x, 2, torch.ones(8), torch.arange(8.0), 1e-5)
+    # The rounding of the mean, some 1e-6, is divided by sqrt(eps).
+    assert (y - torch.arange(8.0)[:, None, None]).abs().max() < 5e-3
+
+
+def test_group_norm_merges_the_partial_results_of_many_programs(monkeypatch):
+    """One tile per program; the rows drift, so that every partial mean is another."""
+    monkeypatch.setattr(gn, "PROGRAMS", 10**9)
+    inputs, upstream = group_norm_case((1, 32, 40, 41), FP32, torch.channels_last)
+    drift = torch.linspace(-50, 50, 40).view(1, 1, 40, 1)
+    check_group_norm(((inputs[0] + drift), *inputs[1:]), 2, upstream, silu=True)
+
+
+def test_group_norm_takes_any_layout_of_input_and_gradient():
+    """A transposed sequence, a slice (copied), and a gradient in the other layout."""
+    (x, weight, bias), upstream = group_norm_case((2, 12, 6, 10), FP32, torch.channels_last)
+    check_group_norm((x.flatten(2), weight, bias), 3, upstream.flatten(2), True)
+    check_group_norm((x, weight, bias), 3, upstream.contiguous(), True)
+    sliced = torch.cat([x, x], dim=3)[..., 3:13]
+    y = gn.group_norm(sliced, 3, weight, bias, 1e-5)
+    torch.testing.assert_close(y, gn.reference(sliced, 3, weight, bias, 1e-5))
+
+
+def test_group_norm_takes_half_input_with_fp32_parameters():
+    """What autocast hands it: the result and dx in fp16, dγ and dβ in fp32."""
+    (x, weight, bias), upstream = group_norm_case((2, 16, 6, 6), FP16, torch.channels_last)
+    inputs = (x, weight.float(), bias.float())
+    run = lambda f: lambda *args: f(args[0], 4, *args[1:], 1e-5, silu=True)  # noqa: E731
+    outs = value_and_gradients(run(gn.group_norm), inputs, upstream)
+    expected = value_and_gradients(run(gn.reference), [i.double() for i in inputs], upstream)
+    assert [o.dtype for o in outs] == [FP16, FP16, FP32, FP32]
+    for out, true in zip(outs, expected, strict=True):
+        assert relative_error(out, true) < 1e-3
+
+
+# ---- attention ------------------------------------------------------------------------------
+
+
+def attention_case(B, H, N_q, N_k, d, dtype, gain=1.0):
+    """Views as a network makes them: q from its own projection, k and v from a packed one."""
+    generator = torch.Generator().manual_seed(N_q + N_k + d)
+    q = torch.randn(B, N_q, H * d, generator=generator) * gain
+    kv = torch.randn(B, N_k, 2 * H * d, generator=generator)
+    upstream = torch.randn(B, H, N_q, d, generator=generator).to(dtype)
+    q, k, v = (x.to(dtype).unflatten(-1, (H, d)).transpose(1, 2) for x in (q, *kv.chunk(2, -1)))
+    return (q, k, v), upstream
+
+
+def check_attention(inputs, upstream, scale=None):
+    outs = value_and_gradients(lambda *x: at.attention(*x, scale=scale), inputs, upstream)
+    theirs = value_and_gradients(lambda *x: at.reference(*x, scale=scale), inputs, upstream)
+    double = [x.double() for x in inputs]
+    expected = value_and_gradients(lambda *x: at.reference(*x, scale=scale), double, upstream)
+    assert [x.dtype for x in outs] == [x.dtype for x in inputs[:1] + inputs]
+    assert_no_worse(outs, theirs, expected, times=3, floor=2e-6)
+
+
+@pytest.fixture
+def short_kernels_in_fp32(monkeypatch):
+    """On a card fp32 does not use them (no registers for it); their logic is the same."""
+    short = {kernel: row for kernel, row in at.AMPERE.items() if kernel.startswith("short")}
+    monkeypatch.setattr(at, "FLOAT32", at.FLOAT32 | short)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize(
+    "B, H, N_q, N_k, d",
+    [
+        (1, 2, 70, 150, 40),  # long, nothing fits a block
+        (2, 1, 64, 192, 64),  # long, everything does
+        (1, 1, 33, 131, 80),
+        (1, 1, 20, 144, 160),
+        (1, 1, 20, 77, 160),  # the prompt's tokens, a head too wide for the short kernels
+        (1, 2, 70, 77, 40),  # short
+        (2, 1, 64, 64, 64),
+        (1, 1, 5, 3, 8),
+        (1, 1, 3, 6, 24),
+    ],
+)
+def test_attention_matches_fp64(short_kernels_in_fp32, B, H, N_q, N_k, d, dtype):
+    check_attention(*attention_case(B, H, N_q, N_k, d, dtype))
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("N_k, d", [(150, 40), (77, 40), (140, 80)])
+def test_attention_matches_fp64_with_other_cards_tiles(monkeypatch, capability, N_k, d):
+    """Hopper's configurations are those that compute S one block ahead."""
+    monkeypatch.setattr(at.card, "capability", lambda device: capability)
+    assert at.config("forward", torch.empty(1, 1, 1, 40, dtype=FP16), 150)["PREFETCH"] == (
+        capability == 90
+    )
+    check_attention(*attention_case(1, 1, 70, N_k, d, FP16))
+
+
+@pytest.mark.parametrize("d", [16, 32, 48, 56, 72, 88, 96, 104, 120, 128, 136, 152])
+def test_attention_takes_every_multiple_of_8(short_kernels_in_fp32, d):
+    N_k = 20 if d <= 80 else 40
+    check_attention(*attention_case(1, 1, 10, N_k, d, FP32))
+
+
+def test_attention_of_the_vae_is_forward_only():
+    (q, k, v), _ = attention_case(1, 1, 20, 37, 512, FP16)
+    expected = at.reference(q.double(), k.double(), v.double())
+    error = relative_error(at.attention(q, k, v), expected)
+    assert error <= 2 * relative_error(at.reference(q, k, v), expected)
+    with pytest.raises(ValueError, match="no backward for head dimension 512"):
+        at.attention(q.requires_grad_(), k, v)
+
+
+@pytest.mark.parametrize("N_k", [77, 150])
+def test_attention_survives_large_logits(N_k):
+    """Logits of several hundred, all negative in one row: exp needs the maximum, L its sign."""
+    (q, k, v), upstream = attention_case(1, 1, 20, N_k, 40, FP16, gain=30.0)
+    q[0, 0, 3] = 20.0
+    k = -k.abs()
+    check_attention((q, k, v), upstream)
+
+
+def test_attention_scale_is_the_callers():
+    check_attention(*attention_case(1, 1, 20, 30, 16, FP16), scale=0.7)
+    inputs, _ = attention_case(1, 1, 20, 30, 16, FP32)
+    with pytest.raises(ValueError, match="positive"):
+        at.attention(*inputs, scale=-1.0)
+
+
+def test_attention_reads_views_where_they_lie():
+    """q, k, v of one packed projection; a gradient that is expanded; an odd view, copied."""
+    packed = torch.randn(2, 30, 3, 2, 40, generator=torch.Generator().manual_seed(0), dtype=FP16)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    assert all(at._aligned(x) is x for x in (q, k, v))
+    check_attention((q, k, v), torch.ones((), dtype=FP16).expand(2, 2, 30, 40))
+    odd = torch.cat([q, q], dim=-1)[..., 4:44]
+    expected = at.reference(odd.double(), k.double(), v.double())
+    assert relative_error(at.attention(odd, k, v), expected) < 1e-3
+    shifted = torch.randn(1 + 80, dtype=FP16)[1:].view(1, 1, 2, 40)  # contiguous, not at 16 bytes
+    assert at._aligned(shifted).data_ptr() % 16 == 0 and torch.equal(at._aligned(shifted), shifted)
+
+
+def test_attention_output_is_heads_side_by_side():
+    inputs, upstream = attention_case(2, 3, 10, 12, 16, FP32)
+    out, dq, dk, dv = value_and_gradients(at.attention, inputs, upstream)
+    for x in (out, dq, dk, dv):
+        assert x.transpose(1, 2).is_contiguous()  # (B, N, H·d) is a free view
+
+
+# ---- both -----------------------------------------------------------------------------------
+
+
+def operators():
+    attention, _ = attention_case(1, 2, 20, 77, 16, FP16)
+    norm, _ = group_norm_case((2, 8, 5, 6), FP32, torch.channels_last)
+    return [
+        (torch.ops.minibooth.attention, (*attention, 0.25)),
+        (torch.ops.minibooth.group_norm, (norm[0], 2, *norm[1:], 1e-5, True)),
+    ]
+
+
+@pytest.mark.parametrize("operator, arguments", operators(), ids=["attention", "group_norm"])
+def test_operator_obeys_torch_library(operator, arguments):
+    """Schema, fake tensors (shapes, strides, dtypes) and autograd registration, as torch checks."""
+    arguments = [
+        x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments
+    ]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(operator.default, tuple(arguments), test_utils=checks)
+
+
+def test_equal_bits_in_two_runs():
+    for run, (inputs, upstream) in (
+        (at.attention, attention_case(1, 2, 70, 77, 40, FP16)),
+        (at.attention, attention_case(1, 2, 70, 150, 40, FP16)),
+        (lambda *x: gn.group_norm(x[0], 2, *x[1:], 1e-5, True),
+         group_norm_case((2, 8, 12, 12), FP16, torch.channels_last)),
+    ):  # fmt: skip
+        first = value_and_gradients(run, inputs, upstream)
+        for a, b in zip(first, value_and_gradients(run, inputs, upstream), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_compiled_without_a_graph_break():
+    """torch.compile sees one node per operator, in the forward and in the backward."""
+
+    def layer(x, weight, bias):
+        y = ops.group_norm(x, 2, weight, bias, 1e-5, silu=True)
+        tokens = y.flatten(2).transpose(1, 2).unflatten(-1, (2, 8)).transpose(1, 2)
+        return ops.attention(tokens, tokens, tokens)
+
+    inputs, _ = group_norm_case((1, 16, 4, 5), FP32, torch.channels_last)
+    upstream = torch.randn(1, 2, 20, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    ops.use("triton")
+    try:
+        for out, expected in zip(
+            value_and_gradients(compiled, inputs, upstream),
+            value_and_gradients(layer, inputs, upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(out, expected)
+    finally:
+        ops.use("auto")
+
+
+def test_ops_choose_the_kernels_when_asked():
+    """Under autocast attention gets autocast's dtype, as SDPA does."""
+    (q, k, v), _ = attention_case(1, 2, 20, 77, 16, FP32)
+    (x, weight, bias), _ = group_norm_case((2, 8, 5, 6), FP32, torch.channels_last)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at, "_attention", lambda *a: calls.append(a[0].dtype) or [a[0]])
+        patch.setattr(gn, "_group_norm", lambda *a: calls.append(a[0].dtype) or [a[0]])
+        ops.attention(q, k, v)  # auto, on the CPU: PyTorch
+        assert calls == []
+        ops.use("triton")
+        try:
+            ops.attention(q, k, v)
+            ops.group_norm(x, 2, weight, bias, 1e-5)
+            with torch.autocast("cpu", dtype=FP16):
+                ops.attention(q, k, v)
+        finally:
+            ops.use("auto")
+    assert calls == [FP32, FP32, FP16]
+
+
+def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
+    """Everything of the GPU command but the clock: the checks, every row, the JSON, the chart."""
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    attention = {"SD 1.5 cross": (2, 20, 7, 8), "VAE 4096": (1, 6, 9, 512)}
+    monkeypatch.setattr(bench, "ATTENTION", attention)
+    monkeypatch.setattr(bench, "NORMS", {"UNet": (64, 3)})
+    monkeypatch.setattr(bench, "ODD_ATTENTION", {"tiny": (1, 5, 3, 8)})
+    monkeypatch.setattr(bench, "ODD_NORMS", {})
+    monkeypatch.setattr(bench, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(bench, "L2_BYTES", 2)
+    monkeypatch.setattr(bench, "forward_variants", lambda bound: [])
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (0, 0))
+
+    def once(make_calls):
+        for call in make_calls()[:2]:
+            call()
+        return 1e-3
+
+    monkeypatch.setattr(bench, "graph_time", once)
+    monkeypatch.setattr(bench, "bounds", lambda dtype: {"flops": 1e12, "bytes": 1e12})
+    assert bench.check(FP16) == []
+    wrong = [lambda q, k, v: at.attention(q, k, v) * 1.01, at.reference, at.reference]
+    make = lambda: bench.attention_inputs(1, 1, 5, 6, 8, FP16)  # noqa: E731
+    assert "allowed" in bench.check_one("wrong", *wrong, make, backward=True)[0]
+
+    bench.benchmark(1.0, tmp_path, {})
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    assert len(report["rows"]) == 2 * (2 + 1 + 2) and report["left_out"] == []
+    for row in report["rows"][5:]:  # fp16; the interpreter's bf16 is not exact
+        assert row["ratio"] == 1.0 and row["error"]["triton"] < 5e-3
+    assert "1.00× " in capsys.readouterr().out
+    assert (tmp_path / "kernels.png").stat().st_size > 0

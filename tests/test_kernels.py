@@ -1,0 +1,178 @@
+"""The Triton kernels as far as a machine without a GPU can test them, and on a GPU where there is
+one. Numbers come from the interpreter (kernels_interpreted.py), costs from compiling ahead of time;
+each in a process of its own, because both change Triton for a whole process.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minibooth import bench, ops
+from minibooth.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("triton")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+
+
+def run(*arguments, **environment):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths} | environment
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def default_mode():
+    yield
+    ops.use("auto")
+
+
+def test_numbers_in_the_interpreter():
+    pytest_file = Path(__file__).with_name("kernels_interpreted.py")
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", pytest_file, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def compile_ahead(tmp_path, *arguments):
+    output = tmp_path / "aot.csv"
+    result = run("-m", "minibooth_kernels.report", "--output", output, *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    with output.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_representative_of_each_kernel_compiles_without_spills(tmp_path):
+    kernels = compile_ahead(tmp_path, "--quick", "--capability", "90", "--dtype", "bf16")
+    assert {k["kernel"] for k in kernels} == {
+        "forward", "short_forward", "backward_dq", "backward_dkv", "short_backward",
+        "forward_one_pass", "backward_one_pass",
+        "partial_statistics", "combine_statistics", "apply",
+        "backward_partial_sums", "backward_combine", "backward_apply",
+    }  # fmt: skip
+    (forward,) = (k for k in kernels if k["kernel"] == "forward")
+    assert int(forward["tensor_core"]) == 12  # S ahead of the loop, S and P V in it
+    assert int(forward["wgmma_waits"]) < 6, "ptxas serialized the products"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_every_configuration_compiles_without_spills(tmp_path, capability):
+    compile_ahead(tmp_path, "--capability", capability)
+
+
+def test_the_gate_sees_spills_missing_tensor_cores_and_too_much_shared_memory():
+    from minibooth_kernels import report
+
+    good = {"kernel": "forward", "capability": 86, "dtype": "bf16", "stack": 0, "shared": 101_376,
+            "local_memory": 0, "tensor_core": 8, "instructions": 900}  # fmt: skip
+    assert report.problems(good) == []
+    for change in ({"stack": 8}, {"local_memory": 1}, {"shared": 101_377}, {"tensor_core": 0},
+                   {"instructions": 16}):  # fmt: skip
+        assert len(report.problems(good | change)) == 1
+    assert report.problems(good | {"capability": 90, "shared": 200_000}) == []
+    assert report.problems(good | {"dtype": "fp32", "tensor_core": 0}) == []
+
+
+# ---- ops.py ---------------------------------------------------------------------------------
+
+
+def attention_inputs(**options):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(1, 2, n, 16, generator=generator, **options) for n in (9, 7, 7))
+
+
+def test_ops_on_the_cpu_are_pytorchs():
+    q, k, v = attention_inputs(dtype=torch.float64)
+    S = 0.3 * q @ k.transpose(-1, -2)
+    expected = (S - S.logsumexp(-1, keepdim=True)).exp() @ v
+    torch.testing.assert_close(ops.attention(q, k, v, scale=0.3), expected)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight, bias = torch.arange(12.0, dtype=torch.float64).view(2, 6)
+    groups = x.view(2, 3, -1)
+    centered = groups - groups.mean(-1, keepdim=True)
+    x_hat = centered / (centered.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    z = x_hat.view_as(x) * weight.view(6, 1, 1) + bias.view(6, 1, 1)
+    torch.testing.assert_close(ops.group_norm(x, 3, weight, bias, 1e-3), z)
+    torch.testing.assert_close(ops.group_norm(x, 3, weight, bias, 1e-3, silu=True), z * z.sigmoid())
+
+
+def test_asking_for_triton_where_it_cannot_run_is_one_clear_line():
+    q, k, v = attention_inputs()
+    ops.use("triton")
+    with pytest.raises(
+        UserError, match=r"on CUDA, the tensor is on cpu.*choose auto or torch"
+    ) as e:
+        ops.attention(q, k, v)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="on CUDA"):
+        ops.group_norm(torch.randn(1, 4, 2, 2), 2, torch.ones(4), torch.zeros(4), 1e-5)
+    with pytest.raises(UserError, match="auto, triton, torch, not 'cuda'"):
+        ops.use("cuda")
+
+
+@pytest.mark.parametrize(
+    "code, output",
+    [
+        ("ops.attention(*[torch.ones(1, 1, 2, 8)] * 3).sum().item()", "16.0"),
+        ("ops.use('triton'); ops.attention(*[torch.ones(1, 1, 2, 8)] * 3)", "is not installed"),
+    ],
+)
+def test_everything_works_without_triton(code, output):
+    hide = "import sys; sys.modules['triton'] = None; import torch; from minibooth import ops; "
+    *statements, last = code.split("; ")
+    result = run("-c", hide + "; ".join([*statements, f"print({last})"]))
+    assert output in result.stdout + result.stderr
+
+
+def test_the_environment_variable_is_the_switch():
+    code = "import torch; from minibooth import ops; ops.attention(*[torch.ones(1, 1, 2, 8)] * 3)"
+    assert "on CUDA, the tensor is on cpu" in run("-c", code, MINIBOOTH_KERNELS="triton").stderr
+    assert "auto, triton, torch, not 'fast'" in run("-c", code, MINIBOOTH_KERNELS="fast").stderr
+    assert run("-c", code, MINIBOOTH_KERNELS="torch").returncode == 0
+
+
+def test_what_a_card_cannot_run_has_a_reason():
+    """Stand-ins for tensors on cards that are not here."""
+    from minibooth_kernels import attention, card
+
+    class OnCard:
+        device = torch.device("cuda", 0)
+        dtype = torch.bfloat16
+        numel = staticmethod(lambda: 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for capability, reason in ((75, "this is 7"), (80, None), (90, None), (121, None)):
+            patch.setattr(card, "capability", lambda device, c=capability: c)
+            found = card.unsupported(OnCard())
+            assert (reason is None) == (found is None) and (reason or "") in (found or "")
+        patch.setattr(card, "unsupported", lambda x: None)
+        q = torch.empty(2, 3, 5, 40)
+        for shape, reason in (((2, 3, 7, 48), "do not fit"), ((2, 3, 0, 40), "do not fit")):
+            assert reason in attention.unsupported(q, torch.empty(shape), torch.empty(shape))
+        for d, reason in ((36, "multiple of 8"), (168, "multiple of 8"), (256, "multiple of 8")):
+            x = torch.empty(1, 1, 2, d)
+            assert reason in attention.unsupported(x, x, x)
+        assert "one dtype" in attention.unsupported(q, q.half(), q.half())
+
+
+# ---- the benchmark --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA card")
+def test_the_benchmark_without_a_gpu_is_one_line_and_status_2():
+    result = run("-m", "minibooth.bench", "kernels")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "needs a CUDA card" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_on_the_gpu(dtype):
+    failures = bench.check(dtype)
+    assert not failures, "\n".join(failures)
