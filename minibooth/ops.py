@@ -59,7 +59,8 @@ def attention(
     for and cannot run.
     """
     device = q.device.type
-    if torch.is_autocast_enabled(device):  # autocast knows PyTorch's operators, not the kernels
+    # Autocast knows PyTorch's operators, not the kernels; and it knows only some devices.
+    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     if _choose_triton(attention_kernels, q, k, v, scale):
         return attention_kernels.attention(q, k, v, scale)

@@ -180,6 +180,7 @@ def test_without_prior_nothing_of_the_class_is_computed(tmp_path, monkeypatch):
     assert not (out / "class_images").exists()
 
 
+@pytest.mark.filterwarnings("ignore:the instance prompt .* does not contain snow")
 def test_each_term_has_its_own_prompt_padded_to_77(tmp_path, monkeypatch):
     """Also where the class prompt is empty, and where it is the longer of the two."""
     seen = []
