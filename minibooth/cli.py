@@ -99,7 +99,9 @@ def read_config(path: Path, cls) -> dict:
         allowed = tuple(typing.get_origin(k) or k for k in allowed)
         if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
             continue
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        wrong = isinstance(value, tuple) and not all(isinstance(v, str) for v in value)
+        wrong |= not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
+        if wrong:
             raise UserError(f"{path}: {key} = {value!r} has the wrong type")
     return settings
 

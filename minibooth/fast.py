@@ -11,7 +11,7 @@ from .vae import ResnetBlock
 def checkpoint_gradients(unet: UNet) -> None:
     """Keep only what enters each resnet and transformer; the backward pass computes the rest again.
 
-    Same values, less memory, about a third more time. In place.
+    Same values, less memory, a third more to compute. In place.
     """
     for module in unet.modules():
         if isinstance(module, ResnetBlock | Transformer):

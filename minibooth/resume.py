@@ -12,12 +12,11 @@ import shutil
 import warnings
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import UserError, first_line
 from .files import write_json
-from .tensor_files import write_safetensors
+from .tensor_files import read_tensors, write_safetensors
 
 # Temporary names: of a snapshot, of a state, and files.atomic's with the number of its process.
 LEFTOVER = re.compile(r"\.(checkpoint-\d+|step-\d{8}|.+\.\d+)\.tmp")
@@ -58,10 +57,9 @@ def load(run: Path) -> tuple[int, dict[str, Tensor], dict] | None:
     for folder in steps(run):
         try:
             identity = json.loads((folder / "identity.json").read_text("utf-8"))
-            with safe_open(folder / "state.safetensors", framework="pt") as f:
-                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+            tensors, _ = read_tensors(folder / "state.safetensors")
             return int(folder.name.removeprefix("step-")), tensors, identity
-        except (OSError, ValueError, SafetensorError) as e:
+        except (OSError, ValueError, UserError) as e:
             warnings.warn(f"{folder} is damaged ({first_line(e)})", stacklevel=2)
     if steps(run):
         raise UserError(

@@ -67,7 +67,7 @@ class TrainConfig:
     text_encoder_learning_rate: float = option(2e-6, "of the text encoder, where it is trained")
     train_batch_size: int = option(1, "photographs per step; as many class images come beside them")
     gradient_accumulation_steps: int = option(1, "batches per update")
-    gradient_checkpointing: bool = option(False, "less memory, about a third more time")
+    gradient_checkpointing: bool = option(False, "less memory, a third more to compute")
     mixed_precision: str = option(
         "auto",
         "what the networks compute in: bf16 or fp16 on a GPU by its age, fp32 elsewhere",
@@ -167,6 +167,8 @@ def train(
         ops.use(config.kernels)
     photos.image_files(config.instance_data_dir)
     cli.check_folder("--output_dir", run)
+    if config.class_data_dir and Path(config.class_data_dir).is_file():
+        raise UserError(f"--class_data_dir {config.class_data_dir} is a file: give a folder")
     state, models = resume.steps(run), [f for f in (run, *report.snapshots(run)) if is_model(f)]
     if (state or models) and config.resume_from_checkpoint is None:
         raise UserError(
@@ -257,13 +259,12 @@ class Run:
 
     def disk_needed(self) -> int:
         """Bytes this run may still write: the model, snapshots, a state while the last is there."""
-        config, sizes = self.config, {}
-        for name, network in self.sd.networks.items():
-            sizes[name] = sum(p.numel() for p in network.parameters())
-        trained = sizes["unet"] + config.train_text_encoder * sizes["text_encoder"]
+        config = self.config
+        need = report.memory_needed(self.sd, config.train_text_encoder)
         snapshots = (config.max_train_steps - 1) // config.checkpointing_steps
         snapshots = min(snapshots, config.checkpoints_total_limit or snapshots)
-        whole = sum(sizes.values()) * (4 + 2 * snapshots) + 2 * 12 * trained
+        # A state has the trained weights and Adam's averages: as much as gradients and averages.
+        whole = need["weights"] + need["weights"] // 2 * snapshots + 2 * need["training"]
         return max(0, whole - size_of(self.folder))
 
     # -- before the first step

@@ -181,6 +181,7 @@ def test_settings_that_cannot_work_are_refused(fails, changes, said):
         ({"learning_rate": "fast"}, "learning_rate = 'fast' has the wrong type"),
         ({"max_train_steps": True}, "max_train_steps = True has the wrong type"),
         ({"center_crop": 1}, "center_crop = 1 has the wrong type"),
+        ({"validation_prompt": [1]}, "validation_prompt = (1,) has the wrong type"),
         ({"mixed_precision": "half"}, "--mixed_precision 'half': give one of auto"),
         ({"class_sampler": "euler"}, "--class_sampler 'euler': give one of ddim, ddpm"),
     ],
@@ -191,10 +192,11 @@ def test_a_config_file_that_cannot_work_is_refused(fails, tmp_path, settings, sa
     assert said in fails(config=path)
 
 
-def test_an_output_folder_that_cannot_be_one_is_refused(fails, tmp_path, monkeypatch):
+def test_a_folder_to_write_into_that_cannot_be_one_is_refused(fails, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     assert "is a file" in fails(output_dir=tmp_path / "file")
     assert "is a file" in fails(output_dir=tmp_path / "file" / "below")
+    assert "--class_data_dir" in fails(class_data_dir=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "cannot be written to" in fails(output_dir=tmp_path / "out")
