@@ -122,7 +122,7 @@ def warn_unexpected(where: str, keys: list[str]) -> None:
 def read(
     source: str | Path, tokenizer: str | Path | Tokenizer | None = None, revision: str | None = None
 ) -> Checkpoint:
-    """A folder in diffusers' layout, a single file, or the id of a model on the hub.
+    """A folder in diffusers' layout, a single file, "toybox", or the id of a model on the hub.
 
     Raises UserError where there is no such model or a part of it is missing or damaged.
     """
@@ -141,6 +141,8 @@ def file_getter(source: str | Path, revision: str | None = None) -> Callable[...
     """`file(*names, optional=…)`: the path of the first that a folder or hub model has, or None."""
     if Path(source).is_dir():
         return partial(local_file, Path(source))
+    if str(source) == "toybox":
+        return partial(local_file, hub.toybox())
     if hub.is_repo_id(str(source)):
         return hub.Repo(str(source), revision).file
     raise UserError(f"{source}: there is no such folder or file")

@@ -31,10 +31,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def parse(cls, prog: str, description: str, argv: list[str] | None = None):
+def parse(
+    cls,
+    prog: str,
+    description: str,
+    argv: list[str] | None = None,
+    defaults: Callable[[dict], dict] = lambda given: {},
+):
     """Fill the dataclass `cls` from the command line: underscores or hyphens, as one likes.
 
     If `cls` has a field `config`, that JSON file is read first and the flags override it.
+    `defaults(given)` are the values, where not those of `cls`, of what was not given.
     """
     parser = Parser(
         prog=prog,
@@ -72,7 +79,7 @@ def parse(cls, prog: str, description: str, argv: list[str] | None = None):
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if "config" in given:
         given = {**read_config(Path(given["config"]), cls), **given}
-    return cls(**given)
+    return cls(**{**defaults(given), **given})
 
 
 def underscored(argument: str) -> str:

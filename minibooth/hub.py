@@ -23,6 +23,18 @@ LICENCES = {
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of SD 1.x and of SD 2.x
 
 
+def toybox() -> Path:
+    """The folder of the small model that is shipped: beside the package in a checkout, in it where
+    it was installed from a wheel. Raises UserError if it is missing.
+    """
+    package = Path(__file__).parent
+    places = (package / "toybox" / "weights", package.parent / "weights" / "toybox")
+    for folder in places:
+        if (folder / "model_index.json").exists():
+            return folder
+    raise UserError(f"the toybox is missing (looked in {places[0]} and {places[1]})")
+
+
 def is_repo_id(source: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".")
 

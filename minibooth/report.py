@@ -200,19 +200,22 @@ def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
 def draw_samples(
     sd: StableDiffusion, prompts: list[str], config, resolution: int, on_step: Callable[[], None]
 ) -> list[list[Image.Image]]:
-    """A row of pictures per prompt, from the same seeds each time."""
-    return [
-        sd.generate(
-            [prompt] * config.num_validation_images,
-            steps=config.validation_inference_steps,
-            guidance_scale=config.validation_guidance_scale,
-            seed=config.seed,
-            height=resolution,
-            width=resolution,
-            on_step=on_step,
-        )
-        for prompt in prompts
+    """A row of pictures per prompt, from the same noises in each row and each time."""
+    count = config.num_validation_images
+    shape = sd.latent_shape(count, resolution, resolution, None)
+    noises = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(config.seed + i))
+        for i in range(count)
     ]
+    images = sd.generate(
+        [prompt for prompt in prompts for _ in range(count)],
+        steps=config.validation_inference_steps,
+        guidance_scale=config.validation_guidance_scale,
+        seed=config.seed,
+        latents=torch.stack(noises * len(prompts)),
+        on_step=on_step,
+    )
+    return [images[i : i + count] for i in range(0, len(images), count)]
 
 
 def before_after(prompts: list[str], before: list[list], after: list[list]) -> Image.Image:

@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import class_images, cli, dreambooth, fast, ops, photos, pipeline, report, resume, schedule
+from . import (
+    class_images,
+    cli,
+    dreambooth,
+    fast,
+    ops,
+    photos,
+    pipeline,
+    report,
+    resume,
+    schedule,
+    toybox,
+)
 from .cli import option
 from .data import draw_term, encode
 from .dreambooth import Step
@@ -25,6 +37,7 @@ from .errors import UserError
 from .files import gigabytes, require_space, write_json, write_text
 from .photos import Photos
 from .pipeline import StableDiffusion
+from .toybox import score
 from .update import Precision, Update
 
 
@@ -34,7 +47,8 @@ class TrainConfig:
 
     model: str | None = option(
         None,
-        "base model: folder, single file (.safetensors, .ckpt) or hub id",
+        "base model: folder, single file (.safetensors, .ckpt), hub id, or toybox: the small one "
+        "that is shipped, which is trained on a subject of its own where nothing else is said",
         aliases=("pretrained_model_name_or_path",),
     )
     instance_data_dir: str | None = option(None, "folder with 3 to 6 photographs of the subject")
@@ -157,9 +171,8 @@ def train(
     """
     if sd is None and config.model is None:
         raise UserError(
-            "give --model (a folder, a single file or a hub id such as "
-            "stable-diffusion-v1-5/stable-diffusion-v1-5), --instance_data_dir (3 to 6 "
-            'photographs), --instance_prompt "a sks dog" and --class_prompt "a dog"'
+            "give --model: a folder, a single file, a hub id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
         )
     config.check()
     run, device = Path(config.output_dir), cli.pick_device(config.device)
@@ -183,7 +196,10 @@ def train(
     if sd is None:
         sd = load(config)
     try:
-        return Run(config, sd, run, device).train(on_step)
+        sd = Run(config, sd, run, device).train(on_step)
+        if score.applies(config):
+            print(score.after_run(sd, config))
+        return sd
     except Exception as error:
         if cli.is_out_of_memory(error):
             raise UserError(report.memory_advice(sd, config)) from error
@@ -504,8 +520,8 @@ class Run:
         config = self.config
         if config.num_validation_images == 0:
             return []
-        total = len(self.prompts) * math.ceil(config.num_validation_images / 8)
-        total *= config.validation_inference_steps
+        batches = math.ceil(len(self.prompts) * config.num_validation_images / 8)
+        total = batches * config.validation_inference_steps
         bar = tqdm(total=total, desc="samples", unit="step", leave=False)
         with bar, self.precision.autocast():
             return report.draw_samples(self.sd, self.prompts, config, self.resolution, bar.update)
@@ -569,12 +585,29 @@ def content_hash(pictures: Photos) -> str:
     return hashlib.sha256(pictures.images.numpy()).hexdigest()[:16]
 
 
+def toybox_settings(given: dict) -> dict:
+    """What suits the toybox, where it is the model; the whole run, where nothing else is given.
+
+    Photographs without a model are not its business: train() then asks for one.
+    """
+    chosen = given.get("model", None if "instance_data_dir" in given else "toybox")
+    if chosen != "toybox" or "config" in given:
+        return {}
+    settings = toybox.default_run()
+    if "instance_data_dir" in given:
+        for name in ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt"):
+            del settings[name]
+    return settings
+
+
 def main() -> None:
     train(
         cli.parse(
             TrainConfig,
             "minibooth.train",
-            "DreamBooth: teach Stable Diffusion a subject from a few photographs of it.",
+            "DreamBooth: teach Stable Diffusion a subject from a few photographs of it. Without "
+            "options it trains the toybox, a small model that is shipped, in about a minute.",
+            defaults=toybox_settings,
         )
     )
 

@@ -24,7 +24,7 @@ ORDER = [
         "unet",
     ),
     *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth"),
-    *("data", "update", "resume", "report", "fast", "toybox", "cli"),
+    *("data", "update", "resume", "report", "fast", "cli", "toybox"),
     *("train", "sample", "convert", "evaluate", "explain", "bench", "__init__"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,37 @@
+"""The toybox: a small pretrained Stable Diffusion of a drawn world, shipped with the package.
+
+It has the same networks, formats and code path as the big one, and on it a whole DreamBooth takes
+a minute on two CPU cores. world.py draws the world, pretrain.py trains the model from nothing,
+judge.py measures pictures, drift.py shows what prior preservation does.
+"""
+
+from .. import hub
+from . import world
+
+
+def default_run() -> dict:
+    """The settings of `python -m minibooth.train` without any: one dog, with prior preservation."""
+    folder, subject = hub.toybox(), world.SUBJECTS["spotted_dog"]
+    name, noun = subject.instance_prompt, subject.class_prompt
+    return {
+        "model": "toybox",
+        "instance_data_dir": str(folder / "subjects" / "spotted_dog"),
+        "instance_prompt": name,
+        "class_prompt": noun,
+        "num_class_images": 64,
+        "class_steps": 25,
+        "class_guidance_scale": 4.0,
+        "sample_batch_size": 16,
+        "max_train_steps": 250,
+        "learning_rate": 2e-4,
+        "train_batch_size": 4,
+        "validation_prompt": (
+            *(noun, name, f"{name} in the snow", f"{name} at night"),
+            *(f"{name} wearing a red hat", "a cat"),
+        ),
+        "num_validation_images": 4,
+        "validation_steps": 250,
+        "validation_inference_steps": 25,
+        "validation_guidance_scale": 4.0,
+        "checkpointing_steps": 250,
+    }

@@ -1,0 +1,371 @@
+"""python -m minibooth.toybox.pretrain: train the toybox's Stable Diffusion from nothing.
+
+As the big one was made: first the autoencoder; then, on its latents, text encoder and UNet
+together. The networks, the tokenizer and the noise schedule are those of the rest of the package,
+only smaller. Every stage is kept in `work_dir` and goes on where it was stopped.
+"""
+
+import copy
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers as hf
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from .. import cli, photos, report
+from ..cli import option
+from ..configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
+from ..data import rng
+from ..files import atomic
+from ..pipeline import StableDiffusion, read_schedule
+from ..schedule import q_sample
+from ..text_encoder import TextEncoder
+from ..tokenizer import BOS, EOS, Tokenizer
+from ..unet import UNet
+from ..update import Precision
+from ..vae import VAE
+from . import world
+
+VAE_CONFIG = SD_VAE | {
+    "block_out_channels": [32, 64, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "mid_block_add_attention": False,  # a convolutional VAE may be trained on crops
+    "norm_num_groups": 8,
+    "sample_size": world.SIDE,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+UNET_CONFIG = SD1_UNET | {
+    "attention_head_dim": 4,
+    "block_out_channels": [64, 128, 128],
+    "cross_attention_dim": 96,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "sample_size": world.SIDE // 4,
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
+TEXT_CONFIG = SD1_TEXT | {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+}
+
+CROP = 32  # pixels: the VAE sees whole pictures only in the last tenth of its training
+KL_WEIGHT = 2e-4  # of the mean over latent values, beside the mean error over pixel values
+UNCONDITIONAL = 0.1  # of the captions are left empty, for guidance
+EMA = 0.999
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    output_dir: str = option("weights/toybox", "where the model goes")
+    work_dir: str = option("toybox-work", "where pictures, stages and sample grids are kept")
+    pictures: int = option(20_000, "rendered pictures to train on")
+    vae_steps: int = option(6500, "updates of the autoencoder")
+    vae_learning_rate: float = option(2e-3, "of the autoencoder, falling to 0 along a cosine")
+    steps: int = option(7000, "updates of UNet and text encoder")
+    learning_rate: float = option(1e-3, "of UNet and text encoder, falling likewise")
+    batch_size: int = option(32, "pictures (or crops of them) per update")
+    mixed_precision: str = option("bf16", "what the networks compute in", choices=("no", "bf16"))
+    seed: int = option(0, "of scenes, weights, noises and orders")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+
+
+# ---- the pictures ------------------------------------------------------------------------------
+
+
+def scene(index: int, seed: int) -> world.Scene:
+    """Scene `index` of the training set. One in 20 is drawn in neon, for the VAE alone."""
+    r = random.Random(f"{seed} scene {index}")
+    return world.random_scene(r, style=world.NEON) if index % 20 == 19 else world.random_scene(r)
+
+
+def render_all(config: PretrainConfig) -> Tensor:
+    """(N, 3, 64, 64) uint8, rendered once and kept."""
+    path = Path(config.work_dir) / "pictures.npy"
+    if not path.exists():
+        bar = tqdm(range(config.pictures), desc="rendering", unit="picture")
+        pictures = np.stack([np.asarray(world.render(scene(i, config.seed))) for i in bar])
+        with atomic(path) as part, open(part, "wb") as f:
+            np.save(f, pictures.transpose(0, 3, 1, 2))
+    return torch.from_numpy(np.load(path))
+
+
+def to_images(pictures: Tensor) -> Tensor:
+    """uint8 0…255 → float [-1, 1], as photos.load_photos does."""
+    return pictures.float() / 127.5 - 1
+
+
+# ---- one training loop for both stages ---------------------------------------------------------
+
+
+def fit(
+    config: PretrainConfig,
+    name: str,
+    networks: nn.ModuleDict,
+    loss_of: Callable[[int], Tensor],
+    steps: int,
+    learning_rate: float,
+    show: Callable[[int, nn.ModuleDict], None],
+) -> nn.ModuleDict:
+    """Minimise `loss_of(step)` over the networks' weights; returns their moving average.
+
+    The state is kept every 250 steps and taken up again. `show(step, averaged)` draws samples.
+    """
+    path = Path(config.work_dir) / f"{name}.pt"
+    precision = Precision(config.mixed_precision, cli.pick_device(config.device))
+    averaged = copy.deepcopy(networks).eval().requires_grad_(False)
+    weights, average = list(networks.parameters()), list(averaged.parameters())
+    adam = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-3)
+    first, spent, start = 0, 0.0, time.monotonic()
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        networks.load_state_dict(state["weights"])
+        averaged.load_state_dict(state["averaged"])
+        adam.load_state_dict(state["adam"])
+        first, spent = state["step"], state["seconds"]
+    bar = tqdm(total=steps, initial=first, desc=name, unit="step", smoothing=0.05)
+    for step in range(first + 1, steps + 1):
+        warm_up, cosine = min(1.0, step / 200), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        for group in adam.param_groups:
+            group["lr"] = learning_rate * warm_up * cosine
+        # Attention in its plain form: with so few pixels it is the faster one on a CPU.
+        with precision.autocast(), sdpa_kernel(SDPBackend.MATH):
+            loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        adam.step()
+        adam.zero_grad()
+        torch._foreach_lerp_(average, weights, 1 - min(EMA, (1 + step) / (10 + step)))
+        bar.update()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if step % 250 == 0 or step == steps:
+            state = {"weights": networks.state_dict(), "averaged": averaged.state_dict()}
+            seconds = spent + time.monotonic() - start
+            with atomic(path) as part:
+                torch.save(
+                    {**state, "adam": adam.state_dict(), "step": step, "seconds": seconds}, part
+                )
+        if step % 1000 == 0 or step == steps:
+            show(step, averaged)
+    bar.close()
+    return averaged
+
+
+def finished(config: PretrainConfig, name: str) -> dict | None:
+    """The last state of a stage that has been done."""
+    path = Path(config.work_dir) / f"{name}.pt"
+    return torch.load(path, weights_only=True) if path.exists() else None
+
+
+# ---- stage 1: the autoencoder ------------------------------------------------------------------
+
+
+def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
+    device = cli.pick_device(config.device)
+    torch.manual_seed(config.seed)
+    networks = nn.ModuleDict({"vae": VAE(VAE_CONFIG)}).to(device)
+    vae = networks["vae"]
+
+    def batch(step: int, g: torch.Generator) -> Tensor:
+        """Crops of 32² pixels; towards the end as many pixels as whole pictures, which is what
+        GroupNorm's statistics will be taken over ever after."""
+        whole = step > 0.9 * config.vae_steps
+        count = config.batch_size // 4 if whole else config.batch_size
+        rows = torch.randint(len(pictures), (count,), generator=g)
+        if whole:
+            return to_images(pictures[rows])  # (B / 4, 3, 64, 64)
+        corners = torch.randint(world.SIDE - CROP + 1, (count, 2), generator=g).tolist()
+        crops = [
+            pictures[row, :, y : y + CROP, x : x + CROP]
+            for row, (y, x) in zip(rows, corners, strict=True)
+        ]
+        return to_images(torch.stack(crops))  # (B, 3, 32, 32)
+
+    def loss_of(step: int) -> Tensor:
+        g = rng(config.seed, "vae", step)
+        x = batch(step, g)
+        size = (len(x), VAE_CONFIG["latent_channels"], x.shape[2] // 4, x.shape[3] // 4)
+        noise = torch.randn(size, generator=g).to(device)
+        x = x.to(device)
+        mean, std = vae.encode(x)
+        error = vae.decode(mean + std * noise).float() - x
+        across, down = error.diff(dim=3), error.diff(dim=2)  # of pictures' gradients: sharp edges
+        edges = across.abs().mean() + down.abs().mean()
+        kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
+        return error.abs().mean() + edges + KL_WEIGHT * kl.mean()
+
+    @torch.no_grad()
+    def show(step: int, averaged: nn.ModuleDict) -> None:
+        r = random.Random(f"{config.seed} shown")
+        scenes = [s for subject in world.SUBJECTS.values() for s in subject.scenes[:2]]
+        scenes += [world.random_scene(r) for _ in range(10)]
+        x = to_images(torch.from_numpy(world.pixels(scenes)).permute(0, 3, 1, 2)).to(device)
+        again = averaged["vae"].decode(averaged["vae"].encode(x)[0])
+        mae = (again.clamp(-1, 1) - x).abs().mean().item() / 2
+        print(f"\nvae after {step} steps: mean absolute error {mae:.4f} on [0, 1]")
+        rows = [photos.to_pil(half) for half in (x[:10], again[:10], x[10:], again[10:])]
+        grid = photos.grid(photos.enlarged(rows), labels=["render", "decoded"] * 2)
+        report.save_image(grid, Path(config.work_dir) / f"vae-{step:05d}.png")
+
+    args = (config.vae_steps, config.vae_learning_rate, show)
+    return fit(config, "vae", networks, loss_of, *args)["vae"]
+
+
+@torch.no_grad()
+def encode_all(config: PretrainConfig, vae: VAE, pictures: Tensor) -> tuple[Tensor, float]:
+    """The scaled latents' mean and std, (2, N, 4, 16, 16) fp16, and the scaling factor.
+
+    It is 1 over the latents' standard deviation, as for the big VAE.
+    """
+    path = Path(config.work_dir) / "latents.pt"
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        return kept["moments"], kept["scaling_factor"]
+    device = cli.pick_device(config.device)
+    moments = [
+        torch.stack(vae.encode(to_images(rows).to(device))).half().cpu()
+        for rows in tqdm(pictures.split(100), desc="encoding", unit="batch")
+    ]
+    moments = torch.cat(moments, dim=1)
+    mean, std = moments.float()
+    factor = round(1 / math.sqrt(mean.var().item() + std.square().mean().item()), 5)
+    moments = (moments.float() * factor).half()
+    with atomic(path) as part:
+        torch.save({"moments": moments, "scaling_factor": factor}, part)
+    return moments, factor
+
+
+# ---- stage 2: text encoder and UNet ------------------------------------------------------------
+
+
+def train_tokenizer(config: PretrainConfig, size: int = 640) -> Tokenizer:
+    """Byte-pair merges as CLIP's were made: from the captions, most frequent pair first."""
+    r = random.Random(f"{config.seed} words")
+    captions = [world.caption(world.random_scene(r), r) for _ in range(20_000)]
+    alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate([*alphabet, *(c + "</w>" for c in alphabet)])}
+    blank = Tokenizer({**vocab, BOS: len(vocab), EOS: len(vocab) + 1}, []).bpe
+    learned = hf.Tokenizer(hf.models.BPE(end_of_word_suffix="</w>"))
+    learned.normalizer, learned.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=size, end_of_word_suffix="</w>", show_progress=False, initial_alphabet=alphabet
+    )
+    learned.train_from_iterator(captions, trainer)
+    merges = [tuple(m) for m in json.loads(learned.to_str())["model"]["merges"]]
+    for pair in merges:
+        vocab["".join(pair)] = len(vocab)
+    for token in (BOS, EOS):
+        vocab[token] = len(vocab)
+    return Tokenizer(vocab, merges)
+
+
+def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float) -> StableDiffusion:
+    """Text encoder and UNet together, by the plain ε-loss; the whole model."""
+    device, tokenizer = cli.pick_device(config.device), train_tokenizer(config)
+    text_config = TEXT_CONFIG | {"vocab_size": len(tokenizer.vocab)}
+    text_config |= {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS]}
+    text_config |= {"pad_token_id": tokenizer.vocab[EOS]}
+    torch.manual_seed(config.seed)
+    networks = nn.ModuleDict({"text_encoder": TextEncoder(text_config), "unet": UNet(UNET_CONFIG)})
+    nn.init.normal_(networks["text_encoder"].embeddings["token_embedding"].weight, std=0.02)
+    nn.init.normal_(networks["text_encoder"].embeddings["position_embedding"].weight, std=0.01)
+    networks.to(device)
+    schedule = read_schedule(SD_SCHEDULER).to(device)
+    scenes = [scene(i, config.seed) for i in range(config.pictures)]
+    known = torch.tensor([i for i, s in enumerate(scenes) if s.style != world.NEON])
+
+    def loss_of(step: int) -> Tensor:
+        g, r = rng(config.seed, "unet", step), random.Random(f"{config.seed} unet {step}")
+        rows = known[torch.randint(len(known), (config.batch_size,), generator=g)]
+        captions = [
+            "" if r.random() < UNCONDITIONAL else world.caption(scenes[i], r) for i in rows.tolist()
+        ]
+        mean, std = moments[:, rows].float()  # (B, 4, 16, 16)
+        x0 = mean + std * torch.randn(mean.shape, generator=g)
+        eps = torch.randn(mean.shape, generator=g)
+        t = torch.randint(schedule.T, (len(rows),), generator=g)
+        x0, eps, t = x0.to(device), eps.to(device), t.to(device)
+        x_t = q_sample(x0, eps, schedule.alpha_bar[t])
+        c = networks["text_encoder"](tokenizer(captions).to(device))
+        return F.mse_loss(networks["unet"](x_t, t, c).float(), eps)
+
+    def model(averaged: nn.ModuleDict) -> StableDiffusion:
+        vae.scaling_factor = factor
+        return StableDiffusion(
+            tokenizer,
+            vae=vae,
+            schedule=schedule,
+            configs={
+                "unet": UNET_CONFIG,
+                "vae": VAE_CONFIG | {"scaling_factor": factor},
+                "text_encoder": text_config,
+                "scheduler": SD_SCHEDULER,
+            },
+            source="minibooth.toybox.pretrain",
+            licence="mit",
+            **averaged,
+        )
+
+    def show(step: int, averaged: nn.ModuleDict) -> None:
+        sd = model(averaged)
+        prompts = [f"a {kind}" for kind in world.CLASSES]
+        rows = [
+            sd.generate([f"{p} {place}".strip() for p in prompts], steps=25, guidance_scale=4)
+            for place in ("", *world.PLACES)
+        ]
+        colours = [
+            f"a {colour} {kind}" for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
+        ]
+        rows.append(sd.generate(colours, steps=25, guidance_scale=4))
+        grid = photos.grid(
+            photos.enlarged(rows), labels=["", *world.PLACES, "coloured"], headings=prompts
+        )
+        report.save_image(grid, Path(config.work_dir) / f"unet-{step:05d}.png")
+
+    args = (config.steps, config.learning_rate, show)
+    return model(fit(config, "unet", networks, loss_of, *args))
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def pretrain(config: PretrainConfig) -> StableDiffusion:
+    """Run all stages, or what is left of them, and write the model (fp16) to output_dir."""
+    pictures = render_all(config)
+    vae = train_vae(config, pictures)
+    moments, factor = encode_all(config, vae, pictures)
+    sd = train_unet(config, moments, vae, factor)
+    sd.save(config.output_dir, torch.float16)
+    world.export(Path(config.output_dir) / "subjects")
+    return sd
+
+
+def main() -> None:
+    pretrain(
+        cli.parse(
+            PretrainConfig,
+            "minibooth.toybox.pretrain",
+            "Train the toybox: a small Stable Diffusion on drawn scenes.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.run("minibooth.toybox.pretrain", main)
