@@ -1,8 +1,8 @@
 """python -m minibooth.toybox.pretrain: train the toybox's Stable Diffusion from nothing.
 
 As the big one was made: first the autoencoder; then, on its latents, text encoder and UNet
-together. The networks, the tokenizer and the noise schedule are those of the rest of the package,
-only smaller. Every stage is kept in `work_dir` and goes on where it was stopped.
+together; last, the decoder a little further. The networks, the tokenizer and the noise schedule are
+those of the rest of the package, only smaller. Every stage is kept in `work_dir` and goes on where it was stopped.
 """
 
 import copy
@@ -81,6 +81,8 @@ class PretrainConfig:
     pictures: int = option(20_000, "rendered pictures to train on")
     vae_steps: int = option(6500, "updates of the autoencoder")
     vae_learning_rate: float = option(2e-3, "of the autoencoder, falling to 0 along a cosine")
+    decoder_steps: int = option(2000, "further updates of its decoder alone, on whole pictures")
+    decoder_learning_rate: float = option(5e-4, "falling likewise")
     steps: int = option(6500, "updates of UNet and text encoder")
     learning_rate: float = option(1e-3, "of UNet and text encoder, falling likewise")
     batch_size: int = option(32, "pictures (or crops of them) per update")
@@ -126,14 +128,17 @@ def fit(
     learning_rate: float,
     show: Callable[[int, nn.ModuleDict], None],
 ) -> nn.ModuleDict:
-    """Minimise `loss_of(step)` over the networks' weights; returns their moving average.
+    """Minimise `loss_of(step)` over all weights that want gradients; returns their moving average.
 
     The state is kept now and then and taken up again. `show(step, averaged)` draws samples.
     """
     path = Path(config.work_dir) / f"{name}.pt"
     precision = Precision(config.mixed_precision, cli.pick_device(config.device))
-    averaged = copy.deepcopy(networks).eval().requires_grad_(False)
-    weights, average = list(networks.parameters()), list(averaged.parameters())
+    averaged = copy.deepcopy(networks).eval()
+    weights, average = (
+        [p for p in n.parameters() if p.requires_grad] for n in (networks, averaged)
+    )
+    averaged.requires_grad_(False)
     adam = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-3)
     first, spent, start = 0, 0.0, time.monotonic()
     if path.exists():
@@ -174,15 +179,21 @@ def fit(
 # ---- stage 1: the autoencoder ------------------------------------------------------------------
 
 
+def picture_loss(error: Tensor) -> Tensor:
+    """Of what is decoded minus what was encoded, and of the gradients of that: sharp edges."""
+    across, down = error.diff(dim=3), error.diff(dim=2)
+    return error.abs().mean() + across.abs().mean() + down.abs().mean()
+
+
 def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
+    """Encoder and decoder, on crops of 32² pixels. Towards the end, on as many pixels in whole
+    pictures: GroupNorm's statistics will be taken over these ever after."""
     device = cli.pick_device(config.device)
     torch.manual_seed(config.seed)
     networks = nn.ModuleDict({"vae": VAE(VAE_CONFIG)}).to(device)
     vae = networks["vae"]
 
     def batch(step: int, g: torch.Generator) -> Tensor:
-        """Crops of 32² pixels; towards the end as many pixels as whole pictures, which is what
-        GroupNorm's statistics will be taken over ever after."""
         whole = step > 0.9 * config.vae_steps
         count = config.batch_size // 4 if whole else config.batch_size
         rows = torch.randint(len(pictures), (count,), generator=g)
@@ -202,27 +213,50 @@ def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
         noise = torch.randn(size, generator=g).to(device)
         x = x.to(device)
         mean, std = vae.encode(x)
-        error = vae.decode(mean + std * noise).float() - x
-        across, down = error.diff(dim=3), error.diff(dim=2)  # of pictures' gradients: sharp edges
-        edges = across.abs().mean() + down.abs().mean()
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
-        return error.abs().mean() + edges + KL_WEIGHT * kl.mean()
+        error = vae.decode(mean + std * noise).float() - x
+        return picture_loss(error) + KL_WEIGHT * kl.mean()
+
+    args = (config.vae_steps, config.vae_learning_rate, show_decoded(config, "vae"))
+    return fit(config, "vae", networks, loss_of, *args)["vae"]
+
+
+def finish_decoder(config: PretrainConfig, vae: VAE, pictures: Tensor) -> VAE:
+    """The decoder alone, on whole pictures. The latents stay as they are, so this may come last."""
+    networks = nn.ModuleDict({"vae": copy.deepcopy(vae)})
+    for part in (networks["vae"].decoder, networks["vae"].post_quant_conv):
+        part.requires_grad_(True)
+
+    def loss_of(step: int) -> Tensor:
+        g = rng(config.seed, "decoder", step)
+        rows = torch.randint(len(pictures), (config.batch_size // 4,), generator=g)
+        x = to_images(pictures[rows]).to(cli.pick_device(config.device))  # (B / 4, 3, 64, 64)
+        with torch.no_grad():
+            mean, std = vae.encode(x)  # (B / 4, 4, 16, 16)
+        noise = torch.randn(mean.shape, generator=g).to(mean.device)
+        return picture_loss(networks["vae"].decode(mean + std * noise).float() - x)
+
+    args = (config.decoder_steps, config.decoder_learning_rate, show_decoded(config, "decoder"))
+    return fit(config, "decoder", networks, loss_of, *args)["vae"]
+
+
+def show_decoded(config: PretrainConfig, name: str) -> Callable[[int, nn.ModuleDict], None]:
+    r = random.Random(f"{config.seed} shown")
+    scenes = [s for subject in world.SUBJECTS.values() for s in subject.scenes[:2]]
+    scenes += [world.random_scene(r) for _ in range(10)]
 
     @torch.no_grad()
     def show(step: int, averaged: nn.ModuleDict) -> None:
-        r = random.Random(f"{config.seed} shown")
-        scenes = [s for subject in world.SUBJECTS.values() for s in subject.scenes[:2]]
-        scenes += [world.random_scene(r) for _ in range(10)]
-        x = to_images(torch.from_numpy(world.pixels(scenes)).permute(0, 3, 1, 2)).to(device)
+        device = cli.pick_device(config.device)
+        x = judge.to_tensor([world.render(s) for s in scenes]).to(device)
         again = averaged["vae"].decode(averaged["vae"].encode(x)[0])
         mae = (again.clamp(-1, 1) - x).abs().mean().item() / 2
-        print(f"\nvae after {step} steps: mean absolute error {mae:.4f} on [0, 1]")
+        print(f"\n{name} after {step} steps: mean absolute error {mae:.4f} on [0, 1]")
         rows = [photos.to_pil(half) for half in (x[:10], again[:10], x[10:], again[10:])]
         grid = photos.grid(photos.enlarged(rows), labels=["render", "decoded"] * 2)
-        report.save_image(grid, Path(config.work_dir) / f"vae-{step:05d}.png")
+        report.save_image(grid, Path(config.work_dir) / f"{name}-{step:05d}.png")
 
-    args = (config.vae_steps, config.vae_learning_rate, show)
-    return fit(config, "vae", networks, loss_of, *args)["vae"]
+    return show
 
 
 @torch.no_grad()
@@ -385,7 +419,7 @@ def model_card(config: PretrainConfig, found: dict[str, float], accuracy: dict[s
     folder, work = Path(config.output_dir), Path(config.work_dir)
     minutes = {
         name: torch.load(work / f"{name}.pt", weights_only=True)["seconds"] / 60
-        for name in ("vae", "unet")
+        for name in ("vae", "decoder", "unet")
     }
     given = [
         f"--{f.name} {getattr(config, f.name)}"
@@ -425,8 +459,8 @@ Made by
     python -m minibooth.toybox.pretrain {" ".join(given)}
 
 on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}:
-{minutes["vae"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for text encoder and UNet.
-The pictures are rendered by `minibooth/toybox/world.py`; no other data went in.
+{minutes["vae"] + minutes["decoder"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for
+text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went in.
 
 | measured on these files | |
 |---|---|
@@ -452,7 +486,10 @@ def pretrain(config: PretrainConfig) -> None:
     pictures = render_all(config)
     vae = train_vae(config, pictures)
     moments, factor = encode_all(config, vae, pictures)
-    train_unet(config, moments, vae, factor).save(folder, torch.float16)
+    sd = train_unet(config, moments, vae, factor)
+    sd.vae = finish_decoder(config, vae, pictures)
+    sd.vae.scaling_factor = factor
+    sd.save(folder, torch.float16)
     world.export(folder / "subjects")
     if not (folder / "judge" / "accuracy.json").exists():
         judge.make(judge.JudgeConfig(output_dir=config.output_dir, seed=config.seed))
