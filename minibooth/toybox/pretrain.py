@@ -2,7 +2,8 @@
 
 As the big one was made: first the autoencoder; then, on its latents, text encoder and UNet
 together; last, the decoder a little further. The networks, the tokenizer and the noise schedule are
-those of the rest of the package, only smaller. Every stage is kept in `work_dir` and goes on where it was stopped.
+those of the rest of the package, only smaller. Every stage is kept in `work_dir` and goes on where
+it was stopped.
 """
 
 import copy
@@ -460,7 +461,8 @@ Made by
 
 on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}:
 {minutes["vae"] + minutes["decoder"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for
-text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went in.
+text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went
+in.
 
 | measured on these files | |
 |---|---|
