@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers as hf
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -351,23 +352,24 @@ def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float)
         )
 
     def show(step: int, averaged: nn.ModuleDict) -> None:
-        sd = model(averaged)
-        prompts = [f"a {kind}" for kind in world.CLASSES]
-        rows = [
-            sd.generate([f"{p} {place}".strip() for p in prompts], steps=25, guidance_scale=4)
-            for place in ("", *world.PLACES)
-        ]
-        colours = [
-            f"a {colour} {kind}" for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
-        ]
-        rows.append(sd.generate(colours, steps=25, guidance_scale=4))
-        grid = photos.grid(
-            photos.enlarged(rows), labels=["", *world.PLACES, "coloured"], headings=prompts
-        )
+        grid = sample_grid(model(averaged))
         report.save_image(grid, Path(config.work_dir) / f"unet-{step:05d}.png")
 
     args = (config.steps, config.learning_rate, show)
     return model(fit(config, "unet", networks, loss_of, *args))
+
+
+def sample_grid(sd: StableDiffusion) -> Image.Image:
+    """Every class without a place and in each, in a colour of its own in the last row."""
+    plain = [f"a {kind}" for kind in world.CLASSES]
+    coloured = [
+        f"{'an' if colour == 'orange' else 'a'} {colour} {kind}"
+        for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
+    ]
+    prompts = [plain, *([f"{p} {place}" for p in plain] for place in world.PLACES), coloured]
+    rows = [sd.generate(row, steps=score.STEPS, guidance_scale=score.GUIDANCE) for row in prompts]
+    labels = ["", *world.PLACES, "coloured"]
+    return photos.grid(photos.enlarged(rows), labels=labels, headings=plain)
 
 
 # ---- how good it is ----------------------------------------------------------------------------
@@ -457,6 +459,8 @@ on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}
 text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went
 in.
 
+![samples](samples.png)
+
 | measured on these files | |
 |---|---|
 {rows}
@@ -481,7 +485,9 @@ def pretrain(config: PretrainConfig) -> None:
     pictures = render_all(config)
     vae = train_vae(config, pictures)
     moments, factor = encode_all(config, vae, pictures)
-    train_unet(config, moments, vae, factor).save(folder, torch.float16)
+    sd = train_unet(config, moments, vae, factor)
+    sd.save(folder, torch.float16)
+    report.save_image(sample_grid(sd), folder / "samples.png")
     world.export(folder / "subjects")
     if not (folder / "judge" / "accuracy.json").exists():
         judge.make(judge.JudgeConfig(output_dir=config.output_dir, seed=config.seed))
