@@ -118,8 +118,8 @@ def share(readings: list[dict], **wanted) -> float:
 @dataclass(frozen=True)
 class JudgeConfig:
     output_dir: str = option("weights/toybox", "the toybox that it is put into")
-    families: int = option(1200, "of four things that differ in one mark; four pictures of each")
-    steps: int = option(2400, "updates")
+    families: int = option(1000, "of four things that differ in one mark; four pictures of each")
+    steps: int = option(2000, "updates")
     learning_rate: float = option(2e-3, "falling to 0 along a line")
     seed: int = option(0, "of scenes, weights and orders")
 
@@ -206,9 +206,9 @@ def train(config: JudgeConfig) -> Judge:
         for group in adam.param_groups:
             group["lr"] = config.learning_rate * min(1, step / 100) * (1 - step / config.steps)
         g = rng(config.seed, "judge", step)
-        rows = torch.randint(config.families, (12,), generator=g)
+        rows = torch.randint(config.families, (8,), generator=g)
         pair = torch.randperm(VIEWS, generator=g)[:2]
-        x = images[rows][:, :, pair].flatten(0, 2)  # (96, 3, 64, 64): pairs are neighbours
+        x = images[rows][:, :, pair].flatten(0, 2)  # (64, 3, 64, 64): pairs are neighbours
         out = judge(disturbed(x.float() / 127.5 - 1, g))
         loss = contrastive(out["embedding"])
         for name in READS:
@@ -243,14 +243,23 @@ def accuracy(judge: Judge, count: int, seed: int = 10**6) -> dict[str, float]:
     return {**out, "same thing": hits / (things * len(world.CLASSES))}
 
 
-def main() -> None:
-    config = cli.parse(
-        JudgeConfig, "minibooth.toybox.judge", "Train the judge of toy pictures on rendered ones."
-    )
-    judge, folder = train(config), Path(config.output_dir) / "judge"
-    write_safetensors(folder / "model.safetensors", judge.state_dict(), torch.float16)
+def make(config: JudgeConfig) -> dict[str, float]:
+    """Train it, put it into the toybox (fp16), and measure what was put there."""
+    folder = Path(config.output_dir) / "judge"
+    write_safetensors(folder / "model.safetensors", train(config).state_dict(), torch.float16)
     measured = accuracy(load(config.output_dir), 2000)
     write_json(folder / "accuracy.json", measured)
+    return measured
+
+
+def main() -> None:
+    measured = make(
+        cli.parse(
+            JudgeConfig,
+            "minibooth.toybox.judge",
+            "Train the judge of toy pictures on rendered ones.",
+        )
+    )
     print(", ".join(f"{name} {value:.1%}" for name, value in measured.items()))
 
 

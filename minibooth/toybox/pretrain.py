@@ -1,40 +1,42 @@
 """python -m minibooth.toybox.pretrain: train the toybox's Stable Diffusion from nothing.
 
 As the big one was made: first the autoencoder; then, on its latents, text encoder and UNet
-together. The networks, the tokenizer and the noise schedule are those of the rest of the package,
-only smaller. Every stage is kept in `work_dir` and goes on where it was stopped.
+together; last, the decoder a little further. The networks, the tokenizer and the noise schedule are
+those of the rest of the package, only smaller. Every stage is kept in `work_dir` and goes on where
+it was stopped.
 """
 
 import copy
+import hashlib
 import json
 import math
+import platform
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import tokenizers as hf
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from .. import cli, photos, report
+from .. import cli, dreambooth, photos, pipeline, report
 from ..cli import option
 from ..configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
 from ..data import rng
-from ..files import atomic
+from ..dreambooth import Term, min_snr_weight
+from ..files import atomic, write_text
 from ..pipeline import StableDiffusion, read_schedule
-from ..schedule import q_sample
 from ..text_encoder import TextEncoder
 from ..tokenizer import BOS, EOS, Tokenizer
 from ..unet import UNet
 from ..update import Precision
 from ..vae import VAE
-from . import world
+from . import judge, score, world
 
 VAE_CONFIG = SD_VAE | {
     "block_out_channels": [32, 64, 96],
@@ -68,7 +70,9 @@ TEXT_CONFIG = SD1_TEXT | {
 CROP = 32  # pixels: the VAE sees whole pictures only in the last tenth of its training
 KL_WEIGHT = 2e-4  # of the mean over latent values, beside the mean error over pixel values
 UNCONDITIONAL = 0.1  # of the captions are left empty, for guidance
-EMA = 0.999
+SNR_GAMMA = 5.0  # of Min-SNR weights: composition first, the last grain of noise later
+KEEP_EVERY = 250  # steps between two states that a stopped stage goes on from
+EMA = 0.999  # of the weights, once it has so many steps to average over
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class PretrainConfig:
     pictures: int = option(20_000, "rendered pictures to train on")
     vae_steps: int = option(6500, "updates of the autoencoder")
     vae_learning_rate: float = option(2e-3, "of the autoencoder, falling to 0 along a cosine")
-    steps: int = option(7000, "updates of UNet and text encoder")
+    decoder_steps: int = option(2000, "further updates of its decoder alone, on whole pictures")
+    decoder_learning_rate: float = option(5e-4, "falling likewise")
+    steps: int = option(6500, "updates of UNet and text encoder")
     learning_rate: float = option(1e-3, "of UNet and text encoder, falling likewise")
     batch_size: int = option(32, "pictures (or crops of them) per update")
     mixed_precision: str = option("bf16", "what the networks compute in", choices=("no", "bf16"))
@@ -123,14 +129,17 @@ def fit(
     learning_rate: float,
     show: Callable[[int, nn.ModuleDict], None],
 ) -> nn.ModuleDict:
-    """Minimise `loss_of(step)` over the networks' weights; returns their moving average.
+    """Minimise `loss_of(step)` over all weights that want gradients; returns their moving average.
 
-    The state is kept every 250 steps and taken up again. `show(step, averaged)` draws samples.
+    The state is kept now and then and taken up again. `show(step, averaged)` draws samples.
     """
     path = Path(config.work_dir) / f"{name}.pt"
     precision = Precision(config.mixed_precision, cli.pick_device(config.device))
-    averaged = copy.deepcopy(networks).eval().requires_grad_(False)
-    weights, average = list(networks.parameters()), list(averaged.parameters())
+    averaged = copy.deepcopy(networks).eval()
+    weights, average = (
+        [p for p in n.parameters() if p.requires_grad] for n in (networks, averaged)
+    )
+    averaged.requires_grad_(False)
     adam = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-3)
     first, spent, start = 0, 0.0, time.monotonic()
     if path.exists():
@@ -155,7 +164,7 @@ def fit(
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if step % 250 == 0 or step == steps:
+        if step % KEEP_EVERY == 0 or step == steps:
             state = {"weights": networks.state_dict(), "averaged": averaged.state_dict()}
             seconds = spent + time.monotonic() - start
             with atomic(path) as part:
@@ -168,24 +177,24 @@ def fit(
     return averaged
 
 
-def finished(config: PretrainConfig, name: str) -> dict | None:
-    """The last state of a stage that has been done."""
-    path = Path(config.work_dir) / f"{name}.pt"
-    return torch.load(path, weights_only=True) if path.exists() else None
-
-
 # ---- stage 1: the autoencoder ------------------------------------------------------------------
 
 
+def picture_loss(error: Tensor) -> Tensor:
+    """Of what is decoded minus what was encoded, and of the gradients of that: sharp edges."""
+    across, down = error.diff(dim=3), error.diff(dim=2)
+    return error.abs().mean() + across.abs().mean() + down.abs().mean()
+
+
 def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
+    """Encoder and decoder, on crops of 32² pixels. Towards the end, on as many pixels in whole
+    pictures: GroupNorm's statistics will be taken over these ever after."""
     device = cli.pick_device(config.device)
     torch.manual_seed(config.seed)
     networks = nn.ModuleDict({"vae": VAE(VAE_CONFIG)}).to(device)
     vae = networks["vae"]
 
     def batch(step: int, g: torch.Generator) -> Tensor:
-        """Crops of 32² pixels; towards the end as many pixels as whole pictures, which is what
-        GroupNorm's statistics will be taken over ever after."""
         whole = step > 0.9 * config.vae_steps
         count = config.batch_size // 4 if whole else config.batch_size
         rows = torch.randint(len(pictures), (count,), generator=g)
@@ -205,27 +214,50 @@ def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
         noise = torch.randn(size, generator=g).to(device)
         x = x.to(device)
         mean, std = vae.encode(x)
-        error = vae.decode(mean + std * noise).float() - x
-        across, down = error.diff(dim=3), error.diff(dim=2)  # of pictures' gradients: sharp edges
-        edges = across.abs().mean() + down.abs().mean()
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
-        return error.abs().mean() + edges + KL_WEIGHT * kl.mean()
+        error = vae.decode(mean + std * noise).float() - x
+        return picture_loss(error) + KL_WEIGHT * kl.mean()
+
+    args = (config.vae_steps, config.vae_learning_rate, show_decoded(config, "vae"))
+    return fit(config, "vae", networks, loss_of, *args)["vae"]
+
+
+def finish_decoder(config: PretrainConfig, vae: VAE, pictures: Tensor) -> VAE:
+    """The decoder alone, on whole pictures. The latents stay as they are, so this may come last."""
+    networks = nn.ModuleDict({"vae": copy.deepcopy(vae)})
+    for part in (networks["vae"].decoder, networks["vae"].post_quant_conv):
+        part.requires_grad_(True)
+
+    def loss_of(step: int) -> Tensor:
+        g = rng(config.seed, "decoder", step)
+        rows = torch.randint(len(pictures), (config.batch_size // 4,), generator=g)
+        x = to_images(pictures[rows]).to(cli.pick_device(config.device))  # (B / 4, 3, 64, 64)
+        with torch.no_grad():
+            mean, std = vae.encode(x)  # (B / 4, 4, 16, 16)
+        noise = torch.randn(mean.shape, generator=g).to(mean.device)
+        return picture_loss(networks["vae"].decode(mean + std * noise).float() - x)
+
+    args = (config.decoder_steps, config.decoder_learning_rate, show_decoded(config, "decoder"))
+    return fit(config, "decoder", networks, loss_of, *args)["vae"]
+
+
+def show_decoded(config: PretrainConfig, name: str) -> Callable[[int, nn.ModuleDict], None]:
+    r = random.Random(f"{config.seed} shown")
+    scenes = [s for subject in world.SUBJECTS.values() for s in subject.scenes[:2]]
+    scenes += [world.random_scene(r) for _ in range(10)]
 
     @torch.no_grad()
     def show(step: int, averaged: nn.ModuleDict) -> None:
-        r = random.Random(f"{config.seed} shown")
-        scenes = [s for subject in world.SUBJECTS.values() for s in subject.scenes[:2]]
-        scenes += [world.random_scene(r) for _ in range(10)]
-        x = to_images(torch.from_numpy(world.pixels(scenes)).permute(0, 3, 1, 2)).to(device)
+        device = cli.pick_device(config.device)
+        x = judge.to_tensor([world.render(s) for s in scenes]).to(device)
         again = averaged["vae"].decode(averaged["vae"].encode(x)[0])
         mae = (again.clamp(-1, 1) - x).abs().mean().item() / 2
-        print(f"\nvae after {step} steps: mean absolute error {mae:.4f} on [0, 1]")
+        print(f"\n{name} after {step} steps: mean absolute error {mae:.4f} on [0, 1]")
         rows = [photos.to_pil(half) for half in (x[:10], again[:10], x[10:], again[10:])]
         grid = photos.grid(photos.enlarged(rows), labels=["render", "decoded"] * 2)
-        report.save_image(grid, Path(config.work_dir) / f"vae-{step:05d}.png")
+        report.save_image(grid, Path(config.work_dir) / f"{name}-{step:05d}.png")
 
-    args = (config.vae_steps, config.vae_learning_rate, show)
-    return fit(config, "vae", networks, loss_of, *args)["vae"]
+    return show
 
 
 @torch.no_grad()
@@ -239,10 +271,11 @@ def encode_all(config: PretrainConfig, vae: VAE, pictures: Tensor) -> tuple[Tens
         kept = torch.load(path, weights_only=True)
         return kept["moments"], kept["scaling_factor"]
     device = cli.pick_device(config.device)
-    moments = [
-        torch.stack(vae.encode(to_images(rows).to(device))).half().cpu()
-        for rows in tqdm(pictures.split(100), desc="encoding", unit="batch")
-    ]
+    with Precision(config.mixed_precision, device).autocast():
+        moments = [
+            torch.stack(vae.encode(to_images(rows).to(device))).half().cpu()
+            for rows in tqdm(pictures.split(100), desc="encoding", unit="batch")
+        ]
     moments = torch.cat(moments, dim=1)
     mean, std = moments.float()
     factor = round(1 / math.sqrt(mean.var().item() + std.square().mean().item()), 5)
@@ -255,7 +288,7 @@ def encode_all(config: PretrainConfig, vae: VAE, pictures: Tensor) -> tuple[Tens
 # ---- stage 2: text encoder and UNet ------------------------------------------------------------
 
 
-def train_tokenizer(config: PretrainConfig, size: int = 640) -> Tokenizer:
+def train_tokenizer(config: PretrainConfig) -> Tokenizer:
     """Byte-pair merges as CLIP's were made: from the captions, most frequent pair first."""
     r = random.Random(f"{config.seed} words")
     captions = [world.caption(world.random_scene(r), r) for _ in range(20_000)]
@@ -265,7 +298,7 @@ def train_tokenizer(config: PretrainConfig, size: int = 640) -> Tokenizer:
     learned = hf.Tokenizer(hf.models.BPE(end_of_word_suffix="</w>"))
     learned.normalizer, learned.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = hf.trainers.BpeTrainer(
-        vocab_size=size, end_of_word_suffix="</w>", show_progress=False, initial_alphabet=alphabet
+        vocab_size=1000, end_of_word_suffix="</w>", show_progress=False, initial_alphabet=alphabet
     )
     learned.train_from_iterator(captions, trainer)
     merges = [tuple(m) for m in json.loads(learned.to_str())["model"]["merges"]]
@@ -277,7 +310,7 @@ def train_tokenizer(config: PretrainConfig, size: int = 640) -> Tokenizer:
 
 
 def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float) -> StableDiffusion:
-    """Text encoder and UNet together, by the plain ε-loss; the whole model."""
+    """Text encoder and UNet together; the whole model."""
     device, tokenizer = cli.pick_device(config.device), train_tokenizer(config)
     text_config = TEXT_CONFIG | {"vocab_size": len(tokenizer.vocab)}
     text_config |= {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS]}
@@ -302,9 +335,10 @@ def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float)
         eps = torch.randn(mean.shape, generator=g)
         t = torch.randint(schedule.T, (len(rows),), generator=g)
         x0, eps, t = x0.to(device), eps.to(device), t.to(device)
-        x_t = q_sample(x0, eps, schedule.alpha_bar[t])
-        c = networks["text_encoder"](tokenizer(captions).to(device))
-        return F.mse_loss(networks["unet"](x_t, t, c).float(), eps)
+        c = networks["text_encoder"](tokenizer(captions).to(device))  # (B, 77, 96)
+        weight = min_snr_weight(schedule, t, SNR_GAMMA)
+        term = Term(x0, eps, t, c)
+        return dreambooth.step(networks["unet"], schedule, term, None, weight=weight).loss
 
     def model(averaged: nn.ModuleDict) -> StableDiffusion:
         vae.scaling_factor = factor
@@ -343,18 +377,128 @@ def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float)
     return model(fit(config, "unet", networks, loss_of, *args))
 
 
+# ---- how good it is ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def vae_error(vae: VAE, scenes: list[world.Scene]) -> float:
+    """Mean absolute error of encoding and decoding, on pixels in [0, 1]."""
+    x = judge.to_tensor([world.render(s) for s in scenes])
+    again = torch.cat([vae.decode(vae.encode(part)[0]) for part in x.split(50)])
+    return (again.clamp(-1, 1) - x).abs().mean().item() / 2
+
+
+def quality(folder: str | Path, seed: int = 1) -> dict[str, float]:
+    """What the judge reads in one picture of every class × colour × place, drawn by the model in
+    `folder`, and the VAE's error on renders that it was not trained on."""
+    sd, reader = pipeline.load(folder), judge.load(folder)
+    asked = [
+        {"kind": kind, "colour": colour, "place": place}
+        for kind in world.CLASSES
+        for colour in world.COLOURS
+        for place in world.PLACES
+    ]
+    prompts = [
+        f"{'an' if a['colour'] == 'orange' else 'a'} {a['colour']} {a['kind']} {a['place']}"
+        for a in asked
+    ]
+    with tqdm(total=score.steps_to_draw(len(prompts)), desc="quality", unit="step") as bar:
+        readings, _ = reader.look(score.draw(sd, prompts, seed, bar.update))
+    found = {
+        field: sum(r[field] == a[field] for r, a in zip(readings, asked, strict=True)) / len(asked)
+        for field in ("kind", "colour", "place")
+    }
+    r = random.Random(f"{seed} held out")
+    subjects = [s for subject in world.SUBJECTS.values() for s in subject.scenes]
+    found["VAE error, renders"] = vae_error(sd.vae, [world.random_scene(r) for _ in range(200)])
+    found["VAE error, subjects"] = vae_error(sd.vae, subjects)
+    return found
+
+
+def model_card(config: PretrainConfig, found: dict[str, float], accuracy: dict[str, float]) -> str:
+    """README.md of the model: the command, time and machine, quality, and every file's sha256."""
+    folder, work = Path(config.output_dir), Path(config.work_dir)
+    minutes = {
+        name: torch.load(work / f"{name}.pt", weights_only=True)["seconds"] / 60
+        for name in ("vae", "decoder", "unet")
+    }
+    given = [
+        f"--{f.name} {getattr(config, f.name)}"
+        for f in fields(config)
+        if getattr(config, f.name) != f.default and f.name not in ("output_dir", "work_dir")
+    ]
+    files = sorted(f for f in folder.rglob("*.safetensors"))
+    sums = "\n".join(
+        f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder)}" for f in files
+    )
+    threads = f"{torch.get_num_threads()} CPU threads"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
+    right = ", ".join(f"{found[k]:.1%}" for k in ("kind", "colour", "place"))
+    measured = {
+        "class, colour, place as asked for, read by the judge in 480 pictures": right,
+        "autoencoder: mean absolute error on [0, 1], renders it was not trained on": (
+            f"{found['VAE error, renders']:.4f}"
+        ),
+        "the same, the subjects' pictures": f"{found['VAE error, subjects']:.4f}",
+        "the judge, on 2,000 renders it was not trained on": ", ".join(
+            f"{k} {v:.1%}" for k, v in accuracy.items()
+        ),
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in measured.items())
+    return f"""---
+license: mit
+tags: [text-to-image, stable-diffusion, minibooth]
+---
+
+# The toybox
+
+A small Stable Diffusion of a drawn world, pretrained from nothing for minibooth: 64 × 64 pixels,
+latents of 16 × 16 × 4. It stands in the public layout and loads wherever the big one does.
+
+Made by
+
+    python -m minibooth.toybox.pretrain {" ".join(given)}
+
+on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}:
+{minutes["vae"] + minutes["decoder"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for
+text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went
+in.
+
+| measured on these files | |
+|---|---|
+{rows}
+
+One picture of every class × colour × place, guidance {score.GUIDANCE}, {score.STEPS} DDIM steps.
+"same thing": of 20 things of one class, how often a second picture is nearest to its own first.
+
+sha256:
+
+```
+{sums}
+```
+"""
+
+
 # ---- the command -------------------------------------------------------------------------------
 
 
-def pretrain(config: PretrainConfig) -> StableDiffusion:
+def pretrain(config: PretrainConfig) -> None:
     """Run all stages, or what is left of them, and write the model (fp16) to output_dir."""
+    folder = Path(config.output_dir)
     pictures = render_all(config)
     vae = train_vae(config, pictures)
     moments, factor = encode_all(config, vae, pictures)
     sd = train_unet(config, moments, vae, factor)
-    sd.save(config.output_dir, torch.float16)
-    world.export(Path(config.output_dir) / "subjects")
-    return sd
+    sd.vae = finish_decoder(config, vae, pictures)
+    sd.vae.scaling_factor = factor
+    sd.save(folder, torch.float16)
+    world.export(folder / "subjects")
+    if not (folder / "judge" / "accuracy.json").exists():
+        judge.make(judge.JudgeConfig(output_dir=config.output_dir, seed=config.seed))
+    accuracy = json.loads((folder / "judge" / "accuracy.json").read_text())
+    found = quality(folder)
+    print(", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    write_text(folder / "README.md", model_card(config, found, accuracy))
 
 
 def main() -> None:
@@ -362,7 +506,7 @@ def main() -> None:
         cli.parse(
             PretrainConfig,
             "minibooth.toybox.pretrain",
-            "Train the toybox: a small Stable Diffusion on drawn scenes.",
+            "Train the toybox from nothing: autoencoder, text encoder and UNet, and its judge.",
         )
     )
 

@@ -55,6 +55,11 @@ def places(count: int) -> list[str]:
     return [place for place in world.PLACES for _ in range(count)]
 
 
+def steps_to_draw(count: int) -> int:
+    """Sampler steps that `draw` takes for so many pictures, batches counted once."""
+    return STEPS * -(-count // BATCH)
+
+
 def draw(
     sd: StableDiffusion,
     prompts: list[str],
@@ -115,7 +120,7 @@ def after_run(sd: StableDiffusion, config) -> str:
     noun, folder, where = config.class_prompt.split()[-1], Path(config.output_dir), places(4)
     prompts = [f"{config.instance_prompt} {place}" for place in where]
     prompts += [config.class_prompt] * len(where)
-    with tqdm(total=STEPS * -(-len(prompts) // BATCH), desc="scoring", unit="step") as bar:
+    with tqdm(total=steps_to_draw(len(prompts)), desc="scoring", unit="step") as bar:
         subject, others = draw(sd, prompts, on_step=bar.update).split(len(where))
     new, after = learned(judge, subject, where, real, noun), kept(judge, others, real, noun)
     yard, before = yardstick(judge, real, noun), None

@@ -406,107 +406,136 @@ def gradient(top: RGB, bottom: RGB, horizon: float = 1.0) -> Image.Image:
     return Image.fromarray(column.round().astype(np.uint8).repeat(CANVAS, axis=1))
 
 
-def backdrop(place: str, rng: random.Random) -> Image.Image:
-    C = CANVAS
+class Backdrop:
+    """What is behind the thing, in units of the picture's side, y down."""
 
-    def ground(image: Image.Image, y: float, fill: RGB, waves: float = 0.02) -> None:
-        phase, turns = rng.uniform(0, 6), rng.uniform(1, 2)
+    def __init__(self, rng: random.Random, top: RGB, bottom: RGB, horizon: float):
+        self.rng, self.image = rng, gradient(top, bottom, horizon)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def ground(self, y: float, fill: RGB, waves: float) -> None:
+        phase, turns = self.rng.uniform(0, 6), self.rng.uniform(1, 2)
         xs = np.linspace(0, 1, 33)
-        edge = [(C * x, C * (y + waves * math.sin(phase + 6 * turns * x))) for x in xs]
-        ImageDraw.Draw(image).polygon([*edge, (C, C), (0, C)], fill)
+        edge = [(CANVAS * x, CANVAS * (y + waves * math.sin(phase + 6 * turns * x))) for x in xs]
+        self.draw.polygon([*edge, (CANVAS, CANVAS), (0, CANVAS)], fill)
 
-    def dot(image: Image.Image, x: float, y: float, r: float, fill: RGB) -> None:
-        box = tuple(C * v for v in (x - r, y - r, x + r, y + r))
-        ImageDraw.Draw(image).ellipse(box, fill)
+    def dot(self, x: float, y: float, r: float, fill: RGB) -> None:
+        self.draw.ellipse([CANVAS * v for v in (x - r, y - r, x + r, y + r)], fill)
 
-    if place == "on the grass":
-        image = gradient((136, 200, 246), (216, 240, 250), 0.5)
-        dot(image, rng.uniform(0.08, 0.92), rng.uniform(0.08, 0.16), 0.075, (255, 240, 150))
-        ground(image, 0.46, (142, 202, 104), 0.04)
-        ground(image, 0.62, (112, 182, 84), 0.02)
-        for _ in range(7):
-            x, y, petal = rng.random(), rng.uniform(0.68, 0.97), rng.choice("wyp")
-            dot(
-                image,
-                x,
-                y,
-                0.02,
-                {"w": (255,) * 3, "y": (255, 226, 90), "p": (250, 170, 200)}[petal],
-            )
-    elif place == "on the beach":
-        image = gradient((120, 206, 246), (206, 240, 248), 0.36)
-        ground(image, 0.34, (38, 146, 190), 0.004)
-        ground(image, 0.5, (120, 206, 214), 0.012)
-        ground(image, 0.55, (246, 226, 174), 0.014)
-        x = rng.choice((rng.uniform(0.04, 0.16), rng.uniform(0.84, 0.96)))
-        draw = ImageDraw.Draw(image)
-        draw.line([(C * x, C * 0.22), (C * (x + 0.02), C * 0.64)], (150, 112, 76), 8)
-        box = (C * (x - 0.17), C * 0.12, C * (x + 0.17), C * 0.4)
-        for i, fill in enumerate(((232, 80, 70), (255, 250, 240)) * 2):
-            draw.pieslice(box, 180 + 45 * i, 225 + 45 * i, fill)
-        for _ in range(3):
-            dot(image, rng.random(), rng.uniform(0.8, 0.97), 0.017, (240, 150, 140))
-    elif place == "in the snow":
-        image = gradient((172, 190, 212), (222, 230, 240), 0.6)
-        for _ in range(3):
-            x, h = rng.random(), rng.uniform(0.24, 0.36)
-            for k in range(3):
-                y, w = 0.6 - h * (1 - 0.28 * k), 0.06 + 0.03 * k
-                fir = [(x, y), (x - w, y + 0.5 * h), (x + w, y + 0.5 * h)]
-                ImageDraw.Draw(image).polygon([(C * a, C * b) for a, b in fir], (74, 118, 112))
-        ground(image, 0.56, (240, 244, 250), 0.03)
-        ground(image, 0.74, (226, 234, 246), 0.02)
-        for _ in range(16):
-            dot(image, rng.random(), rng.random(), 0.014, (255, 255, 255))
-    elif place == "at night":
-        image = gradient((16, 18, 58), (58, 58, 124), 0.6)
-        for _ in range(12):
-            dot(image, rng.random(), rng.uniform(0, 0.5), 0.009, (250, 246, 214))
-        x, y = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.18)
-        dot(image, x, y, 0.085, (252, 244, 200))
-        dot(image, x + 0.04, y - 0.02, 0.07, (24, 26, 68))
-        ground(image, 0.6, (44, 52, 92), 0.04)
-        ground(image, 0.74, (34, 40, 76), 0.02)
-    elif place == "in the desert":
-        image = gradient((252, 196, 120), (254, 232, 180), 0.5)
-        dot(image, rng.uniform(0.1, 0.9), 0.14, 0.09, (255, 250, 220))
-        ground(image, 0.48, (232, 166, 92), 0.05)
-        x = rng.choice((rng.uniform(0.06, 0.2), rng.uniform(0.8, 0.94)))
-        draw, green = ImageDraw.Draw(image), (66, 132, 84)
-        for path in (
-            [(x, 0.7), (x, 0.32)],
-            [(x, 0.54), (x - 0.08, 0.54), (x - 0.08, 0.42)],
-            [(x, 0.5), (x + 0.08, 0.5), (x + 0.08, 0.38)],
-        ):
-            draw.line([(C * a, C * b) for a, b in path], green, 13, joint="curve")
-            dot(image, *path[-1], 0.025, green)
-        ground(image, 0.66, (216, 142, 72), 0.03)
-    else:
-        image = gradient((174, 186, 206), (222, 220, 222), 0.6)
-        x = -0.05
-        while x < 1:
-            w, top = rng.uniform(0.13, 0.22), rng.uniform(0.06, 0.36)
-            wall = rng.choice(((122, 128, 148), (146, 138, 150), (104, 112, 134)))
-            draw = ImageDraw.Draw(image)
-            draw.rectangle((C * x, C * top, C * (x + w), C * 0.7), wall)
-            for j in range(8):
-                for i in range(2):
-                    a, b = x + w * (0.18 + 0.4 * i), top + 0.05 + 0.075 * j
-                    lit = (255, 232, 150) if rng.random() < 0.5 else mix(wall, INK, 0.35)
-                    draw.rectangle((C * a, C * b, C * (a + 0.24 * w), C * (b + 0.04)), lit)
-            x += w
-        ground(image, 0.66, (172, 170, 172), 0)
-        ground(image, 0.73, (96, 96, 104), 0)
-        for i in range(-1, 4):
-            a = 0.1 + 0.3 * i + 0.05
-            stripe = (C * a, C * 0.865, C * (a + 0.16), C * 0.895)
-            ImageDraw.Draw(image).rectangle(stripe, (238, 230, 196))
-    return image
+    def box(self, left: float, top: float, right: float, bottom: float, fill: RGB) -> None:
+        self.draw.rectangle([CANVAS * v for v in (left, top, right, bottom)], fill)
+
+    def path(self, points: list, width: int, fill: RGB) -> None:
+        scaled = [(CANVAS * x, CANVAS * y) for x, y in points]
+        self.draw.line(scaled, fill, width, joint="curve")
+
+    def shape(self, points: list, fill: RGB) -> None:
+        self.draw.polygon([(CANVAS * x, CANVAS * y) for x, y in points], fill)
+
+    def side(self, low: float, high: float) -> float:
+        """Somewhere near the left or the right edge."""
+        uniform = self.rng.uniform
+        return self.rng.choice((uniform(low, high), uniform(1 - high, 1 - low)))
+
+
+def grass(rng: random.Random) -> Image.Image:
+    back = Backdrop(rng, (136, 200, 246), (216, 240, 250), 0.5)
+    back.dot(rng.uniform(0.08, 0.92), rng.uniform(0.08, 0.16), 0.075, (255, 240, 150))
+    back.ground(0.46, (142, 202, 104), 0.04)
+    back.ground(0.62, (112, 182, 84), 0.02)
+    petals = {"w": (255, 255, 255), "y": (255, 226, 90), "p": (250, 170, 200)}
+    for _ in range(7):
+        x, y, petal = rng.random(), rng.uniform(0.68, 0.97), rng.choice("wyp")
+        back.dot(x, y, 0.02, petals[petal])
+    return back.image
+
+
+def beach(rng: random.Random) -> Image.Image:
+    back = Backdrop(rng, (120, 206, 246), (206, 240, 248), 0.36)
+    back.ground(0.34, (38, 146, 190), 0.004)
+    back.ground(0.5, (120, 206, 214), 0.012)
+    back.ground(0.55, (246, 226, 174), 0.014)
+    x = back.side(0.04, 0.16)
+    back.path([(x, 0.22), (x + 0.02, 0.64)], 8, (150, 112, 76))
+    shade = [CANVAS * v for v in (x - 0.17, 0.12, x + 0.17, 0.4)]
+    for i, fill in enumerate(((232, 80, 70), (255, 250, 240)) * 2):
+        back.draw.pieslice(shade, 180 + 45 * i, 225 + 45 * i, fill)
+    for _ in range(3):
+        back.dot(rng.random(), rng.uniform(0.8, 0.97), 0.017, (240, 150, 140))
+    return back.image
+
+
+def snow(rng: random.Random) -> Image.Image:
+    back = Backdrop(rng, (172, 190, 212), (222, 230, 240), 0.6)
+    for _ in range(3):
+        x, h = rng.random(), rng.uniform(0.24, 0.36)
+        for k in range(3):
+            y, w = 0.6 - h * (1 - 0.28 * k), 0.06 + 0.03 * k
+            back.shape([(x, y), (x - w, y + 0.5 * h), (x + w, y + 0.5 * h)], (74, 118, 112))
+    back.ground(0.56, (240, 244, 250), 0.03)
+    back.ground(0.74, (226, 234, 246), 0.02)
+    for _ in range(16):
+        back.dot(rng.random(), rng.random(), 0.014, (255, 255, 255))
+    return back.image
+
+
+def night(rng: random.Random) -> Image.Image:
+    back = Backdrop(rng, (16, 18, 58), (58, 58, 124), 0.6)
+    for _ in range(12):
+        back.dot(rng.random(), rng.uniform(0, 0.5), 0.009, (250, 246, 214))
+    x, y = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.18)
+    back.dot(x, y, 0.085, (252, 244, 200))
+    back.dot(x + 0.04, y - 0.02, 0.07, (24, 26, 68))
+    back.ground(0.6, (44, 52, 92), 0.04)
+    back.ground(0.74, (34, 40, 76), 0.02)
+    return back.image
+
+
+def desert(rng: random.Random) -> Image.Image:
+    back = Backdrop(rng, (252, 196, 120), (254, 232, 180), 0.5)
+    back.dot(rng.uniform(0.1, 0.9), 0.14, 0.09, (255, 250, 220))
+    back.ground(0.48, (232, 166, 92), 0.05)
+    x, green = back.side(0.06, 0.2), (66, 132, 84)
+    for arm in (
+        [(x, 0.7), (x, 0.32)],
+        [(x, 0.54), (x - 0.08, 0.54), (x - 0.08, 0.42)],
+        [(x, 0.5), (x + 0.08, 0.5), (x + 0.08, 0.38)],
+    ):
+        back.path(arm, 13, green)
+        back.dot(*arm[-1], 0.025, green)
+    back.ground(0.66, (216, 142, 72), 0.03)
+    return back.image
+
+
+def city(rng: random.Random) -> Image.Image:
+    back = Backdrop(rng, (174, 186, 206), (222, 220, 222), 0.6)
+    x = -0.05
+    while x < 1:
+        w, top = rng.uniform(0.13, 0.22), rng.uniform(0.06, 0.36)
+        wall = rng.choice(((122, 128, 148), (146, 138, 150), (104, 112, 134)))
+        back.box(x, top, x + w, 0.7, wall)
+        for row in range(8):
+            for column in range(2):
+                left, above = x + w * (0.18 + 0.4 * column), top + 0.05 + 0.075 * row
+                lit = (255, 232, 150) if rng.random() < 0.5 else mix(wall, INK, 0.35)
+                back.box(left, above, left + 0.24 * w, above + 0.04, lit)
+        x += w
+    back.ground(0.66, (172, 170, 172), 0)
+    back.ground(0.73, (96, 96, 104), 0)
+    for i in range(-1, 4):
+        left = 0.15 + 0.3 * i
+        back.box(left, 0.865, left + 0.16, 0.895, (238, 230, 196))
+    return back.image
+
+
+BACKDROPS: dict[str, Callable[[random.Random], Image.Image]] = dict(
+    zip(PLACES, (grass, beach, snow, night, desert, city), strict=True)
+)
 
 
 def render(scene: Scene) -> Image.Image:
     """The picture of a scene: RGB, 64 × 64."""
-    image = backdrop(scene.place, random.Random(scene.seed))
+    image = BACKDROPS[scene.place](random.Random(scene.seed))
     pen = Pen(scene)
     DRAW[scene.kind](pen)
     thing = pen.layer
