@@ -110,7 +110,7 @@ def look(
 ) -> Look:
     """Do a step's forward and backward pass and keep what there is to see. Nothing is updated.
 
-    The first five arguments after `sd` are as in dreambooth.step. `parameters` are those that
+    The four arguments after `sd` are as in dreambooth.step. `parameters` are those that
     train, by the names "unet.…" and "text_encoder.…"; `prompt` is the one that instance.c encodes,
     `identifier` its word for the subject. The loss is multiplied by `scale` for the backward pass.
     """
