@@ -9,7 +9,7 @@ import minibooth
 from minibooth import hub, photos, report, schedule
 
 TIMESTEPS = (0, 100, 250, 500, 750, 999)
-SCALES = (0.0, 1.0, 4.0, 10.0, 30.0)
+SCALES = (1.0, 2.0, 4.0, 10.0, 30.0)
 
 
 @torch.no_grad()
