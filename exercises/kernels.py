@@ -23,12 +23,12 @@ def merge(n: int, mean: float, M2: float, n_b: int, mean_b: float, M2_b: float) 
 
 def check_online_attention():
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, 8, generator=g).double() for n in (5, 77, 77))
+    q, k, v = (torch.randn(n, 8, generator=g) for n in (5, 77, 77))
     for factor in (1.0, 100.0):
         want = torch.softmax(factor * q @ k.T / 8**0.5, dim=-1) @ v
         found = online_attention(factor * q, k, v, block=16)
         assert found.isfinite().all(), "large scores overflow: subtract the maximum"
-        assert torch.allclose(found, want), f"scores times {factor:g}: it differs"
+        assert torch.allclose(found, want, atol=1e-4), f"scores times {factor:g}: it differs"
 
 
 def check_merge():

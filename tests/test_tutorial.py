@@ -13,6 +13,7 @@ depends on the toybox's weights, which are compared where they are there.
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -91,8 +92,7 @@ needs_the_toybox = pytest.mark.skipif(
 def source(pointer: str) -> str:
     """The source of path.py:symbol, a dotted symbol being inside a class; or the docstring."""
     path, _, symbol = pointer.partition(":")
-    text = (ROOT / path).read_text("utf-8")
-    node: ast.AST = ast.parse(text)
+    text, node = parsed(path)
     if symbol == "__doc__":
         return ast.get_docstring(node, clean=False)
     for name in symbol.split("."):
@@ -100,6 +100,12 @@ def source(pointer: str) -> str:
         assert node is not None, f"{path} has no {symbol}"
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     return textwrap.dedent("\n".join(text.splitlines()[first - 1 : node.end_lineno]))
+
+
+@functools.cache
+def parsed(path: str) -> tuple[str, ast.AST]:
+    text = (ROOT / path).read_text("utf-8")
+    return text, ast.parse(text)
 
 
 def names(node: ast.AST) -> list[str]:
