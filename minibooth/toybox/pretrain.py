@@ -1,7 +1,7 @@
 """python -m minibooth.toybox.pretrain: train the toybox's Stable Diffusion from nothing.
 
 As the big one was made: first the autoencoder; then, on its latents, text encoder and UNet
-together; last, the decoder a little further. The networks, the tokenizer and the noise schedule are
+together. The networks, the tokenizer and the noise schedule are
 those of the rest of the package, only smaller. Every stage is kept in `work_dir` and goes on where
 it was stopped.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers as hf
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -82,8 +83,8 @@ class PretrainConfig:
     pictures: int = option(20_000, "rendered pictures to train on")
     vae_steps: int = option(6500, "updates of the autoencoder")
     vae_learning_rate: float = option(2e-3, "of the autoencoder, falling to 0 along a cosine")
-    decoder_steps: int = option(2000, "further updates of its decoder alone, on whole pictures")
-    decoder_learning_rate: float = option(5e-4, "falling likewise")
+    vae_whole_steps: int = option(1500, "its updates after that, on whole pictures only")
+    vae_whole_learning_rate: float = option(7e-4, "in these, falling likewise")
     steps: int = option(6500, "updates of UNet and text encoder")
     learning_rate: float = option(1e-3, "of UNet and text encoder, falling likewise")
     batch_size: int = option(32, "pictures (or crops of them) per update")
@@ -180,65 +181,58 @@ def fit(
 # ---- stage 1: the autoencoder ------------------------------------------------------------------
 
 
-def picture_loss(error: Tensor) -> Tensor:
-    """Of what is decoded minus what was encoded, and of the gradients of that: sharp edges."""
-    across, down = error.diff(dim=3), error.diff(dim=2)
-    return error.abs().mean() + across.abs().mean() + down.abs().mean()
-
-
-def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
-    """Encoder and decoder, on crops of 32² pixels. Towards the end, on as many pixels in whole
-    pictures: GroupNorm's statistics will be taken over these ever after."""
-    device = cli.pick_device(config.device)
-    torch.manual_seed(config.seed)
-    networks = nn.ModuleDict({"vae": VAE(VAE_CONFIG)}).to(device)
-    vae = networks["vae"]
-
-    def batch(step: int, g: torch.Generator) -> Tensor:
-        whole = step > 0.9 * config.vae_steps
-        count = config.batch_size // 4 if whole else config.batch_size
-        rows = torch.randint(len(pictures), (count,), generator=g)
-        if whole:
-            return to_images(pictures[rows])  # (B / 4, 3, 64, 64)
-        corners = torch.randint(world.SIDE - CROP + 1, (count, 2), generator=g).tolist()
-        crops = [
+def crops(pictures: Tensor, count: int, g: torch.Generator) -> Tensor:
+    """(count, 3, 32, 32): each from anywhere in any picture."""
+    rows = torch.randint(len(pictures), (count,), generator=g)
+    corners = torch.randint(world.SIDE - CROP + 1, (count, 2), generator=g).tolist()
+    return torch.stack(
+        [
             pictures[row, :, y : y + CROP, x : x + CROP]
             for row, (y, x) in zip(rows, corners, strict=True)
         ]
-        return to_images(torch.stack(crops))  # (B, 3, 32, 32)
+    )
+
+
+def fit_vae(
+    config: PretrainConfig, name: str, vae: VAE, pictures: Tensor, share_of_crops: float
+) -> VAE:
+    """One stage: the first `share_of_crops` of its steps on crops, which cost a quarter of a whole
+    picture each; then on as many pixels in whole pictures, since it is over these that GroupNorm's
+    statistics will be taken ever after."""
+    device = cli.pick_device(config.device)
+    steps, rate = {
+        "vae": (config.vae_steps, config.vae_learning_rate),
+        "vae-whole": (config.vae_whole_steps, config.vae_whole_learning_rate),
+    }[name]
 
     def loss_of(step: int) -> Tensor:
-        g = rng(config.seed, "vae", step)
-        x = batch(step, g)
+        g = rng(config.seed, name, step)
+        if step > share_of_crops * steps:
+            rows = torch.randint(len(pictures), (config.batch_size // 4,), generator=g)
+            x = to_images(pictures[rows])  # (B / 4, 3, 64, 64)
+        else:
+            x = to_images(crops(pictures, config.batch_size, g))  # (B, 3, 32, 32)
         size = (len(x), VAE_CONFIG["latent_channels"], x.shape[2] // 4, x.shape[3] // 4)
-        noise = torch.randn(size, generator=g).to(device)
-        x = x.to(device)
+        noise, x = torch.randn(size, generator=g).to(device), x.to(device)
         mean, std = vae.encode(x)
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
         error = vae.decode(mean + std * noise).float() - x
-        return picture_loss(error) + KL_WEIGHT * kl.mean()
+        # The error and that of the picture's gradients: sharp edges.
+        across, down = error.diff(dim=3), error.diff(dim=2)
+        edges = across.abs().mean() + down.abs().mean()
+        return error.abs().mean() + edges + KL_WEIGHT * kl.mean()
 
-    args = (config.vae_steps, config.vae_learning_rate, show_decoded(config, "vae"))
-    return fit(config, "vae", networks, loss_of, *args)["vae"]
+    networks = nn.ModuleDict({"vae": vae})
+    return fit(config, name, networks, loss_of, steps, rate, show_decoded(config, name))["vae"]
 
 
-def finish_decoder(config: PretrainConfig, vae: VAE, pictures: Tensor) -> VAE:
-    """The decoder alone, on whole pictures. The latents stay as they are, so this may come last."""
-    networks = nn.ModuleDict({"vae": copy.deepcopy(vae)})
-    for part in (networks["vae"].decoder, networks["vae"].post_quant_conv):
-        part.requires_grad_(True)
-
-    def loss_of(step: int) -> Tensor:
-        g = rng(config.seed, "decoder", step)
-        rows = torch.randint(len(pictures), (config.batch_size // 4,), generator=g)
-        x = to_images(pictures[rows]).to(cli.pick_device(config.device))  # (B / 4, 3, 64, 64)
-        with torch.no_grad():
-            mean, std = vae.encode(x)  # (B / 4, 4, 16, 16)
-        noise = torch.randn(mean.shape, generator=g).to(mean.device)
-        return picture_loss(networks["vae"].decode(mean + std * noise).float() - x)
-
-    args = (config.decoder_steps, config.decoder_learning_rate, show_decoded(config, "decoder"))
-    return fit(config, "decoder", networks, loss_of, *args)["vae"]
+def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
+    """Mostly on crops, then once more from the start of a cosine on whole pictures."""
+    torch.manual_seed(config.seed)
+    vae = VAE(VAE_CONFIG).to(cli.pick_device(config.device))
+    vae = fit_vae(config, "vae", vae, pictures, share_of_crops=0.9)
+    vae = copy.deepcopy(vae).requires_grad_(True)
+    return fit_vae(config, "vae-whole", vae, pictures, share_of_crops=0.0)
 
 
 def show_decoded(config: PretrainConfig, name: str) -> Callable[[int, nn.ModuleDict], None]:
@@ -358,23 +352,24 @@ def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float)
         )
 
     def show(step: int, averaged: nn.ModuleDict) -> None:
-        sd = model(averaged)
-        prompts = [f"a {kind}" for kind in world.CLASSES]
-        rows = [
-            sd.generate([f"{p} {place}".strip() for p in prompts], steps=25, guidance_scale=4)
-            for place in ("", *world.PLACES)
-        ]
-        colours = [
-            f"a {colour} {kind}" for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
-        ]
-        rows.append(sd.generate(colours, steps=25, guidance_scale=4))
-        grid = photos.grid(
-            photos.enlarged(rows), labels=["", *world.PLACES, "coloured"], headings=prompts
-        )
+        grid = sample_grid(model(averaged))
         report.save_image(grid, Path(config.work_dir) / f"unet-{step:05d}.png")
 
     args = (config.steps, config.learning_rate, show)
     return model(fit(config, "unet", networks, loss_of, *args))
+
+
+def sample_grid(sd: StableDiffusion) -> Image.Image:
+    """Every class without a place and in each, in a colour of its own in the last row."""
+    plain = [f"a {kind}" for kind in world.CLASSES]
+    coloured = [
+        f"{'an' if colour == 'orange' else 'a'} {colour} {kind}"
+        for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
+    ]
+    prompts = [plain, *([f"{p} {place}" for p in plain] for place in world.PLACES), coloured]
+    rows = [sd.generate(row, steps=score.STEPS, guidance_scale=score.GUIDANCE) for row in prompts]
+    labels = ["", *world.PLACES, "coloured"]
+    return photos.grid(photos.enlarged(rows), labels=labels, headings=plain)
 
 
 # ---- how good it is ----------------------------------------------------------------------------
@@ -420,7 +415,7 @@ def model_card(config: PretrainConfig, found: dict[str, float], accuracy: dict[s
     folder, work = Path(config.output_dir), Path(config.work_dir)
     minutes = {
         name: torch.load(work / f"{name}.pt", weights_only=True)["seconds"] / 60
-        for name in ("vae", "decoder", "unet")
+        for name in ("vae", "vae-whole", "unet")
     }
     given = [
         f"--{f.name} {getattr(config, f.name)}"
@@ -460,9 +455,11 @@ Made by
     python -m minibooth.toybox.pretrain {" ".join(given)}
 
 on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}:
-{minutes["vae"] + minutes["decoder"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for
+{minutes["vae"] + minutes["vae-whole"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for
 text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went
 in.
+
+![samples](samples.png)
 
 | measured on these files | |
 |---|---|
@@ -489,9 +486,8 @@ def pretrain(config: PretrainConfig) -> None:
     vae = train_vae(config, pictures)
     moments, factor = encode_all(config, vae, pictures)
     sd = train_unet(config, moments, vae, factor)
-    sd.vae = finish_decoder(config, vae, pictures)
-    sd.vae.scaling_factor = factor
     sd.save(folder, torch.float16)
+    report.save_image(sample_grid(sd), folder / "samples.png")
     world.export(folder / "subjects")
     if not (folder / "judge" / "accuracy.json").exists():
         judge.make(judge.JudgeConfig(output_dir=config.output_dir, seed=config.seed))
