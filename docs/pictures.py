@@ -25,7 +25,7 @@ def noise(sd: minibooth.StableDiffusion) -> Image.Image:
     x0_hat, _ = schedule.split(x_t, prediction, alpha_bar_t, sd.schedule.prediction_type)
     rows = [photos.to_pil(2 * sd.decode(latents) - 1) for latents in (x_t, x0_hat)]
     headings = [f"t = {t}" for t in TIMESTEPS]
-    return photos.grid(photos.enlarged(rows), ["x_t, decoded", "x̂0, decoded"], headings)
+    return photos.grid(photos.enlarged(rows), ["x_t, decoded", "x0 as estimated"], headings)
 
 
 def guidance(sd: minibooth.StableDiffusion) -> Image.Image:

@@ -65,7 +65,8 @@ td.norms { min-width: 9rem; width: 40% }
                 border-bottom: 1px solid var(--line) }
   .tensors th { display: none } .tensors td { border: 0; padding: 0; text-align: left }
   td.norms { min-width: 5rem }
-  .tensors td:nth-child(2) { flex: 1 0 60% }
+  th, td { padding-right: .45rem }
+  .tensors td:nth-child(2) { flex: 1 0 75% }
   .tensors td small { display: inline; margin-left: .4em }
   .maps { grid-template-columns: repeat(3, 1fr) }
 }
@@ -142,9 +143,8 @@ def letters(text: str) -> str:
     return text
 
 
-def number(x: float) -> str:
-    """Four significant digits."""
-    return f"{x:.4g}".replace("-", "−").replace("e−0", "e−")
+def number(x: float, digits: int = 4) -> str:
+    return f"{x:.{digits}g}".replace("-", "−").replace("e−0", "e−")
 
 
 def img(image: Image.Image, alt: str) -> str:
@@ -203,12 +203,12 @@ def one_sample(sample: Sample, kind: str, x: str) -> str:
 def loss_table(seen: Look) -> str:
     group = [("subject", s) for s in seen.instance] + [("class", s) for s in seen.prior]
     weighted = any(s.weight != 1 for _, s in group)
-    heads = ["", "t", "α_t", "σ_t", *["own weight"] * weighted, "w_t", "‖x̂ − x‖², mean"]
+    heads = ["", "t", "α_t", "σ_t", *["own weight"] * weighted, "w_t", "‖x̂ − x‖²"]
     rows = []
     for kind, s in group:
         numbers = [s.t, s.alpha_bar**0.5, (1 - s.alpha_bar) ** 0.5, *[s.weight] * weighted]
         numbers += [s.w_t, s.x_error, s.loss]
-        cells = "".join(f'<td class="n">{number(x)}</td>' for x in numbers)
+        cells = "".join(f'<td class="n">{number(x, 3)}</td>' for x in numbers)
         rows.append(f'<tr><td class="{kind}">{kind}</td>{cells}</tr>')
     return table([letters(head) for head in [*heads, "w_t ‖x̂ − x‖²"]], rows, plain=1)
 
@@ -257,11 +257,10 @@ nothing in particular; look again at a model that was trained.</p>"""
         clean = sample.pictures[0]
         size = clean.shape[-2:]
         over = [microscope.over_picture(m[i : i + 1], *size) for m in a.maps.values()]
-        mean = torch.stack([m[i].mean() for m in a.maps.values()]).mean().item()
         whole = torch.stack(over).mean(dim=0)
         whole = whole / whole.max()
         lit = clean * (0.15 + 0.85 * whole)
-        figures = [figure(picture(lit, "attention"), f"all layers; {mean:.1%} on average")]
+        figures = [figure(picture(lit, "attention"), "all sizes")]
         for side, m in a.maps.items():
             grey = m[i].float() / m[i].max().clamp(min=1e-12)
             top = m[i].max().item()
