@@ -22,7 +22,9 @@ from . import (
     cli,
     dreambooth,
     fast,
+    microscope,
     ops,
+    page,
     photos,
     pipeline,
     report,
@@ -32,7 +34,7 @@ from . import (
 )
 from .cli import option
 from .data import draw_term, encode
-from .dreambooth import Step
+from .dreambooth import Step, Term
 from .errors import UserError
 from .files import gigabytes, require_space, write_json, write_text
 from .photos import Photos
@@ -105,6 +107,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(
         None, "go on where the run in output_dir stopped", choices=("latest",)
     )
+    explain: bool = option(False, "show the first step in explain.html: tensors, pictures, maps")
 
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
     tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
@@ -169,19 +172,7 @@ def train(
     called after the backward pass of every batch, before the update. Returns the trained model.
     Raises UserError for whatever the user can mend.
     """
-    if sd is None and config.model is None:
-        raise UserError(
-            "give --model: a folder, a single file, a hub id such as "
-            "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
-        )
-    config.check()
-    run, device = Path(config.output_dir), cli.pick_device(config.device)
-    if config.kernels:
-        ops.use(config.kernels)
-    photos.image_files(config.instance_data_dir)
-    cli.check_folder("--output_dir", run)
-    if config.class_data_dir and Path(config.class_data_dir).is_file():
-        raise UserError(f"--class_data_dir {config.class_data_dir} is a file: give a folder")
+    device, run = start(config, sd), Path(config.output_dir)
     state, models = resume.steps(run), [f for f in (run, *report.snapshots(run)) if is_model(f)]
     if (state or models) and config.resume_from_checkpoint is None:
         raise UserError(
@@ -204,6 +195,24 @@ def train(
         if cli.is_out_of_memory(error):
             raise UserError(report.memory_advice(sd, config)) from error
         raise
+
+
+def start(config: TrainConfig, sd: StableDiffusion | None = None) -> torch.device:
+    """Refuse what can be refused before a model is loaded; the device to run on."""
+    if sd is None and config.model is None:
+        raise UserError(
+            "give --model: a folder, a single file, a hub id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
+        )
+    config.check()
+    device = cli.pick_device(config.device)
+    if config.kernels:
+        ops.use(config.kernels)
+    photos.image_files(config.instance_data_dir)
+    cli.check_folder("--output_dir", config.output_dir)
+    if config.class_data_dir and Path(config.class_data_dir).is_file():
+        raise UserError(f"--class_data_dir {config.class_data_dir} is a file: give a folder")
+    return device
 
 
 def is_model(folder: Path) -> bool:
@@ -257,13 +266,13 @@ class Run:
                 raise UserError(
                     f"{folder} is already at step {step}: give --max_train_steps {step} or more"
                 )
-        resume.remove_leftovers(folder)
         report.require_memory(sd, config, device)
-        require_space(folder, self.disk_needed())
-        self.announce()
 
     def announce(self) -> None:
+        """Take the folder: say and write what is about to run."""
         config, sd = self.config, self.sd
+        resume.remove_leftovers(self.folder)
+        require_space(self.folder, self.disk_needed())
         print(report.describe_prompts(sd.tokenizer, config.instance_prompt, config.class_prompt))
         print(
             f"{len(self.photos.files)} photographs, {len(self.photos)} crops of "
@@ -272,6 +281,12 @@ class Run:
         set_ = {k: v for k, v in asdict(config).items() if v not in (None, ())}
         text = "settings: " + ", ".join(f"{k} {v}" for k, v in set_.items())
         print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
+        settings = {k: v for k, v in asdict(config).items() if k != "config"}
+        settings["resume_from_checkpoint"] = None
+        write_json(self.folder / "config.json", settings)
+        report.save_image(
+            photos.contact_sheet(self.photos), self.folder / "samples" / "photographs.png"
+        )
 
     def disk_needed(self) -> int:
         """Bytes this run may still write: the model, snapshots, a state while the last is there."""
@@ -288,12 +303,6 @@ class Run:
     def prepare(self) -> None:
         """Class images, latents, contexts: everything that the steps read."""
         config, sd = self.config, self.sd
-        settings = {k: v for k, v in asdict(config).items() if k != "config"}
-        settings["resume_from_checkpoint"] = None
-        write_json(self.folder / "config.json", settings)
-        report.save_image(
-            photos.contact_sheet(self.photos), self.folder / "samples" / "photographs.png"
-        )
         # The weights as they came: on the CPU, and in the mapped file where there is one.
         self.start = {key: p.detach() for key, p in self.parameters().items()}
         sd.to(self.device)
@@ -308,9 +317,12 @@ class Run:
         if self.saved is not None:
             resume.check(self.folder, self.saved[2], self.identity)
 
-        prompts = [config.instance_prompt] + [config.class_prompt] * config.uses_prior
-        self.ids = sd.tokenizer(prompts).to(self.device)
+        self.ids = sd.tokenizer(self.train_prompts()).to(self.device)
         self.contexts = None if config.train_text_encoder else sd.text_encoder(self.ids)
+
+    def train_prompts(self) -> list[str]:
+        """Of the terms of Eq. 2."""
+        return [self.config.instance_prompt] + [self.config.class_prompt] * self.config.uses_prior
 
     def class_photos(self) -> Photos:
         config = self.config
@@ -370,29 +382,75 @@ class Run:
 
     # -- one batch
 
+    def batch(self, n: int) -> tuple[Term, Term | None, Tensor | None]:
+        """Batch n: the two terms of Eq. 2 and, for Min-SNR, the weights of their samples."""
+        config, sd = self.config, self.sd
+        contexts = sd.text_encoder(self.ids) if self.contexts is None else self.contexts
+        shared = (sd.schedule.T, config.seed)
+        size = config.train_batch_size
+        instance = draw_term(self.instance, contexts[:1], *shared, "instance", n, size)
+        prior, t = None, instance.t
+        if self.prior is not None:
+            prior = draw_term(self.prior, contexts[1:], *shared, "class", n, size)
+            t = torch.cat([t, prior.t])
+        weight = None
+        if config.snr_gamma is not None:
+            weight = dreambooth.min_snr_weight(sd.schedule, t, config.snr_gamma)
+        return instance, prior, weight
+
     def forward(self, n: int) -> Step:
         """Batch n through the model: Eq. 2."""
-        config, sd = self.config, self.sd
+        sd, weight_of_prior = self.sd, self.config.prior_loss_weight
         with self.precision.autocast():
-            contexts = sd.text_encoder(self.ids) if self.contexts is None else self.contexts
-            shared = (sd.schedule.T, config.seed)
-            batch = config.train_batch_size
-            instance = draw_term(self.instance, contexts[:1], *shared, "instance", n, batch)
-            prior, t = None, instance.t
-            if self.prior is not None:
-                prior = draw_term(self.prior, contexts[1:], *shared, "class", n, batch)
-                t = torch.cat([t, prior.t])
-            weight = None
-            if config.snr_gamma is not None:
-                weight = dreambooth.min_snr_weight(sd.schedule, t, config.snr_gamma)
-            return dreambooth.step(
-                sd.unet, sd.schedule, instance, prior, config.prior_loss_weight, weight
+            instance, prior, weight = self.batch(n)
+            return dreambooth.step(sd.unet, sd.schedule, instance, prior, weight_of_prior, weight)
+
+    def explain(self) -> Path:
+        """Write explain.html: batch 0 as the weights are now. Nothing is updated."""
+        config, sd = self.config, self.sd
+        names = report.identifiers(config.instance_prompt, config.class_prompt)
+        with self.precision.autocast():
+            instance, prior, weight = self.batch(0)
+        seen = microscope.look(
+            sd,
+            instance,
+            prior,
+            config.prior_loss_weight,
+            weight,
+            self.parameters(),
+            prompt=config.instance_prompt,
+            identifier=names[0] if names else None,
+            autocast=self.precision.autocast,
+            scale=self.update.scale,
+        )
+        steps, strength = config.validation_inference_steps, config.validation_guidance_scale
+        bar = tqdm(total=steps, desc="from noise to a picture", unit="step", leave=False)
+        with bar, self.precision.autocast():
+            strip = microscope.film(
+                sd,
+                config.instance_prompt,
+                steps=steps,
+                guidance_scale=strength,
+                seed=config.seed,
+                resolution=self.resolution,
+                on_step=bar.update,
             )
+        about = {
+            "model": f"{config.model or sd.source}, {self.device}, precision {self.precision.name}",
+            "prompts": " and ".join(f"“{prompt}”" for prompt in self.train_prompts()),
+            "batch": f"{len(instance.t)} of {len(self.photos)} crops of "
+            f"{len(self.photos.files)} photographs, seed {config.seed}",
+            "sampling": f"{steps} DDIM steps, guidance {strength:g}",
+        }
+        path = self.folder / "explain.html"
+        page.write(path, seen, strip, about)
+        return path
 
     # -- the loop
 
     def train(self, on_step: Callable[[int, Step], None] | None) -> StableDiffusion:
         config, sd = self.config, self.sd
+        self.announce()
         self.prepare()
         before = self.samples()
         self.save_grid(0, before)
@@ -400,6 +458,8 @@ class Run:
         first = self.restore()
         if first and first % config.checkpointing_steps == 0 and first < config.max_train_steps:
             self.save_snapshot(first)  # where the run was stopped between state and snapshot
+        if config.explain and first == 0:
+            self.explain()
         accumulate = config.gradient_accumulation_steps
         poll = steps_between_looks(self.device)
         pending: list[tuple[int, float, Tensor]] = []

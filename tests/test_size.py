@@ -24,7 +24,7 @@ ORDER = [
         "unet",
     ),
     *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth"),
-    *("data", "update", "resume", "report", "fast", "cli", "toybox"),
+    *("data", "update", "resume", "report", "fast", "microscope", "page", "cli", "toybox"),
     *("train", "sample", "convert", "evaluate", "explain", "bench", "__init__"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
