@@ -146,14 +146,20 @@ class PublicJudge:
 
 def pretrained(cls, source: str, what: str, **settings):
     """A model of transformers, whole. Raises UserError if it is missing, cannot be read, or is of
-    another kind: transformers itself would fill what is missing with random weights."""
+    another kind: transformers itself would fill what it does not find with random weights."""
+    from transformers import AutoConfig
+
+    kind = read(AutoConfig, source, what).model_type
+    if kind != cls.config_class.model_type:
+        raise UserError(f"{source} is not {what}: it is a model of the kind {kind}")
     model, info = read(cls, source, what, output_loading_info=True, **settings)
     if info["missing_keys"]:
-        raise UserError(f"{source} is not {what}: {sorted(info['missing_keys'])[0]} is missing")
+        raise UserError(f"{source} lacks weights of {what}: {min(info['missing_keys'])}")
     return model.eval().requires_grad_(False)
 
 
 def read(cls, source: str, what: str, **settings):
+    """cls.from_pretrained(source), with every failure as a UserError."""
     if not Path(source).is_dir():
         if not hub.is_repo_id(source):
             raise UserError(f"{source} is not there: give a folder with {what}, or a hub id")

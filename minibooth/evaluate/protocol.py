@@ -9,11 +9,12 @@ with more of them.
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import cli, hub, photos, report, toybox
+from .. import cli, hub, photos, report, resume, toybox
 from ..cli import option
 from ..errors import UserError
 from ..files import write_json, write_text
@@ -113,6 +114,7 @@ class Protocol:
 
     def run(self) -> None:
         config = self.config
+        resume.remove_leftovers(self.out)
         if config.model:
             names = ("model", "identifier", "steps", "guidance_scale", "seed")
             settings = {name: getattr(config, name) for name in names}
@@ -163,12 +165,9 @@ class Protocol:
         )
 
     def evaluate(self, arm: Arm, subject: Subject) -> dict[str, Mean]:
-        config, folder, (wanted, bare) = (
-            self.config,
-            self.folder(arm, subject),
-            self.jobs(arm, subject),
-        )
-        model = folder / "model"
+        config, folder = self.config, self.folder(arm, subject)
+        (wanted, bare), model = self.jobs(arm, subject), folder / "model"
+        resume.remove_leftovers(folder)
         if drawing.missing(wanted + bare):
             if not is_model(model):
                 train(self.train_config(arm, subject))
@@ -206,10 +205,13 @@ class Protocol:
         path = self.folder(arm, subject) / "scores.json"
         if not path.exists():
             return None
-        kept = json.loads(path.read_text("utf-8"))
-        if kept["asked"] != self.asked(arm, subject):
+        try:
+            kept = json.loads(path.read_text("utf-8"))
+            same = kept["asked"] == self.asked(arm, subject)
+            scores = {metric: Mean(**mean) for metric, mean in kept["scores"].items()}
+        except (ValueError, KeyError, TypeError):  # not what was written: measure again
             return None
-        return {metric: Mean(**mean) for metric, mean in kept["scores"].items()}
+        return scores if same else None
 
     def train_config(self, arm: Arm, subject: Subject) -> TrainConfig:
         noun = self.noun(arm, subject)
@@ -230,12 +232,16 @@ class Protocol:
     # -- what comes out
 
     def write_csv(self) -> None:
+        """What is known so far, a line for every row of the tables and subject."""
+        nouns = {tables.real_name(k): lambda s: "" for k in self.config.self_pair_choices}
+        nouns |= {arm.name: partial(self.noun, arm) for arm in self.arms}
+        rows = [
+            (row, s.name, s.noun, noun(s), *tables.values(self.results[row, s.name]))
+            for row, noun in nouns.items()
+            for s in self.subjects
+            if (row, s.name) in self.results
+        ]
         columns = ("row", "subject", "class", "noun in prompts", *METRICS)
-        arms, rows = {arm.name: arm for arm in self.arms}, []
-        for (row, name), scores in self.results.items():
-            subject = next(s for s in self.subjects if s.name == name)
-            noun = self.noun(arms[row], subject) if row in arms else ""
-            rows.append((row, name, subject.noun, noun, *tables.values(scores)))
         tables.write_csv(self.out / "subjects.csv", columns, rows)
 
     def mean(self, row: str) -> dict[str, float]:
