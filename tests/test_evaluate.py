@@ -443,6 +443,12 @@ def test_wrong_folders_and_names_are_explained(tmp_path):
         subjects.find(data, "dog,dog3")
     with pytest.raises(UserError, match="no folder backpack with"):
         subjects.find(data, "dog, backpack")
+    (data / "dog").rename(data / "DOG")
+    with pytest.raises(
+        UserError, match=r"no folder dog with its photographs: is it DOG or dog-2\?"
+    ):
+        subjects.find(data, "dog")
+    (data / "DOG").rename(data / "dog")
     (data / "dog" / "00.png").unlink()
     (data / "dog-2").rename(data / "other")
     with pytest.raises(UserError, match="dog holds no image file"):
@@ -762,8 +768,9 @@ def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(
         now = {f: f.stat().st_mtime_ns for f in folder.rglob("[a-z]*-*.png")}
         assert all(now[f] == kept[f] for f in kept), moment
         kept = now
-    assert "at step 1" in said[1]  # the training went on where it was killed
-    assert not any("training" in log for log in said[2:6])  # and was not done again
+    assert re.search(r"training: +50%", said[1])  # it went on where it was killed
+    assert re.search(r"training: +0%", said[0]) and not re.search(r"training: +0%", said[1])
+    assert not any("training:" in log for log in said[2:6])  # and was not done again
 
     def never(*args, **kwargs):
         raise AssertionError("this was done already")
@@ -796,15 +803,18 @@ def test_more_pictures_need_a_model_again_and_other_settings_another_folder(
     assert all(f.stat().st_mtime_ns == time for f, time in old.items())
     assert len(list((folder / "with_prior" / "snail" / "pictures").iterdir())) == 6
 
+    slower = tmp_path / "slower.json"
+    slower.write_text(training.read_text().replace("0.001", "0.0001"))
     for change, said in (
         (["--steps", 2], "steps was 1 and is 2"),
         (["--identifier", "zwx"], "identifier was 'sks' and is 'zwx'"),
+        (["--train_config", slower], "training's learning_rate was 0.001 and is 0.0001"),
     ):
         status, _, err = run(monkeypatch, capsys, *command(training, folder, *change))
         assert status == 2 and said in err and err.count("\n") == 1
     (folder / "with_prior" / "snail" / "scores.json").write_text("{")
     status, _, err = run(monkeypatch, capsys, *command(training, folder, *more))
-    assert status == 0, err
+    assert status == 0 and len(asked) == 1, err  # measured again, not trained again
 
 
 def test_another_judge_measures_the_pictures_that_are_there(

@@ -6,8 +6,10 @@ scored. So a run that was stopped goes on with the same command, and one of few 
 with more of them.
 """
 
+import io
 import json
 import shutil
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -118,7 +120,8 @@ class Protocol:
         if config.model:
             names = ("model", "identifier", "steps", "guidance_scale", "seed")
             settings = {name: getattr(config, name) for name in names}
-            remember(self.out, settings | {"training": self.training})
+            training = {f"training's {name}": value for name, value in self.training.items()}
+            remember(self.out, settings | training)
         for subject in tqdm(self.subjects, desc="real photographs", unit="subject"):
             rows = real_rows(self.judge, self.photographs(subject), config.self_pair_choices)
             for self_pairs, scores in rows.items():
@@ -170,7 +173,8 @@ class Protocol:
         resume.remove_leftovers(folder)
         if drawing.missing(wanted + bare):
             if not is_model(model):
-                train(self.train_config(arm, subject))
+                with redirect_stdout(io.StringIO()):  # it tells of a model that will not stay
+                    train(self.train_config(arm, subject))
             sd = drawing.load_model(model, config)
             drawing.draw(sd, wanted + bare, config, f"drawing {subject.name}")
         if not config.keep_models:
@@ -266,7 +270,8 @@ class Protocol:
             arms = {"correct": "without_prior", "none": "no_noun", "wrong": "wrong_noun"}
             parts.append(tables.table_4({noun: mean[arm] for noun, arm in arms.items()}))
         average = {"subjects": "every subject counts the same", "pairs": "every pair does"}
-        lines = [*tables.stated(config, self.judge)]
+        lines = tables.stated(config, self.judge)
+        lines += [tables.drawn_with(config)] if self.arms else []
         lines.append(f"averaged so that {average[config.averaging]} (--averaging)")
         parts.append("\n".join(f"- {line}" for line in lines))
         return "\n\n".join(parts)

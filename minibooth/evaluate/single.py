@@ -70,6 +70,8 @@ def evaluate(config: SingleConfig) -> dict[str, Mean]:
         among = ", ".join(f"{metric} {mean.value:.3f}" for metric, mean in row.items())
         print(f"{tables.real_name(self_pairs)}: {among or 'none'}")
     print("\n".join(tables.stated(config, judge)))
+    if not is_folder_of_pictures:
+        print(tables.drawn_with(config))
     if "PRES" not in scores and "dino" not in judge.missing:
         print('PRES left out: no picture of the bare class; give --class_prompt "a dog"')
     if "CLIP-T" not in scores and "clip" not in judge.missing:

@@ -78,7 +78,7 @@ def evaluate(config: SnapshotsConfig) -> dict[int, dict[str, Mean]]:
         for step, s in scores.items()
     ]
     print(tables.markdown(METRICS, rows))
-    print("\n".join(tables.stated(config, judge)))
+    print("\n".join([*tables.stated(config, judge), tables.drawn_with(config)]))
     print(
         f"{out / 'curve.png'}: stop where DINO (the subject) no longer rises much and PRES (the "
         "class becoming the subject) has not risen far above step 0"

@@ -90,7 +90,8 @@ def find(data: str | Path, names: str | None = None) -> tuple[list[Subject], lis
     folder = dataset_folder(data)
     catalogue = read_catalogue(folder / FILE)
     there = {f.name for f in folder.iterdir() if f.is_dir()}
-    wanted = [name.strip() for name in names.split(",")] if names else list(catalogue.nouns)
+    chosen = [name.strip() for name in names.split(",")] if names else catalogue.nouns
+    wanted = list(dict.fromkeys(chosen))
     for name in wanted:
         if name not in catalogue.nouns:
             hint = did_you_mean(name, catalogue.nouns)
@@ -114,8 +115,9 @@ def find(data: str | Path, names: str | None = None) -> tuple[list[Subject], lis
 
 
 def did_you_mean(name: str, names, question: str = "did you mean") -> str:
-    near = difflib.get_close_matches(name.lower(), sorted(names), n=3, cutoff=0.75)
-    return f": {question} {' or '.join(near)}?" if near else ""
+    lower = {n.lower(): n for n in sorted(names)}
+    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.75)
+    return f": {question} {' or '.join(lower[n] for n in near)}?" if near else ""
 
 
 def wrong_noun(subject: Subject, nouns: dict[str, str]) -> str:

@@ -73,18 +73,23 @@ def markdown(metrics: tuple[str, ...], rows: list[Row]) -> str:
 
 def stated(options: Options, judge: Judge) -> list[str]:
     """How the numbers came about: what the paper leaves open, and what is left out."""
-    text = "the prompt as it was drawn" if options.identifier_in_text else "it without identifier"
-    lines = [
-        f"measured with {judge.about}",
-        f"CLIP-T compares a picture with {text} (--identifier_in_text); "
-        f"{options.class_images} pictures of the bare class for PRES (--class_images)",
-        f"drawn with {options.steps} DDIM steps, guidance {options.guidance_scale}, "
-        f"seeds from {options.seed}",
-    ]
+    text = (
+        "the prompt as it was drawn"
+        if options.identifier_in_text
+        else "the prompt without identifier"
+    )
+    lines = [f"measured with {judge.about}", f"CLIP-T's text is {text} (--identifier_in_text)"]
     for kind, why in judge.missing.items():
         metrics = ", ".join(m for m in METRICS if NEEDS[m] == kind)
         lines.append(f"{metrics} left out: {why}")
     return lines
+
+
+def drawn_with(options: Options) -> str:
+    return (
+        f"drawn with {options.steps} DDIM steps, guidance {options.guidance_scale}, seeds from "
+        f"{options.seed}; {options.class_images} pictures of the bare class"
+    )
 
 
 def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[tuple]) -> None:
