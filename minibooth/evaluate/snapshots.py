@@ -93,7 +93,8 @@ def stages(run: Path, training: train.TrainConfig) -> dict[int, Path | str]:
         found[training.max_train_steps] = run
     if not found:
         raise UserError(f"{run} holds neither a snapshot (checkpoint-…/) nor a finished model")
-    return {0: training.model, **found}
+    base = {0: training.model} if training.model else {}  # a run from Python may name none
+    return base | found
 
 
 def curve(scores: dict[int, dict[str, Mean]], ceiling: dict[str, Mean]) -> Image.Image:

@@ -60,8 +60,11 @@ def markdown(metrics: tuple[str, ...], rows: list[Row]) -> str:
     def cells(scores: Scores) -> list[str]:
         return [f"{scores[m]:.3f}" if m in scores else "–" for m in metrics]
 
-    lines = [["", *metrics, *(f"paper's {m}" for m in metrics)]]
-    lines += [[name, *cells(measured), *cells(published)] for name, measured, published in rows]
+    lines = [["", *metrics]] + [[name, *cells(measured)] for name, measured, _ in rows]
+    if any(published for *_, published in rows):
+        lines[0] += [f"paper's {m}" for m in metrics]
+        for line, (*_, published) in zip(lines[1:], rows, strict=True):
+            line += cells(published)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     aligned = [
