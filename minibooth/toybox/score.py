@@ -117,7 +117,7 @@ def yardstick(judge: Judge, real: Tensor, noun: str, count: int = 64) -> Yardsti
 def after_run(sd: StableDiffusion, config) -> str:
     """Score a run on the toybox (a TrainConfig): a line each, and all of it in scores.json."""
     judge, real = judges.load(hub.toybox()), photographs(config.instance_data_dir)
-    noun, folder, where = config.class_prompt.split()[-1], Path(config.output_dir), places(4)
+    noun, folder, where = config.class_prompt.split()[-1], Path(config.output_dir), places(2)
     prompts = [f"{config.instance_prompt} {place}" for place in where]
     prompts += [config.class_prompt] * len(where)
     with tqdm(total=steps_to_draw(len(prompts)), desc="scoring", unit="step") as bar:
