@@ -343,7 +343,8 @@ def figure(
     ]
     places = [place.split()[-1] for place in world.PLACES]
     headings = [subject.class_prompt] * SHOWN + [f"the subject: {p}" for p in places]
-    pictures = photos.grid(photos.enlarged(rows), labels=list(results), headings=headings)
+    names = [name.replace("λ", "lambda") for name in results]  # Pillow's font has no Greek
+    pictures = photos.grid(photos.enlarged(rows), labels=names, headings=headings)
     measures = {k: COLUMNS[k] for k in ("subject fidelity, held out", "PRES", "DIV")}
     width, line, top = pictures.width, 22, 34
     panel = Image.new("RGB", (width, top + line * len(results) + 30), "white")
@@ -354,7 +355,7 @@ def figure(
         values = [number(r) for runs in results.values() for r in runs] + [0.0, 1.0]
         low, high = min(values), max(values)
         draw.text((x0, 8), title, "#333333", font)
-        for row, (name, runs) in enumerate(results.items()):
+        for row, (name, runs) in enumerate(zip(names, results.values(), strict=True)):
             y = top + line * (row + 0.5)
             draw.line((x0, y, x0 + span, y), "#dddddd")
             if column == 0:
