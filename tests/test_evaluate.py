@@ -527,7 +527,7 @@ def test_the_real_row_runs_on_the_authors_photographs(tmp_path, monkeypatch, cap
     assert status == 0, err
     assert "4 of 30 subjects" in out
     rows = read_csv(tmp_path / "subjects.csv")
-    assert [r["subject"] for r in rows] == [name for name in names[:4] for _ in range(2)]
+    assert [r["subject"] for r in rows] == 2 * names[:4]
     assert all(0 < float(r["DINO"]) <= 1 and 0 < float(r["CLIP-I"]) <= 1 for r in rows)
 
 
