@@ -98,7 +98,8 @@ def evaluate(config: DatasetConfig) -> str:
     protocol.run()
     text = protocol.make_tables()
     write_text(protocol.out / "tables.md", text + "\n")
-    print(f"\n{text}\n\n{protocol.out}: tables.md, subjects.csv, a grid.png for every subject")
+    grids = ", a grid.png for every subject" if protocol.arms else ""
+    print(f"\n{text}\n\n{protocol.out}: tables.md, subjects.csv{grids}")
     return text
 
 

@@ -119,6 +119,8 @@ def curve(scores: dict[int, dict[str, Mean]], ceiling: dict[str, Mean]) -> Image
         x0, y = at(0, ceiling["DINO"].value)
         for x in range(int(x0), width - right, 12):
             draw.line([(x, y), (x + 6, y)], fill=COLOURS["DINO"])
+        text = "DINO of the photographs among themselves"
+        draw.text((x0 + 8, y - 4), text, COLOURS["DINO"], font, anchor="ls")
     names = []
     for metric in METRICS:
         points = [at(step, s[metric].value) for step, s in scores.items() if metric in s]

@@ -46,7 +46,7 @@ def table_3(with_prior: Scores, without_prior: Scores) -> str:
 
 def table_4(ours: dict[str, Scores]) -> str:
     """`ours`: "correct", "none" and "wrong" → the scores with that class noun."""
-    rows = [(f"{noun} class noun", ours[noun], published) for noun, published in NOUNS.items()]
+    rows = [(f"class noun: {noun}", ours[noun], published) for noun, published in NOUNS.items()]
     return markdown(("DINO", "CLIP-I"), rows)
 
 
