@@ -850,7 +850,7 @@ def test_the_settings_of_the_toybox_are_its_own(toybox, monkeypatch, capsys, tra
     assert "data" not in program.toybox_settings({"generated": "toybox"})
     config = protocol.DatasetConfig(model="toybox", data=str(toybox / "subjects"))
     settings = protocol.training_settings(config)
-    assert settings["max_train_steps"] == 250 and settings["train_batch_size"] == 4
+    assert settings["max_train_steps"] == 200 and settings["train_batch_size"] == 4
     assert settings["model"] == str(toybox) and settings["num_validation_images"] == 0
     (tmp_path / "c.json").write_text('{"prior_loss_weight": 0.0}')
     changed = [*command(training, tmp_path / "x"), "--train_config", str(tmp_path / "c.json")]

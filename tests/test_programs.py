@@ -62,9 +62,9 @@ def test_help_names_every_setting(module, program, monkeypatch):
 
 
 def test_the_modules_run_as_programs(tmp_path, monkeypatch, capsys):
-    """One in a process of its own, from any folder. Without settings they say what to give."""
+    """One in a process of its own, from any folder. Without a model they say what to give."""
     root = Path(minibooth.__file__).parent.parent
-    command = [sys.executable, "-m", "minibooth.train", "--output-dir", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "minibooth.train", "--instance-data-dir", str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

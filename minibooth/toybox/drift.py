@@ -46,11 +46,11 @@ class DriftConfig:
     subject: str = option("spotted_dog", "what is learned", choices=tuple(world.SUBJECTS))
     seeds: int = option(3, "runs of each arm")
     prior_loss_weight: tuple[float, ...] = option((), "further λ beside 0 and 1; several times")
-    steps: int = option(200, "updates")
+    steps: int = option(150, "updates")
     learning_rate: float = option(2e-4, "of the UNet")
     text_encoder_learning_rate: float = option(1e-3, "of the text encoder")
     batch_size: int = option(4, "pictures per update, and as many class images")
-    num_class_images: int = option(64, "drawn by the frozen model")
+    num_class_images: int = option(96, "drawn by the frozen model")
     wrong_noun: str = option("car", "of the class-noun ablation", choices=world.CLASSES)
     device: str = option("auto", "auto, cuda, mps or cpu")
 

@@ -452,12 +452,11 @@ latents of 16 × 16 × 4. It stands in the public layout and loads wherever the 
 
 Made by
 
-    python -m minibooth.toybox.pretrain {" ".join(given)}
+    {" ".join(["python -m minibooth.toybox.pretrain", *given])}
 
-on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}:
-{minutes["vae"] + minutes["vae-whole"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for
-text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went
-in.
+on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}, in
+{minutes["vae"] + minutes["vae-whole"]:.0f} minutes for the autoencoder and {minutes["unet"]:.0f} for
+text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went in.
 
 ![samples](samples.png)
 
