@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .dreambooth import Term
 from .photos import Photos
-from .pipeline import StableDiffusion
+from .pipeline import StableDiffusion, vae_batch
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,8 @@ def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Late
     images, photo = pictures.images, pictures.photo
     if flip:
         images, photo = torch.cat([images, images.flip(-1)]), torch.cat([photo, photo])
-    rows = tqdm(images, desc=f"encoding {what}", unit="image")
-    moments = [
-        torch.stack(sd.vae.encode(image[None].to(sd.device))).float().cpu() for image in rows
-    ]
+    rows = tqdm(images.split(vae_batch(images[0, 0].numel())), desc=f"encoding {what}", unit="batch")
+    moments = [torch.stack(sd.vae.encode(part.to(sd.device))).float().cpu() for part in rows]
     mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor
     return Latents(mean, std, photo)
 
