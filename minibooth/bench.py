@@ -2,13 +2,14 @@
 
     python -m minibooth.bench train                                compare.py: a training step
     python -m minibooth.bench sample                               compare.py: drawing pictures
+    python -m minibooth.bench run                                  compare.py: a whole run by phases
     python -m minibooth.bench kernels --output results             the benchmark
     python -m minibooth.bench kernels --check --output results     correctness first, then the same
 
 Every time of a kernel is the median of CUDA-graph replays, so that launches cost what they cost in
-training. The inputs of a graph's calls differ and together exceed the L2 cache. The bounds that figures are
-compared with, matrix products and copies, are measured in the same run. Rows are measured in order
-of interest until --minutes are over; the JSON says what was left out.
+training. The inputs of a graph's calls differ and together exceed the L2 cache. The bounds that
+figures are compared with, matrix products and copies, are measured in the same run. Rows are
+measured in order of interest until --minutes are over; the JSON says what was left out.
 """
 
 import argparse
@@ -461,12 +462,11 @@ def benchmark(minutes: float, output: Path, extra: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minibooth.bench", description=__doc__)
-    parser.add_argument("what", choices=["kernels", "train", "sample"])
+    parser.add_argument("what", choices=["kernels", "train", "sample", "run"])
     parser.add_argument("--output", type=Path, default=Path("bench-out"), help="a folder")
     parser.add_argument("--minutes", type=float, default=4.5, help="for the benchmark")
     parser.add_argument("--check", action="store_true", help="correctness first")
     args = parser.parse_args(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
     if args.what != "kernels":
         compare.benchmark(args.what, args.minutes, args.output)
         return 0
@@ -474,6 +474,7 @@ def main(argv: list[str] | None = None) -> int:
         missing = "Triton" if torch.cuda.is_available() else "a CUDA card"
         print(f"the benchmark of the kernels needs {missing}", file=sys.stderr)
         return 2
+    args.output.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore")  # SDPA explains every backend that refuses a shape
     extra = {}
     if args.check:

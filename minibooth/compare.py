@@ -3,6 +3,10 @@
     python -m minibooth.bench train --output bench/results
     python -m minibooth.bench sample --output bench/results
 
+and where the time of a whole run goes, from class images to saving:
+
+    python -m minibooth.bench run --output bench/results
+
 On a GPU the networks have SD 1.5's size, on a CPU the toybox's; their weights are random. All
 implementations are warmed up first and then take turns, in an order that changes from round to
 round, so that whatever else the machine does hits all alike. A ratio is the median over the rounds
@@ -12,7 +16,6 @@ of diffusers' time by ours. Without diffusers only this project is measured.
 import contextlib
 import gc
 import importlib
-import json
 import platform
 import random
 import resource
@@ -25,6 +28,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +39,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import cli, fast, ops
 from .configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
 from .data import Latents, to_device
+from .files import write_json
 from .pipeline import StableDiffusion, memory_format, read_schedule
 from .text_encoder import TextEncoder
 from .tokenizer import BOS, EOS, Tokenizer
 from .toybox.pretrain import TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG
-from .train import Run, TrainConfig
+from .train import Run, TrainConfig, toybox_settings, train
 from .unet import UNet
 from .vae import VAE
 
@@ -404,6 +409,54 @@ def print_peak(row: Row, size: str, name: str) -> None:
         print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+# ---- a whole run -------------------------------------------------------------------------------
+
+PHASES = {"class_photos": "class images", "samples": "sample grids", "save_state": "saving"}
+PHASES |= {"save_snapshot": "saving", "finish": "saving"}
+
+
+def whole_run(size: str, device: torch.device) -> dict[str, float]:
+    """Seconds of a run of the training program, by phase. On a GPU 200 class images of 50 steps and
+    1,000 steps of training at 512²; on a CPU the toybox's default run, without its scores."""
+    spent = dict.fromkeys([*PHASES.values(), "encoding and training"], 0.0)
+    settings = {"num_class_images": 200, "class_steps": 50, "sample_batch_size": 16}
+    settings |= {"max_train_steps": 1000, "num_validation_images": 0, "checkpointing_steps": 1000}
+    if size == "toybox":
+        settings = toybox_settings({}) | {"model": None}
+    inside = []
+
+    def timed(function: Callable, phase: str) -> Callable:
+        def call(*args):
+            inside.append(phase)
+            start, before = time.perf_counter(), sum(spent.values())
+            result = function(*args)
+            inner = sum(spent.values()) - before  # "finish" draws pictures, too
+            spent[inside.pop()] += time.perf_counter() - start - inner
+            return result
+
+        return call
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for name, phase in PHASES.items():
+            method = timed(getattr(Run, name), phase)
+            stack.enter_context(mock.patch.object(Run, name, method))
+        photographs = Path(folder) / "photographs"
+        photographs.mkdir()
+        side = model(size, torch.device("cpu")).image_size
+        for i in range(6):
+            noise = torch.rand(side // 8, side // 8, 3).mul(255).byte()
+            image = Image.fromarray(noise.numpy()).resize((side, side))
+            image.save(photographs / f"{i}.png")
+        settings |= {"instance_data_dir": str(photographs), "instance_prompt": "a sks dog"}
+        settings |= {"class_prompt": "a dog", "output_dir": f"{folder}/out"}
+        sd = model(size, torch.device("cpu"))
+        start = time.perf_counter()
+        train(TrainConfig(**settings), sd)
+        total = time.perf_counter() - start
+    spent["encoding and training"] = total - sum(spent.values())
+    return {**spent, "total": total}
+
+
 # ---- the report --------------------------------------------------------------------------------
 
 
@@ -482,11 +535,19 @@ def machine(device: torch.device) -> dict:
 
 
 def benchmark(what: str, minutes: float, output: Path) -> None:
-    """Measures, prints and writes <what>-<cpu or cuda>.json and .png."""
+    """Measures, prints and writes <what>-<cpu or cuda>.json and, of a comparison, .png."""
     device = cli.pick_device("auto")
     fast.keep_freed_memory()
     size = "SD 1.5" if device.type == "cuda" else "toybox"
     warnings.filterwarnings("ignore")  # the photographs and prompts here are made up
+    output.mkdir(parents=True, exist_ok=True)
+    name = output / f"{what}-{device.type}"
+    report = {**machine(device), **versions(), "networks": size}
+    if what == "run":
+        report["seconds"] = whole_run(size, device)
+        write_json(name.with_suffix(".json"), report)
+        print(", ".join(f"{phase} {spent:.1f} s" for phase, spent in report["seconds"].items()))
+        return
     if not peers(device):
         print("diffusers is not installed: its columns are left out")
     todo, results, floor = rows(what, device), [], rates(device)
@@ -499,17 +560,10 @@ def benchmark(what: str, minutes: float, output: Path) -> None:
         # Half of a row's share is for rounds: building, compiling and warming up take the rest.
         results.append(measure(row, size, device, 0.5 * left / (len(todo) - i), floor))
         print(describe(results[-1]), flush=True)
-    report = {
-        **machine(device),
-        **versions(),
-        "networks": size,
-        "rates": floor,
-        "rows": results,
-        "left_out": left_out,
-    }
-    name = output / f"{what}-{device.type}"
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    name.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    write_json(
+        name.with_suffix(".json"),
+        {**report, "rates": floor, "rows": results, "left_out": left_out},
+    )
     title = f"diffusers' time by {OURS}'s: {size}, {report['device']} (1 = equal)"
     chart(results, title, name.with_suffix(".png"))
     print(f"{len(results)} rows, {len(left_out)} left out for time; {name}.json")

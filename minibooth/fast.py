@@ -71,8 +71,8 @@ class Captured:
     device, and do the same whatever the values. A graph reads and writes fixed places in memory,
     so inputs are copied into buffers that stay, and the output is copied out.
 
-    The first calls run the function as it is, on a stream of their own as CUDA asks for; they count,
-    so that no training step is done twice. Then one call records it, and every later one replays.
+    The first calls run the function as it is, on a stream of their own as CUDA asks for. They are
+    calls like the others: no training step is done twice. Then it is recorded, then replayed.
     """
 
     def __init__(self, function: Callable[..., Tensor], record: Recorder = record_graph):

@@ -1,6 +1,5 @@
 """Speed and memory change how a result comes about, not the result."""
 
-import peers
 import pytest
 import runs
 import torch
