@@ -16,6 +16,7 @@ of diffusers' time by ours. Without diffusers only this project is measured.
 import contextlib
 import gc
 import importlib
+import os
 import platform
 import random
 import resource
@@ -238,15 +239,18 @@ def their_sample(
     texts = [sd.encode_prompt([text] * row.batch) for text in (PROMPT, NEGATIVE)]
 
     def sample() -> Tensor:
-        with autocast(row, sd.device):
-            return peer.pipe(
+        with autocast(row, latents.device):
+            z = peer.pipe(
                 prompt_embeds=texts[0],
                 negative_prompt_embeds=texts[1],
                 num_inference_steps=row.steps,
                 guidance_scale=GUIDANCE,
                 latents=latents,
-                output_type="pt",
+                output_type="latent",
             ).images
+        with torch.no_grad():  # the VAE in its own precision, as ours
+            pictures = peer.vae.decode(z / peer.vae.config.scaling_factor).sample
+        return (pictures / 2 + 0.5).clamp(0, 1)
 
     return sample
 
@@ -386,7 +390,9 @@ def peak(row: Row, size: str, device: torch.device, name: str) -> int | None:
         return None
     code = f"from minibooth import compare; compare.print_peak({row!r}, {size!r}, {name!r})"
     code = code.replace("Row(", "compare.Row(")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
         return None

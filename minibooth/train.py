@@ -514,10 +514,13 @@ class Run:
             bad = (k for k, p in self.parameters().items() if not p.grad.isfinite().all())
             name = f"the gradient of {next(bad, 'the scaled loss')}"
         kept = report.snapshots(self.folder)
+        weights = f"with the weights of step {step - 1}"
+        if self.config.optimizer_in_backward:
+            weights = "with some of the weights already updated"
         return (
-            f"step {step}: {name} is not finite, so training stopped with the weights of step "
-            f"{step - 1}. Start anew in another --output_dir with a lower --learning_rate or "
-            "--mixed_precision no" + (f"; {kept[-1]} is the last good model" if kept else "")
+            f"step {step}: {name} is not finite, so training stopped {weights}. Start anew in "
+            "another --output_dir with a lower --learning_rate or --mixed_precision no"
+            + (f"; {kept[-1]} is the last good model" if kept else "")
         )
 
     # -- saving

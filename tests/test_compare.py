@@ -44,7 +44,7 @@ def test_both_sides_compute_the_same(row, tmp_path):
 
 
 def test_the_benchmark_writes_what_it_measured(tmp_path, capsys):
-    compare.benchmark("train", 0.05, tmp_path)
+    compare.benchmark("train", 0.02, tmp_path)
     compare.benchmark("sample", 0.02, tmp_path)
     out = capsys.readouterr().out
     for what, kinds in (("train", ["forward", "step"]), ("sample", ["sample"])):
