@@ -358,11 +358,11 @@ def rates(device: torch.device) -> dict[str, dict[str, float]]:
     found = {}
     for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
-        best = min(seconds(lambda a=a, b=b: a @ b, device, 5) for _ in range(5))
+        best = min(seconds(lambda a=a, b=b: a @ b, device) for _ in range(10))
         found[precision] = 2 * n**3 / best
     x = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
     y = torch.empty_like(x)
-    copy = min(seconds(lambda: y.copy_(x), device, 3) for _ in range(3))
+    copy = min(seconds(lambda: y.copy_(x), device) for _ in range(5))
     return {"flops": found, "bytes": 2 * x.numel() * 4 / copy}
 
 

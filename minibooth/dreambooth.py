@@ -102,11 +102,23 @@ def step(
     return Step(x_t, prediction, target, per_sample, loss_instance, loss_prior, loss, n)
 
 
+def snr(schedule: Schedule, t: Tensor) -> Tensor:
+    """Signal to noise α_t²/σ_t² = ᾱ/(1 − ᾱ) at the timesteps t, (B,) → (B,)."""
+    return schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t])
+
+
+def plain_weight(schedule: Schedule, t: Tensor) -> Tensor:
+    """The w_t of Eq. 2 that the plain loss has: SNR for ε, SNR + 1 for v. (B,) → (B,).
+
+    Because x̂ − x is −(σ_t/α_t) (ε̂ − ε), or −σ_t (v̂ − v).
+    """
+    extra = 1 if schedule.prediction_type == "v_prediction" else 0
+    return snr(schedule, t) + extra
+
+
 def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
     """A `weight` for `step` that turns its loss into Min-SNR-γ (arXiv 2303.09556). (B,) → (B,).
 
-    In the x-form of Eq. 2 the wanted w_t is min(SNR, γ), with SNR = ᾱ/(1 − ᾱ). The plain ε loss
-    already has w_t = SNR and the plain v loss SNR + 1, so that much is divided out.
+    The wanted w_t is min(SNR, γ); the one that the plain loss already has is divided out.
     """
-    snr = schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t])
-    return snr.clamp(max=gamma) / (snr + 1 if schedule.prediction_type == "v_prediction" else snr)
+    return snr(schedule, t).clamp(max=gamma) / plain_weight(schedule, t)

@@ -95,7 +95,6 @@ class StableDiffusion:
         shape = self.latent_shape(len(prompts), height, width, latents)  # (4, h, w)
         check_sampling(len(prompts), sampler, output, eta, seed, batch_size)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        negative = self.encode_prompt([negative_prompt])  # (1, 77, D)
         finished = []
         for first in range(0, len(prompts), batch_size or 8):
             batch = slice(first, first + (batch_size or 8))
@@ -105,9 +104,7 @@ class StableDiffusion:
                 return torch.stack(drawn).to(self.device)  # (B, 4, h, w)
 
             x = noise() if latents is None else latents[batch].to(self.device, torch.float32)
-            context = self.encode_prompt(prompts[batch])  # (B, 77, D)
-            if guidance_scale > 1:
-                context = torch.cat([negative.expand_as(context), context])  # (2B, 77, D)
+            context = self.encode_guided(prompts[batch], negative_prompt, guidance_scale)
             with projected_once(self.unet):
                 for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
                     prediction = self.predict(x, t, context, guidance_scale)
@@ -125,12 +122,20 @@ class StableDiffusion:
         pixels = (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(p) for p in pixels]
 
+    def encode_guided(
+        self, prompts: list[str], negative_prompt: str, guidance_scale: float
+    ) -> Tensor:
+        """What `predict` wants: (2B, 77, D), first B times the negative prompt, then the prompts;
+        without guidance, guidance_scale ≤ 1, the prompts alone."""
+        if guidance_scale <= 1:
+            return self.encode_prompt(prompts)
+        return self.encode_prompt([negative_prompt] * len(prompts) + prompts)
+
     def predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float) -> Tensor:
         """The UNet's ε̂ or v̂ for x: (B, 4, h, w), with guidance (arXiv 2207.12598 Eq. 6).
 
-        Both prompts go through the UNet in one batch, context (2B, 77, D), the negative ones first;
-        the difference that the prompt makes against the negative one is exaggerated. Without
-        guidance context is (B, 77, D).
+        Both prompts go through the UNet in one batch, context as `encode_guided` gives it, and the
+        difference that the prompt makes against the negative one is exaggerated.
         """
         times = torch.full((len(context),), t, device=self.device)
         if guidance_scale <= 1:

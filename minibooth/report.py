@@ -25,17 +25,26 @@ COLUMNS = ("step", "loss", "loss_instance", "loss_prior", "lr", "grad_norm")
 # ---- before the run ----------------------------------------------------------------------------
 
 
+def words(prompt: str | None) -> list[str]:
+    return [w.strip(".,!?\"'").lower() for w in (prompt or "").split()]
+
+
+def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
+    """The words that name the subject: neither the class's nor filling words."""
+    common = FILLER | set(words(class_prompt))
+    return [w for w in words(instance_prompt) if w and w not in common]
+
+
 def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: str | None) -> str:
     """How the identifier tokenizes, in one line. Warns where a prompt will not work as hoped."""
-    words = [w.strip(".,!?\"'").lower() for w in instance_prompt.split()]
-    nouns = {w.strip(".,!?\"'").lower() for w in (class_prompt or "").split()} - FILLER
-    if missing := sorted(nouns - set(words)):
+    nouns = set(words(class_prompt)) - FILLER
+    if missing := sorted(nouns - set(words(instance_prompt))):
         warnings.warn(
             f"the instance prompt {instance_prompt!r} does not contain {', '.join(missing)} of the "
             f"class prompt {class_prompt!r}: the subject should be named as one of its class",
             stacklevel=2,
         )
-    names = [w for w in words if w and w not in nouns | FILLER]
+    names = identifiers(instance_prompt, class_prompt)
     if not names:
         warnings.warn(
             f"nothing in {instance_prompt!r} names the subject: put a rare word such as sks "

@@ -10,6 +10,7 @@ import os
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from . import (
     cli,
     dreambooth,
     fast,
+    microscope,
     ops,
+    page,
     photos,
     pipeline,
     report,
@@ -108,6 +111,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(
         None, "go on where the run in output_dir stopped", choices=("latest",)
     )
+    explain: bool = option(False, "show the first step in explain.html: tensors, pictures, maps")
 
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
     tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
@@ -182,19 +186,7 @@ def train(
     called after the backward pass of every batch, before the update. Returns the trained model.
     Raises UserError for whatever the user can mend.
     """
-    if sd is None and config.model is None:
-        raise UserError(
-            "give --model: a folder, a single file, a hub id such as "
-            "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
-        )
-    config.check()
-    run, device = Path(config.output_dir), cli.pick_device(config.device)
-    if config.kernels:
-        ops.use(config.kernels)
-    photos.image_files(config.instance_data_dir)
-    cli.check_folder("--output_dir", run)
-    if config.class_data_dir and Path(config.class_data_dir).is_file():
-        raise UserError(f"--class_data_dir {config.class_data_dir} is a file: give a folder")
+    device, run = start(config, sd), Path(config.output_dir)
     state, models = resume.steps(run), [f for f in (run, *report.snapshots(run)) if is_model(f)]
     if (state or models) and config.resume_from_checkpoint is None:
         raise UserError(
@@ -217,6 +209,24 @@ def train(
         if cli.is_out_of_memory(error):
             raise UserError(report.memory_advice(sd, config)) from error
         raise
+
+
+def start(config: TrainConfig, sd: StableDiffusion | None = None) -> torch.device:
+    """Refuse what can be refused before a model is loaded; the device to run on."""
+    if sd is None and config.model is None:
+        raise UserError(
+            "give --model: a folder, a single file, a hub id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
+        )
+    config.check()
+    device = cli.pick_device(config.device)
+    if config.kernels:
+        ops.use(config.kernels)
+    photos.image_files(config.instance_data_dir)
+    cli.check_folder("--output_dir", config.output_dir)
+    if config.class_data_dir and Path(config.class_data_dir).is_file():
+        raise UserError(f"--class_data_dir {config.class_data_dir} is a file: give a folder")
+    return device
 
 
 def is_model(folder: Path) -> bool:
@@ -271,13 +281,13 @@ class Run:
                 raise UserError(
                     f"{folder} is already at step {step}: give --max_train_steps {step} or more"
                 )
-        resume.remove_leftovers(folder)
         report.require_memory(sd, config, device)
-        require_space(folder, self.disk_needed())
-        self.announce()
 
     def announce(self) -> None:
+        """Take the folder: say and write what is about to run."""
         config, sd = self.config, self.sd
+        resume.remove_leftovers(self.folder)
+        require_space(self.folder, self.disk_needed())
         print(report.describe_prompts(sd.tokenizer, config.instance_prompt, config.class_prompt))
         print(
             f"{len(self.photos.files)} photographs, {len(self.photos)} crops of "
@@ -286,6 +296,12 @@ class Run:
         set_ = {k: v for k, v in asdict(config).items() if v not in (None, ())}
         text = "settings: " + ", ".join(f"{k} {v}" for k, v in set_.items())
         print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
+        settings = {k: v for k, v in asdict(config).items() if k != "config"}
+        settings["resume_from_checkpoint"] = None
+        write_json(self.folder / "config.json", settings)
+        report.save_image(
+            photos.contact_sheet(self.photos), self.folder / "samples" / "photographs.png"
+        )
 
     def disk_needed(self) -> int:
         """Bytes this run may still write: the model, snapshots, a state while the last is there."""
@@ -302,12 +318,6 @@ class Run:
     def prepare(self) -> None:
         """Class images, latents, contexts: everything that the steps read."""
         config, sd = self.config, self.sd
-        settings = {k: v for k, v in asdict(config).items() if k != "config"}
-        settings["resume_from_checkpoint"] = None
-        write_json(self.folder / "config.json", settings)
-        report.save_image(
-            photos.contact_sheet(self.photos), self.folder / "samples" / "photographs.png"
-        )
         # The weights as they came: on the CPU, and in the mapped file where there is one.
         self.start = {key: p.detach() for key, p in self.parameters().items()}
         sd.to(self.device)
@@ -322,9 +332,12 @@ class Run:
         if self.saved is not None:
             resume.check(self.folder, self.saved[2], self.identity)
 
-        prompts = [config.instance_prompt] + [config.class_prompt] * config.uses_prior
-        self.ids = sd.tokenizer(prompts).to(self.device)
+        self.ids = sd.tokenizer(self.train_prompts()).to(self.device)
         self.contexts = None if config.train_text_encoder else sd.text_encoder(self.ids)
+
+    def train_prompts(self) -> list[str]:
+        """Of the terms of Eq. 2."""
+        return [self.config.instance_prompt] + [self.config.class_prompt] * self.config.uses_prior
 
     def class_photos(self) -> Photos:
         config = self.config
@@ -402,23 +415,71 @@ class Run:
             drawn += [term.x0, term.eps, term.t]
         return drawn
 
-    def forward(self, batch: Sequence[Tensor]) -> Step:
-        """What `draw` gave through the model: Eq. 2."""
+    def terms(self, drawn: Sequence[Tensor]) -> tuple[Term, Term | None, Tensor | None]:
+        """What `draw` gave as the two terms of Eq. 2 and, for Min-SNR, their samples' weights."""
         config, sd = self.config, self.sd
-        checkpointing = fast.checkpoint_gradients(sd.unet, config.gradient_checkpointing)
-        with self.precision.autocast(), checkpointing:
-            contexts = sd.text_encoder(self.ids) if self.contexts is None else self.contexts
-            c = contexts[:, None].expand(-1, config.train_batch_size, -1, -1)  # (terms, B, 77, D)
-            instance, prior = Term(*batch[:3], c[0]), None
-            if self.prior is not None:
-                prior = Term(*batch[3:], c[1])
-            weight = None
-            if config.snr_gamma is not None:
-                t = torch.cat(batch[2::3])
-                weight = dreambooth.min_snr_weight(sd.schedule, t, config.snr_gamma)
-            return dreambooth.step(
-                sd.unet, sd.schedule, instance, prior, config.prior_loss_weight, weight
+        contexts = sd.text_encoder(self.ids) if self.contexts is None else self.contexts
+        c = contexts[:, None].expand(-1, config.train_batch_size, -1, -1)  # (terms, B, 77, D)
+        instance = Term(*drawn[:3], c[0])
+        prior = Term(*drawn[3:], c[1]) if config.uses_prior else None
+        weight = None
+        if config.snr_gamma is not None:
+            t = torch.cat(drawn[2::3])
+            weight = dreambooth.min_snr_weight(sd.schedule, t, config.snr_gamma)
+        return instance, prior, weight
+
+    def forward(self, drawn: Sequence[Tensor]) -> Step:
+        """What `draw` gave through the model: Eq. 2."""
+        sd, weight_of_prior = self.sd, self.config.prior_loss_weight
+        with self.precision.autocast(), self.checkpointing():
+            instance, prior, weight = self.terms(drawn)
+            return dreambooth.step(sd.unet, sd.schedule, instance, prior, weight_of_prior, weight)
+
+    def checkpointing(self) -> AbstractContextManager:
+        return fast.checkpoint_gradients(self.sd.unet, self.config.gradient_checkpointing)
+
+    def explain(self) -> Path:
+        """Write explain.html: batch 0 as the weights are now. Nothing is updated."""
+        config, sd = self.config, self.sd
+        names = report.identifiers(config.instance_prompt, config.class_prompt)
+        with self.precision.autocast():
+            instance, prior, weight = self.terms(self.draw(0))
+        with self.checkpointing():
+            seen = microscope.look(
+                sd,
+                instance,
+                prior,
+                config.prior_loss_weight,
+                weight,
+                self.parameters(),
+                prompt=config.instance_prompt,
+                identifier=names[0] if names else None,
+                autocast=self.precision.autocast,
+                scale=self.update.scale,
             )
+        steps, strength = config.validation_inference_steps, config.validation_guidance_scale
+        bar = tqdm(total=steps, desc="from noise to a picture", unit="step", leave=False)
+        visiting = fast.visiting(self.idle, self.device)
+        with bar, visiting, self.precision.autocast():
+            strip = microscope.film(
+                sd,
+                config.instance_prompt,
+                steps=steps,
+                guidance_scale=strength,
+                seed=config.seed,
+                resolution=self.resolution,
+                on_step=bar.update,
+            )
+        about = {
+            "model": f"{config.model or sd.source}, {self.device}, precision {self.precision.name}",
+            "prompts": " and ".join(f"“{prompt}”" for prompt in self.train_prompts()),
+            "batch": f"{len(instance.t)} of {len(self.photos)} crops of "
+            f"{len(self.photos.files)} photographs, seed {config.seed}",
+            "sampling": f"{steps} DDIM steps, guidance {strength:g}",
+        }
+        path = self.folder / "explain.html"
+        page.write(path, seen, strip, about)
+        return path
 
     def step(self, step: Tensor, warm_up: Tensor, *drawn: Tensor) -> Tensor:
         """One update from the batches drawn for it: (4,), the loss, its two terms, the gradients'
@@ -443,6 +504,7 @@ class Run:
 
     def train(self, on_step: Callable[[int, Step], None] | None) -> StableDiffusion:
         config, sd, self.on_step = self.config, self.sd, on_step
+        self.announce()
         self.prepare()
         before = self.samples()
         self.save_grid(0, before)
@@ -450,6 +512,8 @@ class Run:
         first = self.restore()
         if first and first % config.checkpointing_steps == 0 and first < config.max_train_steps:
             self.save_snapshot(first)  # where the run was stopped between state and snapshot
+        if config.explain and first == 0:
+            self.explain()
         accumulate, poll = config.gradient_accumulation_steps, steps_between_looks(self.device)
         pending: list[tuple[int, float, Tensor]] = []
         bar = tqdm(

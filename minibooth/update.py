@@ -127,6 +127,7 @@ class UpdateInBackward(Update):
 
     def __init__(self, groups: Iterable[tuple[float, list[nn.Parameter]]], weight_decay: float):
         super().__init__(groups, weight_decay, max_grad_norm=float("inf"), scaled=False)
+        self.active = False  # gradients that somebody only wants to look at update nothing
         self.skip = torch.zeros_like(self.scale)
         self.square = torch.zeros_like(self.scale)  # of the gradients' norm so far
         self.hooks = [p.register_post_accumulate_grad_hook(self.apply_one) for p in self.parameters]
@@ -136,6 +137,7 @@ class UpdateInBackward(Update):
             hook.remove()
 
     def start(self, loss: Tensor, warm_up: float | Tensor) -> None:
+        self.active = True
         self.skip.copy_(~loss.isfinite() | (self.bad_step >= 0))
         self.square.zero_()
         for group in self.adam.param_groups:
@@ -143,6 +145,8 @@ class UpdateInBackward(Update):
 
     @torch.no_grad()
     def apply_one(self, parameter: nn.Parameter) -> None:
+        if not self.active:
+            return
         square = parameter.grad.square().sum()
         self.square += square
         self.skip.copy_(torch.maximum(self.skip, (~square.isfinite()).float()))
@@ -151,6 +155,7 @@ class UpdateInBackward(Update):
         parameter.grad = None
 
     def apply(self, step: int | Tensor, loss: Tensor, warm_up: float | Tensor) -> Tensor:
+        self.active = False
         bad = (self.skip > 0) & (self.bad_step < 0)
         self.bad_step.copy_(torch.where(bad, step, self.bad_step))
         return self.square.sqrt()

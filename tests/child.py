@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 import torch._dynamo  # a second's import that the first optimizer of a process does
 
-from minibooth import cli, data, train
+from minibooth import cli, data, hub, train
+from minibooth.evaluate import __main__ as evaluate
+
+PROGRAMS = {"minibooth.train": train.main, "minibooth.evaluate": evaluate.main}
 
 
 def die() -> None:
@@ -56,24 +59,35 @@ def arm(moment: str) -> None:
         train.Update.apply = dying_apply
 
 
-def main(arguments: list[str], moment: str | None, log: str) -> None:
+def main(
+    arguments: list[str], moment: str | None, log: str, program: str, toybox: Path | None
+) -> None:
     torch.set_num_threads(1)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.argv = ["minibooth.train", *arguments]
+    sys.argv = [program, *arguments]
+    if toybox:
+        hub.toybox = lambda: toybox
     if moment:
         arm(moment)
-    cli.run("minibooth.train", train.main)
+    cli.run(program, PROGRAMS[program])
 
 
-def start(arguments: list[str], moment: str | None, log: Path) -> multiprocessing.Process:
-    """`python -m minibooth.train` with arguments, forked from a server that has imported it."""
+def start(
+    arguments: list[str],
+    moment: str | None,
+    log: Path,
+    program: str = "minibooth.train",
+    toybox: Path | None = None,
+) -> multiprocessing.Process:
+    """`python -m` with arguments, forked from a server that has imported it; `toybox` is the folder
+    that it takes for the toybox."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "child"])
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11 gives the server no other
-    process = context.Process(target=main, args=(arguments, moment, str(log)))
+    process = context.Process(target=main, args=(arguments, moment, str(log), program, toybox))
     process.start()
     if path is None:
         del os.environ["PYTHONPATH"]

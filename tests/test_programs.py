@@ -20,12 +20,17 @@ from PIL import Image
 from safetensors import safe_open
 
 import minibooth
-from minibooth import UserError, cli, convert, load, ops, sample, train
+from minibooth import UserError, cli, convert, explain, load, ops, sample, train
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
 
-PROGRAMS = {train: TrainConfig, sample: SampleConfig, convert: ConvertConfig}
+PROGRAMS = {
+    train: TrainConfig,
+    sample: SampleConfig,
+    convert: ConvertConfig,
+    explain: TrainConfig,
+}
 
 
 @pytest.fixture

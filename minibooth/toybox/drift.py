@@ -35,6 +35,8 @@ BOUND = 0.6  # the subject is learned: fidelity in held-out places is this far f
 KEPT_PRES, LOST_PRES = 0.25, 0.5  # the class is kept up to here, lost from there
 KEPT_DIV, LOST_DIV = 0.8, 0.5  # of the frozen model's diversity
 KEPT_VALIDITY = 0.05  # below the frozen model's
+
+PER_PLACE, OF_CLASS = 3, 24  # pictures of each run that are measured
 SHOWN = 5  # pictures of the class in the figure
 
 
@@ -179,16 +181,16 @@ class Experiment:
         if file.exists():
             kept = json.loads(file.read_text())
             return Result(arm.name, seed, Learned(**kept["learned"]), Kept(**kept["kept"]))
-        sd, where = self.frozen, score.places(4)
+        sd, where = self.frozen, score.places(PER_PLACE)
         if arm.trains:
             sd = finetune(
                 *(sd, arm, self.instance, self.prior, self.subject.class_prompt, self.config),
                 *(seed, on_step),
             )
         prompts = [f"{arm.instance_prompt} {place}" for place in where]
-        prompts += [self.subject.class_prompt] * 32
+        prompts += [self.subject.class_prompt] * OF_CLASS
         pictures = score.draw(sd, prompts, 10_000 * (seed + 1), on_step)
-        subject, others = pictures.split([len(where), 32])
+        subject, others = pictures.split([len(where), OF_CLASS])
         found = Result(
             arm.name,
             seed,
@@ -196,7 +198,7 @@ class Experiment:
             score.kept(self.judge, others, self.real, noun),
         )
         if seed == 0:
-            shown = torch.cat([others[:SHOWN], subject[:: len(where) // len(world.PLACES)]])
+            shown = torch.cat([others[:SHOWN], subject[::PER_PLACE]])
             strip = (torch.cat([*shown], dim=2) * 127.5 + 127.5).clamp(0, 255).round()
             picture = Image.fromarray(strip.permute(1, 2, 0).to(torch.uint8).numpy())
             report.save_image(picture, file.with_suffix(".png"))
@@ -213,7 +215,7 @@ def run(config: DriftConfig) -> str:
         for arm in chosen
         if not experiment.file(arm, seed).exists()
     ]
-    drawing = score.steps_to_draw(len(score.places(4)) + 32)
+    drawing = score.steps_to_draw(PER_PLACE * len(world.PLACES) + OF_CLASS)
     total = sum(drawing + config.steps * arm.trains for arm, _ in todo)
     with tqdm(total=total, desc="drift", unit="step") as bar:
         results = {

@@ -118,8 +118,8 @@ def share(readings: list[dict], **wanted) -> float:
 @dataclass(frozen=True)
 class JudgeConfig:
     output_dir: str = option("weights/toybox", "the toybox that it is put into")
-    families: int = option(1000, "of four things that differ in one mark; four pictures of each")
-    steps: int = option(2000, "updates")
+    families: int = option(800, "of four things that differ in one mark; four pictures of each")
+    steps: int = option(2400, "updates")
     learning_rate: float = option(2e-3, "falling to 0 along a line")
     seed: int = option(0, "of scenes, weights and orders")
 

@@ -1,8 +1,9 @@
 """python -m minibooth.toybox.pretrain: train the toybox's Stable Diffusion from nothing.
 
 As the big one was made: first the autoencoder; then, on its latents, text encoder and UNet
-together. The networks, the tokenizer and the noise schedule are those of the rest of the package,
-only smaller. Every stage is kept in `work_dir` and goes on where it was stopped.
+together. The networks, the tokenizer and the noise schedule are
+those of the rest of the package, only smaller. Every stage is kept in `work_dir` and goes on where
+it was stopped.
 """
 
 import copy
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers as hf
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -81,6 +83,8 @@ class PretrainConfig:
     pictures: int = option(20_000, "rendered pictures to train on")
     vae_steps: int = option(6500, "updates of the autoencoder")
     vae_learning_rate: float = option(2e-3, "of the autoencoder, falling to 0 along a cosine")
+    vae_whole_steps: int = option(1500, "its updates after that, on whole pictures only")
+    vae_whole_learning_rate: float = option(7e-4, "in these, falling likewise")
     steps: int = option(6500, "updates of UNet and text encoder")
     learning_rate: float = option(1e-3, "of UNet and text encoder, falling likewise")
     batch_size: int = option(32, "pictures (or crops of them) per update")
@@ -126,14 +130,17 @@ def fit(
     learning_rate: float,
     show: Callable[[int, nn.ModuleDict], None],
 ) -> nn.ModuleDict:
-    """Minimise `loss_of(step)` over the networks' weights; returns their moving average.
+    """Minimise `loss_of(step)` over all weights that want gradients; returns their moving average.
 
     The state is kept now and then and taken up again. `show(step, averaged)` draws samples.
     """
     path = Path(config.work_dir) / f"{name}.pt"
     precision = Precision(config.mixed_precision, cli.pick_device(config.device))
-    averaged = copy.deepcopy(networks).eval().requires_grad_(False)
-    weights, average = list(networks.parameters()), list(averaged.parameters())
+    averaged = copy.deepcopy(networks).eval()
+    weights, average = (
+        [p for p in n.parameters() if p.requires_grad] for n in (networks, averaged)
+    )
+    averaged.requires_grad_(False)
     adam = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-3)
     first, spent, start = 0, 0.0, time.monotonic()
     if path.exists():
@@ -174,55 +181,77 @@ def fit(
 # ---- stage 1: the autoencoder ------------------------------------------------------------------
 
 
-def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
-    device = cli.pick_device(config.device)
-    torch.manual_seed(config.seed)
-    networks = nn.ModuleDict({"vae": VAE(VAE_CONFIG)}).to(device)
-    vae = networks["vae"]
-
-    def batch(step: int, g: torch.Generator) -> Tensor:
-        """Crops of 32² pixels; towards the end as many pixels as whole pictures, which is what
-        GroupNorm's statistics will be taken over ever after."""
-        whole = step > 0.9 * config.vae_steps
-        count = config.batch_size // 4 if whole else config.batch_size
-        rows = torch.randint(len(pictures), (count,), generator=g)
-        if whole:
-            return to_images(pictures[rows])  # (B / 4, 3, 64, 64)
-        corners = torch.randint(world.SIDE - CROP + 1, (count, 2), generator=g).tolist()
-        crops = [
+def crops(pictures: Tensor, count: int, g: torch.Generator) -> Tensor:
+    """(count, 3, 32, 32): each from anywhere in any picture."""
+    rows = torch.randint(len(pictures), (count,), generator=g)
+    corners = torch.randint(world.SIDE - CROP + 1, (count, 2), generator=g).tolist()
+    return torch.stack(
+        [
             pictures[row, :, y : y + CROP, x : x + CROP]
             for row, (y, x) in zip(rows, corners, strict=True)
         ]
-        return to_images(torch.stack(crops))  # (B, 3, 32, 32)
+    )
+
+
+def fit_vae(
+    config: PretrainConfig, name: str, vae: VAE, pictures: Tensor, share_of_crops: float
+) -> VAE:
+    """One stage: the first `share_of_crops` of its steps on crops, which cost a quarter of a whole
+    picture each; then on as many pixels in whole pictures, since it is over these that GroupNorm's
+    statistics will be taken ever after."""
+    device = cli.pick_device(config.device)
+    steps, rate = {
+        "vae": (config.vae_steps, config.vae_learning_rate),
+        "vae-whole": (config.vae_whole_steps, config.vae_whole_learning_rate),
+    }[name]
 
     def loss_of(step: int) -> Tensor:
-        g = rng(config.seed, "vae", step)
-        x = batch(step, g)
+        g = rng(config.seed, name, step)
+        if step > share_of_crops * steps:
+            rows = torch.randint(len(pictures), (config.batch_size // 4,), generator=g)
+            x = to_images(pictures[rows])  # (B / 4, 3, 64, 64)
+        else:
+            x = to_images(crops(pictures, config.batch_size, g))  # (B, 3, 32, 32)
         size = (len(x), VAE_CONFIG["latent_channels"], x.shape[2] // 4, x.shape[3] // 4)
-        noise = torch.randn(size, generator=g).to(device)
-        x = x.to(device)
+        noise, x = torch.randn(size, generator=g).to(device), x.to(device)
         mean, std = vae.encode(x)
-        error = vae.decode(mean + std * noise).float() - x
-        across, down = error.diff(dim=3), error.diff(dim=2)  # of pictures' gradients: sharp edges
-        edges = across.abs().mean() + down.abs().mean()
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
+        error = vae.decode(mean + std * noise).float() - x
+        # The error and that of the picture's gradients: sharp edges.
+        across, down = error.diff(dim=3), error.diff(dim=2)
+        edges = across.abs().mean() + down.abs().mean()
         return error.abs().mean() + edges + KL_WEIGHT * kl.mean()
+
+    networks = nn.ModuleDict({"vae": vae})
+    return fit(config, name, networks, loss_of, steps, rate, show_decoded(config, name))["vae"]
+
+
+def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
+    """Mostly on crops, then once more from the start of a cosine on whole pictures."""
+    torch.manual_seed(config.seed)
+    vae = VAE(VAE_CONFIG).to(cli.pick_device(config.device))
+    vae = fit_vae(config, "vae", vae, pictures, share_of_crops=0.9)
+    vae = copy.deepcopy(vae).requires_grad_(True)
+    return fit_vae(config, "vae-whole", vae, pictures, share_of_crops=0.0)
+
+
+def show_decoded(config: PretrainConfig, name: str) -> Callable[[int, nn.ModuleDict], None]:
+    r = random.Random(f"{config.seed} shown")
+    scenes = [s for subject in world.SUBJECTS.values() for s in subject.scenes[:2]]
+    scenes += [world.random_scene(r) for _ in range(10)]
 
     @torch.no_grad()
     def show(step: int, averaged: nn.ModuleDict) -> None:
-        r = random.Random(f"{config.seed} shown")
-        scenes = [s for subject in world.SUBJECTS.values() for s in subject.scenes[:2]]
-        scenes += [world.random_scene(r) for _ in range(10)]
-        x = to_images(torch.from_numpy(world.pixels(scenes)).permute(0, 3, 1, 2)).to(device)
+        device = cli.pick_device(config.device)
+        x = judge.to_tensor([world.render(s) for s in scenes]).to(device)
         again = averaged["vae"].decode(averaged["vae"].encode(x)[0])
         mae = (again.clamp(-1, 1) - x).abs().mean().item() / 2
-        print(f"\nvae after {step} steps: mean absolute error {mae:.4f} on [0, 1]")
+        print(f"\n{name} after {step} steps: mean absolute error {mae:.4f} on [0, 1]")
         rows = [photos.to_pil(half) for half in (x[:10], again[:10], x[10:], again[10:])]
         grid = photos.grid(photos.enlarged(rows), labels=["render", "decoded"] * 2)
-        report.save_image(grid, Path(config.work_dir) / f"vae-{step:05d}.png")
+        report.save_image(grid, Path(config.work_dir) / f"{name}-{step:05d}.png")
 
-    args = (config.vae_steps, config.vae_learning_rate, show)
-    return fit(config, "vae", networks, loss_of, *args)["vae"]
+    return show
 
 
 @torch.no_grad()
@@ -323,23 +352,24 @@ def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float)
         )
 
     def show(step: int, averaged: nn.ModuleDict) -> None:
-        sd = model(averaged)
-        prompts = [f"a {kind}" for kind in world.CLASSES]
-        rows = [
-            sd.generate([f"{p} {place}".strip() for p in prompts], steps=25, guidance_scale=4)
-            for place in ("", *world.PLACES)
-        ]
-        colours = [
-            f"a {colour} {kind}" for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
-        ]
-        rows.append(sd.generate(colours, steps=25, guidance_scale=4))
-        grid = photos.grid(
-            photos.enlarged(rows), labels=["", *world.PLACES, "coloured"], headings=prompts
-        )
+        grid = sample_grid(model(averaged))
         report.save_image(grid, Path(config.work_dir) / f"unet-{step:05d}.png")
 
     args = (config.steps, config.learning_rate, show)
     return model(fit(config, "unet", networks, loss_of, *args))
+
+
+def sample_grid(sd: StableDiffusion) -> Image.Image:
+    """Every class without a place and in each, in a colour of its own in the last row."""
+    plain = [f"a {kind}" for kind in world.CLASSES]
+    coloured = [
+        f"{'an' if colour == 'orange' else 'a'} {colour} {kind}"
+        for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
+    ]
+    prompts = [plain, *([f"{p} {place}" for p in plain] for place in world.PLACES), coloured]
+    rows = [sd.generate(row, steps=score.STEPS, guidance_scale=score.GUIDANCE) for row in prompts]
+    labels = ["", *world.PLACES, "coloured"]
+    return photos.grid(photos.enlarged(rows), labels=labels, headings=plain)
 
 
 # ---- how good it is ----------------------------------------------------------------------------
@@ -385,7 +415,7 @@ def model_card(config: PretrainConfig, found: dict[str, float], accuracy: dict[s
     folder, work = Path(config.output_dir), Path(config.work_dir)
     minutes = {
         name: torch.load(work / f"{name}.pt", weights_only=True)["seconds"] / 60
-        for name in ("vae", "unet")
+        for name in ("vae", "vae-whole", "unet")
     }
     given = [
         f"--{f.name} {getattr(config, f.name)}"
@@ -425,8 +455,11 @@ Made by
     python -m minibooth.toybox.pretrain {" ".join(given)}
 
 on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}:
-{minutes["vae"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for text encoder and UNet.
-The pictures are rendered by `minibooth/toybox/world.py`; no other data went in.
+{minutes["vae"] + minutes["vae-whole"]:.0f} minutes for the autoencoder, {minutes["unet"]:.0f} for
+text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went
+in.
+
+![samples](samples.png)
 
 | measured on these files | |
 |---|---|
@@ -452,7 +485,9 @@ def pretrain(config: PretrainConfig) -> None:
     pictures = render_all(config)
     vae = train_vae(config, pictures)
     moments, factor = encode_all(config, vae, pictures)
-    train_unet(config, moments, vae, factor).save(folder, torch.float16)
+    sd = train_unet(config, moments, vae, factor)
+    sd.save(folder, torch.float16)
+    report.save_image(sample_grid(sd), folder / "samples.png")
     world.export(folder / "subjects")
     if not (folder / "judge" / "accuracy.json").exists():
         judge.make(judge.JudgeConfig(output_dir=config.output_dir, seed=config.seed))

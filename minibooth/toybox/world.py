@@ -644,3 +644,23 @@ def export(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(subject.scenes):
             render(scene).save(folder / name / f"{i:02d}.png", optimize=True)
+    (folder / "prompts_and_classes.txt").write_text(prompts_and_classes(), "utf-8")
+
+
+def prompts_and_classes() -> str:
+    """Class nouns and prompts for the subjects, in the form of the data set's file of that name.
+
+    As there, a prompt puts the subject elsewhere, dresses it (cats and dogs) or colours it.
+    """
+    coloured = ["a red {0} {1}", "a purple {0} {1}"]
+    placed = [f"a {{0}} {{1}} {place}" for place in PLACES]
+    dressed = [f"a {{0}} {{1}} wearing {accessory}" for accessory in ACCESSORIES]
+
+    def listed(title: str, prompts: list[str]) -> list[str]:
+        lines = [f"'{prompt}'.format(unique_token, class_token)" for prompt in prompts]
+        return [title, "", "prompt_list = [", ",\n".join(lines), "]", ""]
+
+    classes = [f"{name},{subject.kind}" for name, subject in SUBJECTS.items()]
+    lines = ["Classes", "", "subject_name,class", *classes, "", "Prompts", ""]
+    lines += listed("Object Prompts", placed + coloured)
+    return "\n".join(lines + listed("Live Subject Prompts", placed + dressed + coloured))

@@ -1,0 +1,123 @@
+"""What the three commands share: who looks, what the paper leaves open, how pictures are drawn."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import cli, hub, toybox
+from ..cli import option
+from ..errors import UserError
+from ..files import write_json
+from ..train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    judge: str = option(
+        "public",
+        "who looks at the pictures: public (CLIP, DINO and LPIPS), or the toybox's judge, which "
+        "goes with the toybox where nothing else is said",
+        choices=("public", "toybox"),
+    )
+    clip: str = option(
+        "openai/clip-vit-base-patch32",
+        "folder or hub id; the paper does not say which CLIP it is, ViT-B/32 fits its numbers best",
+    )
+    dino: str = option("facebook/dino-vits16", "folder or hub id: DINO ViT-S/16")
+    lpips: str = option(
+        "alex",
+        "network under LPIPS; the paper does not say which",
+        choices=("alex", "vgg", "squeeze"),
+    )
+    resize: int = option(
+        256,
+        "shorter side in pixels before CLIP and DINO are shown the middle 224²; "
+        "224 is CLIP's own way",
+    )
+    identifier: str = option("sks", "the rare word that names the subject in the prompts")
+    identifier_in_text: bool = option(
+        False, "CLIP-T compares with the prompt as it was drawn; else the identifier is left out"
+    )
+    self_pairs: str = option(
+        "both",
+        "whether real photographs among themselves include each one with itself (cosine 1)",
+        choices=("both", "with", "without"),
+    )
+    images: int = option(4, "pictures per prompt")
+    class_images: int = option(
+        16, "pictures of the bare class prompt, for PRES; the paper does not say how many"
+    )
+    steps: int = option(50, "DDIM steps of every picture", aliases=("num_inference_steps",))
+    guidance_scale: float = option(7.5, "how strongly to follow the prompt; 1 switches it off")
+    seed: int = option(0, "of each prompt's first picture; the next ones count up")
+    batch_size: int = option(4, "pictures drawn at once; less needs less memory")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+
+    def check(self) -> None:
+        """Raise UserError for settings that cannot work, before anything is loaded."""
+        cli.check_choices(self)
+        for name in ("images", "class_images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        if not 224 <= self.resize <= 4096:
+            raise UserError("--resize must be a number from 224 to 4096")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UserError("--guidance_scale must be a number from 0 up")
+        if not 0 <= self.seed < 2**62:
+            raise UserError("--seed must be a number from 0 up")
+        if len(self.identifier.split()) != 1:
+            raise UserError("--identifier must be one word")
+
+    @property
+    def self_pair_choices(self) -> list[bool]:
+        """Which rows of the real photographs are wanted: with self-pairs, without, or both."""
+        return {"both": [True, False], "with": [True], "without": [False]}[self.self_pairs]
+
+
+def toybox_settings(given: dict) -> dict:
+    """What suits the toybox, where it is the model or its judge is to look."""
+    models = [given.get("model"), given.get("generated"), given.get("judge")]
+    if "run" in given:
+        models.append(read_run(Path(given["run"])).model)
+    if "toybox" not in models:
+        return {}
+    run = toybox.default_run()
+    settings = {
+        "judge": "toybox",
+        "steps": run["validation_inference_steps"],
+        "guidance_scale": run["validation_guidance_scale"],
+        "batch_size": run["sample_batch_size"],
+    }
+    return settings | ({"data": str(hub.toybox() / "subjects")} if "model" in given else {})
+
+
+def read_run(run: Path) -> TrainConfig:
+    """The settings of a run of minibooth.train. Raises UserError if `run` is no such folder."""
+    path = run / "config.json"
+    if not path.exists():
+        raise UserError(f"{run} is not the folder of a run: it holds no config.json")
+    return TrainConfig(**cli.read_config(path, TrainConfig))
+
+
+def remember(folder: Path, settings: dict) -> None:
+    """Write settings.json into a folder of results. Raises UserError if it holds others': what is
+    found there is not done again, so it must be what would be done now."""
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))  # tuples as the lists that they are in the file
+    if not path.exists():
+        return write_json(path, settings)
+    try:
+        before = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e}): give another --output_dir") from None
+    different = [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
+    if different:
+        raise UserError(
+            f"{folder} holds results of other settings: {'; '.join(different)}. Give these, or "
+            "another --output_dir"
+        )

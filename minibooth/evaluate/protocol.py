@@ -1,0 +1,309 @@
+"""python -m minibooth.evaluate dataset: the paper's protocol, and its Tables 1, 3 and 4.
+
+For each way of training that a table wants, and each subject: train, draw its prompts, score. What
+is there is not done again: a model that was trained, a picture that was drawn, a subject that was
+scored. So a run that was stopped goes on with the same command, and one of few subjects or pictures
+with more of them.
+"""
+
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .. import cli, hub, photos, report, resume, toybox
+from ..cli import option
+from ..errors import UserError
+from ..files import write_json, write_text
+from ..train import TrainConfig, is_model, train
+from . import drawing, judges, tables
+from .drawing import Job
+from .metrics import AVERAGINGS, METRICS, Mean, average, real_rows, score
+from .options import Options, remember
+from .subjects import FILE, Subject, dataset_folder, fill, find, read_catalogue, wrong_noun
+
+
+@dataclass(frozen=True)
+class DatasetConfig(Options):
+    data: str | None = option(None, "a checkout of google/dreambooth, or a folder laid out like it")
+    model: str | None = option(
+        None,
+        "base model: folder, single file, hub id or toybox [only the row of the real photographs]",
+    )
+    train_config: str | None = option(
+        None,
+        "JSON with settings of minibooth.train, say the config.json of a run; what belongs to a "
+        "subject is replaced [its defaults, or the toybox's]",
+    )
+    subjects: str | None = option(None, "names with commas between [all whose folders are there]")
+    prompts: int | None = option(None, "only so many of each subject's prompts [all]")
+    tables: str = option("1,3,4", "of the paper, with commas between")
+    averaging: str = option(
+        "subjects",
+        "over subjects, each counting the same; or over pairs, so that more photographs weigh more",
+        choices=AVERAGINGS,
+    )
+    keep_models: bool = option(
+        False, "keep every trained model (4.3 GB for SD 1.5); else its pictures are enough"
+    )
+    output_dir: str = option("evaluation", "where everything goes")
+
+    def check(self) -> None:
+        super().check()
+        if self.data is None:
+            raise UserError(f"give --data: a checkout of google/dreambooth, which holds {FILE}")
+        if self.prompts is not None and self.prompts < 1:
+            raise UserError("--prompts must be at least 1")
+        if wrong := [n for n in self.table_numbers if n not in TABLES]:
+            raise UserError(f"--tables {wrong[0]!r}: give some of {', '.join(TABLES)}")
+
+    @property
+    def table_numbers(self) -> list[str]:
+        return [number.strip() for number in self.tables.split(",")]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of training that tables compare."""
+
+    name: str  # its folder
+    prior: bool  # with prior preservation
+    noun: str = "correct"  # the class noun in the prompts: "correct", "none" or "wrong"
+
+
+WITH_PRIOR, WITHOUT_PRIOR = Arm("with_prior", True), Arm("without_prior", False)
+# Without prior preservation, as what they are compared with: where there is no noun, there is no
+# class to preserve. The paper does not say how its Table 4 was trained.
+NO_NOUN, WRONG_NOUN = Arm("no_noun", False, "none"), Arm("wrong_noun", False, "wrong")
+TABLES = {
+    "1": (WITH_PRIOR,),
+    "3": (WITH_PRIOR, WITHOUT_PRIOR),
+    "4": (WITHOUT_PRIOR, NO_NOUN, WRONG_NOUN),
+}
+
+
+def evaluate(config: DatasetConfig) -> str:
+    """Run what is left of the protocol, write and print the tables. Raises UserError."""
+    config.check()
+    cli.check_folder("--output_dir", config.output_dir)
+    found, absent = find(config.data, config.subjects)
+    if absent:
+        print(f"{len(absent)} subjects of {FILE} have no folder here: {', '.join(absent)}")
+    protocol = Protocol(config, found)
+    protocol.run()
+    text = protocol.make_tables()
+    write_text(protocol.out / "tables.md", text + "\n")
+    print(f"\n{text}\n\n{protocol.out}: tables.md, subjects.csv, a grid.png for every subject")
+    return text
+
+
+class Protocol:
+    """One run of it: its subjects, judge, settings and folder."""
+
+    def __init__(self, config: DatasetConfig, found: list[Subject]):
+        self.config, self.subjects, self.out = config, found, Path(config.output_dir)
+        self.nouns = read_catalogue(dataset_folder(config.data) / FILE).nouns
+        wanted = [arm for number in config.table_numbers for arm in TABLES[number]]
+        self.arms = list(dict.fromkeys(wanted)) if config.model else []
+        self.training = training_settings(config) if config.model else {}
+        self.judge = judges.load(config)
+        self.results: dict[tuple[str, str], dict[str, Mean]] = {}  # by row and subject
+
+    def run(self) -> None:
+        config = self.config
+        resume.remove_leftovers(self.out)
+        if config.model:
+            names = ("model", "identifier", "steps", "guidance_scale", "seed")
+            settings = {name: getattr(config, name) for name in names}
+            training = {f"training's {name}": value for name, value in self.training.items()}
+            remember(self.out, settings | training)
+        for subject in tqdm(self.subjects, desc="real photographs", unit="subject"):
+            rows = real_rows(self.judge, self.photographs(subject), config.self_pair_choices)
+            for self_pairs, scores in rows.items():
+                self.results[tables.real_name(self_pairs), subject.name] = scores
+        todo = []
+        for arm in self.arms:
+            for subject in self.subjects:
+                scores = self.scored(arm, subject)
+                if scores is None:
+                    todo.append((arm, subject))
+                else:
+                    self.results[arm.name, subject.name] = scores
+        self.write_csv()
+        with tqdm(total=len(todo), desc="protocol", unit="subject", disable=not todo) as bar:
+            for arm, subject in todo:
+                tqdm.write(f"{subject.name} ({subject.noun}), {arm.name}:")
+                self.results[arm.name, subject.name] = self.evaluate(arm, subject)
+                self.write_csv()
+                bar.update()
+
+    # -- one subject, trained in one way
+
+    def folder(self, arm: Arm, subject: Subject) -> Path:
+        return self.out / arm.name / subject.name
+
+    def noun(self, arm: Arm, subject: Subject) -> str:
+        """The class noun that its prompts have."""
+        wrong = wrong_noun(subject, self.nouns) if arm.noun == "wrong" else ""
+        return {"correct": subject.noun, "none": "", "wrong": wrong}[arm.noun]
+
+    def jobs(self, arm: Arm, subject: Subject) -> tuple[list[Job], list[Job]]:
+        """The pictures to draw for the subject, and for its bare class."""
+        config, folder, noun = self.config, self.folder(arm, subject), self.noun(arm, subject)
+        prompts = {}
+        for template in subject.prompts[: config.prompts]:
+            prompt = fill(template, config.identifier, noun)
+            # What should be seen is the true class, whatever noun the prompt has.
+            text = prompt if config.identifier_in_text else fill(template, "", subject.noun)
+            prompts[prompt] = text
+        bare = {subject.class_prompt: None}
+        return (
+            drawing.jobs(folder / "pictures", prompts, config.images, config.seed),
+            drawing.jobs(folder / "class", bare, config.class_images, config.seed),
+        )
+
+    def evaluate(self, arm: Arm, subject: Subject) -> dict[str, Mean]:
+        config, folder = self.config, self.folder(arm, subject)
+        (wanted, bare), model = self.jobs(arm, subject), folder / "model"
+        resume.remove_leftovers(folder)
+        if drawing.missing(wanted + bare):
+            if not is_model(model):
+                with redirect_stdout(io.StringIO()):  # it tells of a model that will not stay
+                    train(self.train_config(arm, subject))
+            sd = drawing.load_model(model, config)
+            drawing.draw(sd, wanted + bare, config, f"drawing {subject.name}")
+        if not config.keep_models:
+            remove(model)
+        pictures, real = drawing.pictures(wanted), self.photographs(subject)
+        of_class = [p.image for p in drawing.pictures(bare)]
+        scores = score(self.judge, real, pictures, of_class)
+        rows = {}
+        for p in pictures:
+            rows.setdefault(p.prompt, []).append(p.image)
+        title = f"{subject.name}, {arm.name}"
+        report.save_image(drawing.grid(real, rows, title), folder / "grid.png")
+        found = {metric: asdict(mean) for metric, mean in scores.items()}
+        write_json(folder / "scores.json", {"asked": self.asked(arm, subject), "scores": found})
+        return scores
+
+    def photographs(self, subject: Subject) -> list:
+        return [photos.read_image(file) for file in photos.image_files(subject.folder)]
+
+    def asked(self, arm: Arm, subject: Subject) -> dict:
+        """What scores depend on: with the same, they are not measured again."""
+        wanted, bare = self.jobs(arm, subject)
+        return {
+            "judge": self.judge.about,
+            "texts": list(dict.fromkeys(job.text for job in wanted)),
+            "pictures": [job.file.name for job in wanted + bare],
+            "photographs": [file.name for file in photos.image_files(subject.folder)],
+        }
+
+    def scored(self, arm: Arm, subject: Subject) -> dict[str, Mean] | None:
+        """The scores that are there already, if they are those that are asked for."""
+        path = self.folder(arm, subject) / "scores.json"
+        if not path.exists():
+            return None
+        try:
+            kept = json.loads(path.read_text("utf-8"))
+            same = kept["asked"] == self.asked(arm, subject)
+            scores = {metric: Mean(**mean) for metric, mean in kept["scores"].items()}
+        except (ValueError, KeyError, TypeError):  # not what was written: measure again
+            return None
+        return scores if same else None
+
+    def train_config(self, arm: Arm, subject: Subject) -> TrainConfig:
+        noun = self.noun(arm, subject)
+        return TrainConfig(
+            **self.training
+            | {
+                "instance_data_dir": str(subject.folder),
+                "instance_prompt": fill("a {0} {1}", self.config.identifier, noun),
+                "class_prompt": subject.class_prompt if arm.noun == "correct" else None,
+                "prior_loss_weight": self.training["prior_loss_weight"] if arm.prior else 0.0,
+                "output_dir": str(self.folder(arm, subject) / "model"),
+                # Of the frozen model: the same for all subjects of a class.
+                "class_data_dir": str(self.out / "class_images"),
+                "resume_from_checkpoint": "latest",
+            }
+        )
+
+    # -- what comes out
+
+    def write_csv(self) -> None:
+        """What is known so far, a line for every row of the tables and subject."""
+        nouns = {tables.real_name(k): lambda s: "" for k in self.config.self_pair_choices}
+        nouns |= {arm.name: partial(self.noun, arm) for arm in self.arms}
+        rows = [
+            (row, s.name, s.noun, noun(s), *tables.values(self.results[row, s.name]))
+            for row, noun in nouns.items()
+            for s in self.subjects
+            if (row, s.name) in self.results
+        ]
+        columns = ("row", "subject", "class", "noun in prompts", *METRICS)
+        tables.write_csv(self.out / "subjects.csv", columns, rows)
+
+    def mean(self, row: str) -> dict[str, float]:
+        """A row's metrics, averaged over the subjects."""
+        of_row = [scores for (name, _), scores in self.results.items() if name == row]
+        return average(of_row, self.config.averaging)
+
+    def make_tables(self) -> str:
+        config, total = self.config, len(self.nouns)
+        prompts = max(len(s.prompts[: config.prompts]) for s in self.subjects)
+        size = f"{len(self.subjects)} of {total} subjects"
+        if self.arms:
+            size += f", {prompts} prompts, {config.images} pictures of each"
+        mean = {arm.name: self.mean(arm.name) for arm in self.arms}
+        real = {k: self.mean(tables.real_name(k)) for k in config.self_pair_choices}
+        parts = [f"## Table 1: fidelity ({size})", tables.table_1(real, mean.get("with_prior", {}))]
+        if self.arms and "3" in config.table_numbers:
+            parts.append("## Table 3: prior preservation (its second term doubles the batch)")
+            parts.append(tables.table_3(mean["with_prior"], mean["without_prior"]))
+        if self.arms and "4" in config.table_numbers:
+            parts.append("## Table 4: class noun (all trained without prior preservation)")
+            arms = {"correct": "without_prior", "none": "no_noun", "wrong": "wrong_noun"}
+            parts.append(tables.table_4({noun: mean[arm] for noun, arm in arms.items()}))
+        average = {"subjects": "every subject counts the same", "pairs": "every pair does"}
+        lines = tables.stated(config, self.judge)
+        lines += [tables.drawn_with(config)] if self.arms else []
+        lines.append(f"averaged so that {average[config.averaging]} (--averaging)")
+        parts.append("\n".join(f"- {line}" for line in lines))
+        return "\n\n".join(parts)
+
+
+def training_settings(config: DatasetConfig) -> dict:
+    """Settings of TrainConfig that all subjects share. Raises UserError for what cannot work."""
+    given = {}
+    if config.model == "toybox":
+        given = toybox.default_run()
+    if config.train_config:
+        given |= cli.read_config(Path(config.train_config), TrainConfig)
+    # By its folder: train() scores a run on "toybox" by itself, which is done better here.
+    model = str(hub.toybox()) if config.model == "toybox" else config.model
+    shared = TrainConfig(**given | {"model": model, "device": config.device})
+    settings = asdict(shared) | {
+        "num_validation_images": 0,
+        "validation_prompt": (),
+        "checkpoints_total_limit": 1,
+        "config": None,
+    }
+    if not shared.uses_prior:
+        raise UserError(f"{config.train_config}: prior_loss_weight must be above 0 for Tables 1, 3")
+    placeholders = {"instance_data_dir": ".", "instance_prompt": ".", "class_prompt": "."}
+    TrainConfig(**settings | placeholders).check()
+    return settings
+
+
+def remove(folder: Path) -> None:
+    """Under another name first: a model that is half removed must not look like a whole one."""
+    gone = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone)

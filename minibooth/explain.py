@@ -1,0 +1,47 @@
+"""python -m minibooth.explain: one training step under the microscope, as an HTML page.
+
+It takes the options of minibooth.train and shows the first step of that run, which is not done.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from . import cli, train
+from .train import Run, TrainConfig
+
+CLASS_IMAGES = 8  # drawn unless a number is given; the step takes only train_batch_size of them
+
+
+def explain(config: TrainConfig) -> Path:
+    """Write <output_dir>/explain.html, and class images where they are missing; its path.
+
+    Raises UserError for whatever the user can mend, as train.train does.
+    """
+    config = replace(config, resume_from_checkpoint=None)
+    device = train.start(config)
+    run = Run(config, train.load(config), Path(config.output_dir), device)
+    run.prepare()
+    run.make_trainable()
+    return run.explain()
+
+
+def settings(given: dict) -> dict:
+    """What was not given: as in training, but for the folder and the number of class images."""
+    few = {"output_dir": "minibooth-explain", "num_class_images": CLASS_IMAGES}
+    return train.toybox_settings(given) | few
+
+
+def main() -> None:
+    config = cli.parse(
+        TrainConfig,
+        "minibooth.explain",
+        "One training step under the microscope: writes explain.html into --output_dir. Takes the "
+        "options of minibooth.train; those of saving and resuming do nothing here. Without options "
+        "it shows the toybox.",
+        defaults=settings,
+    )
+    print(f"{explain(config)}: open it in a browser")
+
+
+if __name__ == "__main__":
+    cli.run("minibooth.explain", main)

@@ -1,0 +1,346 @@
+"""tutorial.md says what the code says: quotes are the source, the other blocks run, numbers hold.
+
+In tutorial.md,
+
+    <!-- minibooth/schedule.py:q_sample -->   before a fence: its lines stand so in that symbol
+    ```python                                 without it: is run, all in one session
+    ```output                                 behind it: what it printed
+    .068<!-- = alpha_bar[999] ** 0.5 -->      a number, worked out in that session
+
+Numbers may be off by one unit of their last digit. "toybox" behind ```output or = is for what
+depends on the toybox's weights, which are compared where they are there.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import solutions
+import torch
+
+from minibooth import hub
+from minibooth.checkpoint import NETWORKS
+from minibooth.configs import SD_SCHEDULER
+from minibooth.pipeline import StableDiffusion, read_schedule
+from minibooth.sample import SampleConfig
+from minibooth.tokenizer import BOS, EOS
+from minibooth.toybox import pretrain, world
+from minibooth.toybox.drift import DriftConfig
+from minibooth.train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "tutorial.md").read_text("utf-8")
+SHIPPED = (ROOT / "weights" / "toybox" / "model_index.json").exists()
+POINTER = r"[\w./]+\.py:[\w.]+"
+FENCE = re.compile(
+    rf"(?:^<!-- (?P<quoted>{POINTER}) -->\n)?^```(?P<kind>[\w ]*)\n(?P<code>.*?)^```$", re.M | re.S
+)
+NUMBER = re.compile(
+    r"(?P<shown>[−-]?(?:\d[\d,]*)?\.?\d+(?:e[−-]?\d+)?) ?(?P<percent>%)?[*`]*"
+    r"<!-- = (?P<toybox>toybox )?(?P<code>.+?) -->"
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A fence or a number of the tutorial, in the order of the text."""
+
+    line: int
+    kind: str  # "quote", "python", "output", "number" or the fence's language
+    code: str
+    quoted: str | None = None
+    shown: str = ""
+    percent: bool = False
+    toybox: bool = False
+
+
+def pieces() -> list[Piece]:
+    out, fences = [], list(FENCE.finditer(TEXT))
+    for m in fences:
+        kind, _, more = (m["kind"] or "").partition(" ")
+        kind = "quote" if m["quoted"] else kind
+        line = 1 + TEXT.count("\n", 0, m.start("code"))
+        out.append(Piece(line, kind, m["code"], quoted=m["quoted"], toybox=more == "toybox"))
+    for m in NUMBER.finditer(TEXT):
+        assert not any(f.start() < m.start() < f.end() for f in fences)
+        line = 1 + TEXT.count("\n", 0, m.start())
+        given = {"shown": m["shown"], "percent": bool(m["percent"]), "toybox": bool(m["toybox"])}
+        out.append(Piece(line, "number", m["code"], **given))
+    return sorted(out, key=lambda piece: piece.line)
+
+
+PIECES = pieces()
+needs_the_toybox = pytest.mark.skipif(
+    not SHIPPED, reason="weights/toybox/model_index.json is not there yet"
+)
+
+
+# ---- quotes and pointers -----------------------------------------------------------------------
+
+
+def source(pointer: str) -> str:
+    """The source of path.py:symbol, a dotted symbol being inside a class; or the docstring."""
+    path, _, symbol = pointer.partition(":")
+    text, node = parsed(path)
+    if symbol == "__doc__":
+        return ast.get_docstring(node, clean=False)
+    for name in symbol.split("."):
+        node = next((n for n in node.body if name in names(n)), None)
+        assert node is not None, f"{path} has no {symbol}"
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    return textwrap.dedent("\n".join(text.splitlines()[first - 1 : node.end_lineno]))
+
+
+@functools.cache
+def parsed(path: str) -> tuple[str, ast.AST]:
+    text = (ROOT / path).read_text("utf-8")
+    return text, ast.parse(text)
+
+
+def names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+
+QUOTES = [p for p in PIECES if p.kind == "quote"]
+
+
+@pytest.mark.parametrize("piece", QUOTES, ids=lambda p: f"{p.line} {p.quoted}")
+def test_a_quote_is_the_source(piece):
+    """Whole, or some lines of it in a row."""
+    lines, whole = (
+        textwrap.dedent(s).strip("\n").split("\n") for s in (piece.code, source(piece.quoted))
+    )
+    found = [
+        textwrap.dedent("\n".join(whole[i : i + len(lines)])).split("\n") == lines
+        for i in range(len(whole) - len(lines) + 1)
+    ]
+    assert any(found), f"tutorial.md line {piece.line} is not what {piece.quoted} says"
+    assert f"{piece.code}```\n*From `{piece.quoted}`.*\n" in TEXT
+
+
+def test_every_pointer_into_the_code_leads_somewhere():
+    pointers = set(re.findall(rf"`({POINTER})`", TEXT))
+    assert len(pointers) > 30
+    for pointer in pointers:
+        source(pointer)
+
+
+def test_links_to_files_lead_to_files():
+    for target in re.findall(r"\]\(([^)#]+)\)", FENCE.sub("", TEXT)):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_question_of_learners_is_answered_with_a_pointer():
+    table = TEXT.split("## 9. Questions", 1)[1].split("\n## ", 1)[0]
+    answers = re.findall(r"^\*\*(.+?\?)\*\*(.*?)(?=^\*\*|\Z)", table, re.M | re.S)
+    asked = " ".join(question for question, _ in answers)
+    for words in (
+        *("What is `sks`", "rare tokens found", "class images", "How many", "real photographs"),
+        *("Where is the prior loss", "loss not fall", "prior loss flat", "look like my subject"),
+        *("photographs back", "steps", "learning rate", "text encoder", "weight decay"),
+        *("ε and not x", "guidance", "DINO, CLIP-I and CLIP-T"),
+    ):
+        assert words in asked, words
+    for question, answer in answers:
+        assert re.search(rf"`{POINTER}`", answer), question
+
+
+# ---- what runs ---------------------------------------------------------------------------------
+
+
+def stand_in(folder: Path) -> Path:
+    """A model of the toybox's shape that was never trained, with its pictures."""
+    tokenizer = pretrain.train_tokenizer(pretrain.PretrainConfig())
+    text = pretrain.TEXT_CONFIG | {"vocab_size": len(tokenizer.vocab)}
+    text |= {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS]}
+    configs = {"unet": pretrain.UNET_CONFIG, "vae": pretrain.VAE_CONFIG, "text_encoder": text}
+    torch.manual_seed(0)
+    networks = {name: build(configs[name]) for name, build in NETWORKS.items()}
+    configs["scheduler"] = SD_SCHEDULER
+    StableDiffusion(
+        tokenizer, schedule=read_schedule(SD_SCHEDULER), configs=configs, **networks
+    ).save(folder)
+    world.export(folder / "subjects")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """Run the tutorial from top to bottom; what was wrong, by kind of piece."""
+    here, wrong, counts = tmp_path_factory.mktemp("tutorial"), [], {}
+    space, printed = {"__name__": "tutorial"}, ""
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(here):
+        if not SHIPPED:
+            folder = stand_in(here / "toybox")
+            patch.setattr(hub, "toybox", lambda: folder)
+        for p in PIECES:
+            if p.toybox and not SHIPPED:
+                continue
+            where = f"tutorial.md line {p.line}"
+            counts[p.kind] = counts.get(p.kind, 0) + 1
+            if p.kind == "python":
+                out = io.StringIO()
+                with contextlib.redirect_stdout(out):
+                    exec(compile(p.code, where, "exec"), space)
+                printed = out.getvalue()
+            elif p.kind == "output" and not same_text(p.code, printed):
+                wrong.append(f"{where} shows\n{p.code}but it prints\n{printed}")
+            elif p.kind == "number":
+                value = float(eval(p.code, space))
+                if not same_number(p.shown, value * (100 if p.percent else 1)):
+                    wrong.append(f"{where} says {p.shown}, but {p.code} is {value:.6g}")
+    return counts, wrong
+
+
+def same_number(shown: str, value: float) -> bool:
+    """Whether they agree to one unit of the last digit that is shown."""
+    shown = shown.replace("−", "-").replace(",", "")
+    digits, _, power = shown.partition("e")
+    unit = 10.0 ** (int(power or 0) - len(digits.partition(".")[2]))
+    return abs(float(shown) - value) <= 1.0001 * unit if "." in shown else float(shown) == value
+
+
+def same_text(shown: str, printed: str) -> bool:
+    """The same words; numbers with a point to one unit of their last digit."""
+    number = r"(?<![\w.])[−-]?\d*\.\d+(?:e[−-]?\d+)?"
+    if re.sub(number, "#", shown).split() != re.sub(number, "#", printed).split():
+        return False
+    pairs = zip(re.findall(number, shown), re.findall(number, printed), strict=True)
+    return all(same_number(a, float(b)) for a, b in pairs)
+
+
+def test_the_tutorial_runs_and_its_numbers_hold(session):
+    counts, wrong = session
+    assert not wrong, "\n".join(wrong)
+    assert counts["python"] > 15 and counts["number"] > 15 and counts["output"] > 5
+
+
+@needs_the_toybox
+def test_the_numbers_of_the_toybox_s_weights_hold(session):
+    assert not session[1]
+
+
+def test_numbers_and_texts_are_compared_to_their_last_digit():
+    assert same_number(".068", 0.0683) and not same_number(".068", 0.0701)
+    assert same_number("−1.5e-3", -0.00149) and not same_number("1,000", 1001)
+    assert same_text("a 1.00 b\n", "a   1.004 b") and not same_text("a 1.00", "a 1.02")
+    assert not same_text("[1, 2]", "[1, 3]")
+
+
+COMMANDS = {
+    "minibooth.train": TrainConfig,
+    "minibooth.explain": TrainConfig,
+    "minibooth.sample": SampleConfig,
+    "minibooth.toybox.drift": DriftConfig,
+}
+
+
+def test_commands_in_the_text_are_commands():
+    found = re.findall(r"^python -m (\S+)(.*(?:\\\n.*)*)$", TEXT, re.M)
+    assert {name for name, _ in found} >= {"minibooth.train", "minibooth.explain"}
+    for name, arguments in found:
+        flags = re.findall(r"--([\w-]+)", arguments)
+        fields = COMMANDS[name].__dataclass_fields__
+        assert {f.replace("-", "_") for f in flags} <= set(fields), (name, flags)
+    for path in re.findall(r"^python (\S+\.py)", TEXT, re.M):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+@needs_the_toybox
+def test_the_commands_run_as_written(tmp_path):
+    """All but the drift experiment, which takes long and has tests of its own."""
+    for folder in ("exercises", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    shell = [p.code for p in PIECES if p.kind == ""]
+    commands = [line for code in shell for line in code.splitlines() if "drift" not in line]
+    for command in commands:
+        argv = [sys.executable, *shlex.split(command)[1:]]
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+
+
+# ---- the forty lines ---------------------------------------------------------------------------
+
+
+def test_the_complete_dreambooth_has_about_forty_lines():
+    [block] = [p.code for p in PIECES if p.kind == "python" and "def finetune" in p.code]
+    code = [
+        line for line in block.splitlines() if line.strip() and not line.strip().startswith("#")
+    ]
+    assert 30 <= len(code) <= 45
+
+
+# ---- exercises ---------------------------------------------------------------------------------
+
+
+def exercise(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "exercises" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+verdicts = exercise("check").results
+PARTS = sorted(f.stem for f in (ROOT / "exercises").glob("*.py") if f.stem != "check")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_exercises_start_unsolved_and_are_named_in_the_tutorial(name):
+    module = exercise(name)
+    assert set(verdicts(module).values()) == {"not yet"}
+    assert f"python exercises/check.py {name}\n" in TEXT
+    for function in verdicts(module):
+        if function != "claims":
+            assert f"`exercises/{name}.py:{function}`" in TEXT
+
+
+@pytest.mark.parametrize("name", solutions.SOLUTIONS)
+def test_the_checks_take_the_solutions_and_notice_mistakes(name):
+    module = exercise(name)
+    for solution in solutions.SOLUTIONS[name]:
+        setattr(module, solution.__name__, solution)
+    assert set(verdicts(module).values()) == {"right"}
+    for solution in solutions.SOLUTIONS[name]:
+        setattr(module, solution.__name__, solutions.MISTAKES[solution.__name__])
+    assert all(v.startswith("wrong: ") and len(v) > 15 for v in verdicts(module).values())
+
+
+def test_every_exercise_has_a_solution_here():
+    assert {*solutions.SOLUTIONS, "paper"} == set(PARTS)
+    stubs = {n for part in PARTS for n in verdicts(exercise(part))} - {"claims"}
+    assert stubs == {f.__name__ for fs in solutions.SOLUTIONS.values() for f in fs}
+
+
+def test_the_claims_about_the_paper_are_judged_as_the_paper_does():
+    module = exercise("paper")
+    module.CLAIMS.update(zip(module.CLAIMS, solutions.CLAIMS, strict=True))
+    assert verdicts(module) == {"claims": "right"}
+    for claim, answer in list(module.CLAIMS.items()):
+        module.CLAIMS[claim] = not answer
+        assert verdicts(module)["claims"] == f"wrong: look again at: {claim}"
+        module.CLAIMS[claim] = answer
+
+
+def test_the_check_program_reports(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check.py", "noise"])
+    monkeypatch.syspath_prepend(str(ROOT / "exercises"))
+    path = str(ROOT / "exercises" / "check.py")
+    exec(compile(Path(path).read_text(), path, "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out == "crossing: not yet\none_step: not yet\n"
