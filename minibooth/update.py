@@ -75,7 +75,7 @@ class Update:
         """Update the weights from the gradients of `scale · loss`; the gradients' norm before
         clipping, (). `warm_up` multiplies the learning rates."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters]) / self.scale
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        clip = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)  # what gradients are divided by
         overflow = ~norm.isfinite()
         bad = ~loss.isfinite() | (overflow & (self.scale <= 1))  # without a scale to blame
         self.bad_step.copy_(torch.where(bad & (self.bad_step < 0), step, self.bad_step))
@@ -84,7 +84,7 @@ class Update:
         for group in self.adam.param_groups:
             group["lr"].fill_(group["base_lr"] * warm_up)
         # The fused kernel divides by grad_scale, and does nothing where found_inf is 1.
-        self.adam.grad_scale, self.adam.found_inf = self.scale, skip.float()
+        self.adam.grad_scale, self.adam.found_inf = self.scale * clip, skip.float()
         self.adam.step()
         self.adam.zero_grad()
 
