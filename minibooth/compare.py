@@ -130,6 +130,14 @@ def peers(device: torch.device) -> dict[str, tuple[torch.memory_format, bool]]:
     return found
 
 
+def rivals(row: Row, device: torch.device) -> list[str]:
+    """Whom a row is compared with. Nobody for this project's own modes; and compiling, which takes
+    minutes, is done for single pictures only."""
+    if row.settings or row.kernels != "torch":
+        return []
+    return [name for name, (_, compiled) in peers(device).items() if row.batch == 1 or not compiled]
+
+
 # ---- what is timed -----------------------------------------------------------------------------
 
 
@@ -322,7 +330,7 @@ def race(
 
 def measure(row: Row, size: str, device: torch.device, limit: float, floor: dict) -> dict:
     """Times, ratios and how far the results are apart, for the JSON."""
-    names = [OURS, *peers(device)]
+    names = [OURS, *rivals(row, device)]
     ops.use(row.kernels)
     with tempfile.TemporaryDirectory() as folder:
         parts = (row, size, device, Path(folder))
