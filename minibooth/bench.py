@@ -1,12 +1,15 @@
-"""Measures the Triton kernels against PyTorch, on a GPU:
+"""Measures the Triton kernels against PyTorch, on a GPU, and all of it against diffusers:
 
+    python -m minibooth.bench train                                compare.py: a training step
+    python -m minibooth.bench sample                               compare.py: drawing pictures
+    python -m minibooth.bench run                                  compare.py: a whole run by phases
     python -m minibooth.bench kernels --output results             the benchmark
     python -m minibooth.bench kernels --check --output results     correctness first, then the same
 
-Every time is the median of CUDA-graph replays, so that launches cost what they cost in training.
-The inputs of a graph's calls differ and together exceed the L2 cache. The bounds that figures are
-compared with, matrix products and copies, are measured in the same run. Rows are measured in order
-of interest until --minutes are over; the JSON says what was left out.
+Every time of a kernel is the median of CUDA-graph replays, so that launches cost what they cost in
+training. The inputs of a graph's calls differ and together exceed the L2 cache. The bounds that
+figures are compared with, matrix products and copies, are measured in the same run. Rows are
+measured in order of interest until --minutes are over; the JSON says what was left out.
 """
 
 import argparse
@@ -28,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minibooth import ops
+from minibooth import compare, ops
 
 DEVICE = "cuda"
 # name: (heads, N_q, N_k, head dimension), images of 512²
@@ -459,11 +462,14 @@ def benchmark(minutes: float, output: Path, extra: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minibooth.bench", description=__doc__)
-    parser.add_argument("what", choices=["kernels"])
+    parser.add_argument("what", choices=["kernels", "train", "sample", "run"])
     parser.add_argument("--output", type=Path, default=Path("bench-out"), help="a folder")
     parser.add_argument("--minutes", type=float, default=4.5, help="for the benchmark")
     parser.add_argument("--check", action="store_true", help="correctness first")
     args = parser.parse_args(argv)
+    if args.what != "kernels":
+        compare.benchmark(args.what, args.minutes, args.output)
+        return 0
     if not torch.cuda.is_available() or ops.attention_kernels is None:
         missing = "Triton" if torch.cuda.is_available() else "a CUDA card"
         print(f"the benchmark of the kernels needs {missing}", file=sys.stderr)

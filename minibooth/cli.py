@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import fast
 from .errors import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -166,6 +167,7 @@ def run(prog: str, main: Callable[[], None]) -> None:
         tqdm.write(f"{prog}: warning: {message}", file=sys.stderr)
 
     warnings.showwarning = warn
+    fast.keep_freed_memory()
     try:
         main()
         return

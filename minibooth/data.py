@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .dreambooth import Term
 from .photos import Photos
-from .pipeline import StableDiffusion
+from .pipeline import StableDiffusion, vae_batch
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Late
     images, photo = pictures.images, pictures.photo
     if flip:
         images, photo = torch.cat([images, images.flip(-1)]), torch.cat([photo, photo])
-    rows = tqdm(images, desc=f"encoding {what}", unit="image")
-    moments = [
-        torch.stack(sd.vae.encode(image[None].to(sd.device))).float().cpu() for image in rows
-    ]
+    rows = tqdm(
+        images.split(vae_batch(images[0, 0].numel())), desc=f"encoding {what}", unit="batch"
+    )
+    moments = [torch.stack(sd.vae.encode(part.to(sd.device))).float().cpu() for part in rows]
     mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor
     return Latents(mean, std, photo)
 
@@ -66,5 +66,10 @@ def draw_term(
     x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)
     eps = torch.randn(shape, generator=g)
     t = torch.randint(T, (batch,), generator=g)
-    x0, eps, t = (x.to(c.device, non_blocking=True) for x in (x0, eps, t))
+    x0, eps, t = (to_device(x, c.device) for x in (x0, eps, t))
     return Term(x0, eps, t, c.expand(batch, -1, -1))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for it: from page-locked memory a GPU fetches by itself."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

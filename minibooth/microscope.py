@@ -321,12 +321,12 @@ def film(
     """FRAMES moments on the way of sd.generate([prompt], …) from noise to a picture, by DDIM."""
     shape = sd.latent_shape(1, resolution, resolution, None)  # (4, h, w)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None].to(sd.device)
-    context, negative = sd.encode_prompt([prompt]), sd.encode_prompt([""])
+    context = sd.encode_guided([prompt], "", guidance_scale)
     visited = schedule.trajectory(sd.schedule, steps, "ddim")
     shown = {round(i * (steps - 1) / (FRAMES - 2)) for i in range(FRAMES - 1)}
     frames = []
     for i, (t, t_prev) in enumerate(visited):
-        prediction = sd.predict(x, t, context, negative, guidance_scale)
+        prediction = sd.predict(x, t, context, guidance_scale)
         if i in shown:
             kind = sd.schedule.prediction_type
             x0, _ = schedule.split(x, prediction, sd.schedule.alpha_bar[t], kind)

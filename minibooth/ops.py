@@ -14,6 +14,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import UserError
 
@@ -64,6 +65,11 @@ def attention(
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     if _choose_triton(attention_kernels, q, k, v, scale):
         return attention_kernels.attention(q, k, v, scale)
+    few = q.shape[-2] * k.shape[-2] <= 256 * 256
+    if device == "cpu" and q.requires_grad and q.dtype != torch.float32 and few:
+        # A CPU's fused backward is slow in bf16: with few pixels the plain formula wins.
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
@@ -84,4 +90,4 @@ def group_norm(
     if _choose_triton(group_norm_kernels, x, num_groups, weight, bias):
         return group_norm_kernels.group_norm(x, num_groups, weight, bias, eps, silu)
     y = F.group_norm(x, num_groups, weight, bias, eps)
-    return F.silu(y) if silu else y
+    return F.silu(y, inplace=not y.requires_grad) if silu else y

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from .files import write_text
 from .schedule import Schedule
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
-from .unet import UNet
+from .unet import TransformerBlock, UNet
 from .vae import VAE
 
 SAMPLERS = ("ddim", "ddpm")
 OUTPUTS = ("pil", "pt", "latent")
+VAE_PIXELS = 256 * 256  # that go through the VAE at once: its memory grows with them
 
 
 @dataclass
@@ -52,8 +54,8 @@ class StableDiffusion:
         return (self.configs["unet"].get("sample_size") or 64) * self.vae.factor
 
     def to(self, device) -> "StableDiffusion":
-        for network in self.networks.values():
-            network.to(device)
+        for name, network in self.networks.items():
+            network.to(device, memory_format=memory_format(name, device))
         self.schedule = self.schedule.to(device)
         return self
 
@@ -93,7 +95,6 @@ class StableDiffusion:
         shape = self.latent_shape(len(prompts), height, width, latents)  # (4, h, w)
         check_sampling(len(prompts), sampler, output, eta, seed, batch_size)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        negative = self.encode_prompt([negative_prompt])  # (1, 77, D)
         finished = []
         for first in range(0, len(prompts), batch_size or 8):
             batch = slice(first, first + (batch_size or 8))
@@ -103,16 +104,17 @@ class StableDiffusion:
                 return torch.stack(drawn).to(self.device)  # (B, 4, h, w)
 
             x = noise() if latents is None else latents[batch].to(self.device, torch.float32)
-            context = self.encode_prompt(prompts[batch])  # (B, 77, D)
-            for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
-                prediction = self.predict(x, t, context, negative, guidance_scale)
-                if sampler == "ddpm":
-                    x = schedule.ddpm_step(x, prediction, t, t_prev, self.schedule, noise())
-                else:
-                    fresh = noise() if eta > 0 else None
-                    x = schedule.ddim_step(x, prediction, t, t_prev, self.schedule, eta, fresh)
-                if on_step:
-                    on_step()
+            context = self.encode_guided(prompts[batch], negative_prompt, guidance_scale)
+            with projected_once(self.unet):
+                for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
+                    prediction = self.predict(x, t, context, guidance_scale)
+                    if sampler == "ddpm":
+                        x = schedule.ddpm_step(x, prediction, t, t_prev, self.schedule, noise())
+                    else:
+                        fresh = noise() if eta > 0 else None
+                        x = schedule.ddim_step(x, prediction, t, t_prev, self.schedule, eta, fresh)
+                    if on_step:
+                        on_step()
             finished.append(x if output == "latent" else self.decode(x))
         result = torch.cat(finished)
         if output != "pil":
@@ -120,20 +122,25 @@ class StableDiffusion:
         pixels = (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(p) for p in pixels]
 
-    def predict(
-        self, x: Tensor, t: int, context: Tensor, negative: Tensor, guidance_scale: float
+    def encode_guided(
+        self, prompts: list[str], negative_prompt: str, guidance_scale: float
     ) -> Tensor:
+        """What `predict` wants: (2B, 77, D), first B times the negative prompt, then the prompts;
+        without guidance, guidance_scale ≤ 1, the prompts alone."""
+        if guidance_scale <= 1:
+            return self.encode_prompt(prompts)
+        return self.encode_prompt([negative_prompt] * len(prompts) + prompts)
+
+    def predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float) -> Tensor:
         """The UNet's ε̂ or v̂ for x: (B, 4, h, w), with guidance (arXiv 2207.12598 Eq. 6).
 
-        Both prompts go through the UNet in one batch, and the difference that the prompt makes
-        against the negative one, context (B, 77, D) against (1, 77, D), is exaggerated.
+        Both prompts go through the UNet in one batch, context as `encode_guided` gives it, and the
+        difference that the prompt makes against the negative one is exaggerated.
         """
-        times = torch.full((len(x),), t, device=self.device)
+        times = torch.full((len(context),), t, device=self.device)
         if guidance_scale <= 1:
             return self.unet(x, times, context).float()
-        both = torch.cat([negative.expand_as(context), context])  # (2B, 77, D)
-        prediction = self.unet(torch.cat([x, x]), torch.cat([times, times]), both).float()
-        without, towards = prediction.chunk(2)
+        without, towards = self.unet(torch.cat([x, x]), times, context).float().chunk(2)
         return without + guidance_scale * (towards - without)
 
     def latent_shape(
@@ -158,10 +165,11 @@ class StableDiffusion:
         return shape
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1]; one at a time, to save memory."""
+        """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1], a few at a time to save memory."""
         z = latents / self.vae.scaling_factor
+        few = vae_batch(z.shape[2] * z.shape[3] * self.vae.factor**2)
         with torch.autocast(z.device.type, enabled=False):  # the VAE in its own precision
-            pictures = [self.vae.decode(one[None]).float() for one in z]
+            pictures = [self.vae.decode(part).float() for part in z.split(few)]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -213,6 +221,35 @@ class StableDiffusion:
         checkpoint.write_single_file(path, self.configs, self.tensors(), dtype, about)
 
 
+@contextmanager
+def projected_once(unet: UNet) -> Iterator[None]:
+    """Within it, the text's keys and values are computed once and not at every step.
+
+    They depend on nothing but the text: a projection that is given the same tensor again returns
+    what it returned before. So neither text nor weights may be written to in the meantime.
+    """
+
+    def remembering(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        last: list[Tensor | None] = [None, None]
+
+        def forward(context: Tensor) -> Tensor:
+            if last[0] is not context:
+                last[:] = context, project(context)
+            return last[1]
+
+        return forward
+
+    blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
+    projections = [p for block in blocks for p in (block.attn2.to_k, block.attn2.to_v)]
+    for projection in projections:
+        projection.forward = remembering(projection.forward)
+    try:
+        yield
+    finally:
+        for projection in projections:
+            del projection.forward
+
+
 def check_sampling(
     count: int, sampler: str, output: str, eta: float, seed: int, batch_size: int | None
 ) -> None:
@@ -261,7 +298,7 @@ def load(
         weights = found.tensors.pop(name)
         networks[name] = checkpoint.build(
             name, found.configs[name], weights, torch.float32 if wide else dtype, device
-        )
+        ).to(memory_format=memory_format(name, device))
     check_fit(source, found)
     if found.needs_probe and prediction_type is None and predicts_v(networks["unet"]):
         scheduler["prediction_type"] = "v_prediction"
@@ -276,6 +313,21 @@ def load(
         licence_files=found.licence_files,
         **networks,
     )
+
+
+def vae_batch(pixels: int) -> int:
+    """How many pictures of so many pixels the VAE takes at once: one at least."""
+    return max(1, VAE_PIXELS // pixels)
+
+
+def memory_format(name: str, device: str | torch.device) -> torch.memory_format:
+    """The order of the weights in memory in which convolutions are fastest.
+
+    A GPU wants the channels last, and so does the VAE on a CPU; the UNet is no faster for it there
+    and stays in the file that it is mapped from.
+    """
+    last = name == "vae" or torch.device(device).type == "cuda"
+    return torch.channels_last if last else torch.preserve_format
 
 
 def check_fit(source: str | Path, found: checkpoint.Checkpoint) -> None:

@@ -92,6 +92,8 @@ def memory_advice(sd: StableDiffusion, config) -> str:
     # Counted: what the UNet of SD 1.5 keeps for its backward pass at 512² and 256².
     if not config.gradient_checkpointing:
         advice.append("--gradient_checkpointing (about -85 % of the activations)")
+    if not config.optimizer_in_backward:
+        advice.append(f"--optimizer_in_backward (-{gigabytes(need['training'] / 3)}, no clipping)")
     advice.append("a smaller --resolution (half of it: about -75 % of the activations)")
     if config.train_text_encoder:
         saved = 12 * sum(p.numel() for p in sd.text_encoder.parameters())
@@ -118,6 +120,8 @@ def require_memory(sd: StableDiffusion, config, device: torch.device) -> None:
     need, free = memory_needed(sd, config.train_text_encoder), memory_available(device)
     # On the CPU the weights are there, but those that train are copied: as much as their gradients.
     loaded = 0 if device.type == "cuda" else need["weights"] - need["training"] // 3
+    if config.optimizer_in_backward:
+        loaded += need["training"] // 3  # never all gradients at once
     if free is not None and sum(need.values()) - loaded > free:
         raise UserError(f"{memory_advice(sd, config)}; {gigabytes(free)} are free")
 

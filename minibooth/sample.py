@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from . import cli, ops, photos, pipeline
+from . import cli, fast, ops, photos, pipeline
 from .cli import option
 from .errors import UserError
 from .files import atomic
@@ -83,7 +83,8 @@ def sample(config: SampleConfig) -> list[Path]:
     )
     out, written, rows = Path(config.output_dir), [], []
     batches = -(-config.num_images // config.batch_size)
-    with tqdm(total=len(config.prompt) * batches * config.steps, unit="step") as bar:
+    bar = tqdm(total=len(config.prompt) * batches * config.steps, unit="step")
+    with bar, fast.captured_unet(sd.unet):
         for prompt in config.prompt:
             bar.set_description(prompt[:40])
             images = sd.generate(

@@ -9,7 +9,8 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,14 +34,14 @@ from . import (
     toybox,
 )
 from .cli import option
-from .data import draw_term, encode
+from .data import draw_term, encode, to_device
 from .dreambooth import Step, Term
 from .errors import UserError
 from .files import gigabytes, require_space, write_json, write_text
 from .photos import Photos
 from .pipeline import StableDiffusion
 from .toybox import score
-from .update import Precision, Update
+from .update import Precision, Update, UpdateInBackward
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ class TrainConfig:
     train_batch_size: int = option(1, "photographs per step; as many class images come beside them")
     gradient_accumulation_steps: int = option(1, "batches per update")
     gradient_checkpointing: bool = option(False, "less memory, a third more to compute")
+    optimizer_in_backward: bool = option(
+        False, "less memory: each gradient is used and dropped at once, and none is clipped"
+    )
     mixed_precision: str = option(
         "auto",
         "what the networks compute in: bf16 or fp16 on a GPU by its age, fp32 elsewhere",
@@ -134,6 +138,16 @@ class TrainConfig:
         if self.uses_prior and self.class_prompt is None:
             raise UserError(
                 'give --class_prompt ("a dog"), or --prior_loss_weight 0 for plain fine-tuning'
+            )
+        if self.optimizer_in_backward and self.gradient_accumulation_steps > 1:
+            raise UserError(
+                "--optimizer_in_backward drops each gradient at once: it cannot go with "
+                "--gradient_accumulation_steps; give a larger --train_batch_size"
+            )
+        if self.optimizer_in_backward and self.mixed_precision == "fp16":
+            raise UserError(
+                "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
+                "be thrown away together: give --mixed_precision bf16 or no"
             )
         cli.check_choices(self)
         at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
@@ -252,6 +266,7 @@ class Run:
         self.trained: dict[str, torch.nn.Module] = {"unet": sd.unet}
         if config.train_text_encoder:
             self.trained["text_encoder"] = sd.text_encoder
+        self.idle = [net for name, net in sd.networks.items() if name not in self.trained]
         self.precision = Precision(config.mixed_precision, device)
         self.prompts = list(config.validation_prompt) or default_prompts(config)
         self.photos = photos.load_photos(
@@ -326,7 +341,7 @@ class Run:
 
     def class_photos(self) -> Photos:
         config = self.config
-        with self.precision.autocast():
+        with fast.captured_unet(self.sd.unet), self.precision.autocast():
             files = class_images.ensure(
                 self.sd,
                 Path(config.class_data_dir or self.folder / "class_images"),
@@ -346,7 +361,13 @@ class Run:
         names = ("instance_prompt", "class_prompt", "prior_loss_weight", "seed", "learning_rate")
         names += ("lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
         names += ("train_batch_size", "gradient_accumulation_steps", "adam_weight_decay")
-        names += ("max_grad_norm", "snr_gamma", "random_flip", "num_class_images")
+        names += (
+            "optimizer_in_backward",
+            "max_grad_norm",
+            "snr_gamma",
+            "random_flip",
+            "num_class_images",
+        )
         names += ("class_sampler", "class_steps", "class_guidance_scale")
         return {
             "model": self.sd.fingerprint()[:16],
@@ -358,20 +379,21 @@ class Run:
 
     def make_trainable(self) -> None:
         """fp32 copies of the weights that train, and the optimizer over them."""
-        config, sd = self.config, self.sd
+        config = self.config
+        for network in self.idle:
+            network.to("cpu")
         for network in self.trained.values():
             network.requires_grad_(True)
             for p in network.parameters():
                 p.data = p.detach().to(self.device, torch.float32, copy=True)
-        if config.gradient_checkpointing:
-            fast.checkpoint_gradients(sd.unet)
         rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
-        self.update = Update(
-            [(rates[name], list(network.parameters())) for name, network in self.trained.items()],
-            config.adam_weight_decay,
-            config.max_grad_norm,
-            scaled=self.precision.name == "fp16",
-        )
+        groups = [(rates[name], list(net.parameters())) for name, net in self.trained.items()]
+        if config.optimizer_in_backward:
+            print("the optimizer runs in the backward pass: gradients are not clipped")
+            self.update = UpdateInBackward(groups, config.adam_weight_decay)
+        else:
+            scaled = self.precision.name == "fp16"
+            self.update = Update(groups, config.adam_weight_decay, config.max_grad_norm, scaled)
 
     def parameters(self) -> dict[str, Tensor]:
         return {
@@ -382,50 +404,63 @@ class Run:
 
     # -- one batch
 
-    def batch(self, n: int) -> tuple[Term, Term | None, Tensor | None]:
-        """Batch n: the two terms of Eq. 2 and, for Min-SNR, the weights of their samples."""
+    def draw(self, n: int) -> list[Tensor]:
+        """Batch n: x0, eps and t of the photographs, then of the class images."""
+        config, latents = self.config, {"instance": self.instance, "class": self.prior}
+        no_text = torch.empty(1, 0, 0, device=self.device)  # it is the same in every batch
+        drawn = []
+        for name in ["instance", "class"][: 1 + config.uses_prior]:
+            shared = (self.sd.schedule.T, config.seed, name, n, config.train_batch_size)
+            term = draw_term(latents[name], no_text, *shared)
+            drawn += [term.x0, term.eps, term.t]
+        return drawn
+
+    def terms(self, drawn: Sequence[Tensor]) -> tuple[Term, Term | None, Tensor | None]:
+        """What `draw` gave as the two terms of Eq. 2 and, for Min-SNR, their samples' weights."""
         config, sd = self.config, self.sd
         contexts = sd.text_encoder(self.ids) if self.contexts is None else self.contexts
-        shared = (sd.schedule.T, config.seed)
-        size = config.train_batch_size
-        instance = draw_term(self.instance, contexts[:1], *shared, "instance", n, size)
-        prior, t = None, instance.t
-        if self.prior is not None:
-            prior = draw_term(self.prior, contexts[1:], *shared, "class", n, size)
-            t = torch.cat([t, prior.t])
+        c = contexts[:, None].expand(-1, config.train_batch_size, -1, -1)  # (terms, B, 77, D)
+        instance = Term(*drawn[:3], c[0])
+        prior = Term(*drawn[3:], c[1]) if config.uses_prior else None
         weight = None
         if config.snr_gamma is not None:
+            t = torch.cat(drawn[2::3])
             weight = dreambooth.min_snr_weight(sd.schedule, t, config.snr_gamma)
         return instance, prior, weight
 
-    def forward(self, n: int) -> Step:
-        """Batch n through the model: Eq. 2."""
+    def forward(self, drawn: Sequence[Tensor]) -> Step:
+        """What `draw` gave through the model: Eq. 2."""
         sd, weight_of_prior = self.sd, self.config.prior_loss_weight
-        with self.precision.autocast():
-            instance, prior, weight = self.batch(n)
+        with self.precision.autocast(), self.checkpointing():
+            instance, prior, weight = self.terms(drawn)
             return dreambooth.step(sd.unet, sd.schedule, instance, prior, weight_of_prior, weight)
+
+    def checkpointing(self) -> AbstractContextManager:
+        return fast.checkpoint_gradients(self.sd.unet, self.config.gradient_checkpointing)
 
     def explain(self) -> Path:
         """Write explain.html: batch 0 as the weights are now. Nothing is updated."""
         config, sd = self.config, self.sd
         names = report.identifiers(config.instance_prompt, config.class_prompt)
         with self.precision.autocast():
-            instance, prior, weight = self.batch(0)
-        seen = microscope.look(
-            sd,
-            instance,
-            prior,
-            config.prior_loss_weight,
-            weight,
-            self.parameters(),
-            prompt=config.instance_prompt,
-            identifier=names[0] if names else None,
-            autocast=self.precision.autocast,
-            scale=self.update.scale,
-        )
+            instance, prior, weight = self.terms(self.draw(0))
+        with self.checkpointing():
+            seen = microscope.look(
+                sd,
+                instance,
+                prior,
+                config.prior_loss_weight,
+                weight,
+                self.parameters(),
+                prompt=config.instance_prompt,
+                identifier=names[0] if names else None,
+                autocast=self.precision.autocast,
+                scale=self.update.scale,
+            )
         steps, strength = config.validation_inference_steps, config.validation_guidance_scale
         bar = tqdm(total=steps, desc="from noise to a picture", unit="step", leave=False)
-        with bar, self.precision.autocast():
+        visiting = fast.visiting(self.idle, self.device)
+        with bar, visiting, self.precision.autocast():
             strip = microscope.film(
                 sd,
                 config.instance_prompt,
@@ -446,10 +481,29 @@ class Run:
         page.write(path, seen, strip, about)
         return path
 
+    def step(self, step: Tensor, warm_up: Tensor, *drawn: Tensor) -> Tensor:
+        """One update from the batches drawn for it: (4,), the loss, its two terms, the gradients'
+        norm. Tensors in, tensor out, and nothing waits for the device, so that it can be captured.
+        """
+        accumulate, losses = self.config.gradient_accumulation_steps, []
+        size = len(drawn) // accumulate
+        for first in range(0, len(drawn), size):
+            result = self.forward(drawn[first : first + size])
+            self.update.start(result.loss, warm_up)
+            (result.loss * self.update.scale / accumulate).backward()
+            losses.append(
+                torch.stack([result.loss, result.loss_instance, result.loss_prior]).detach()
+            )
+            if self.on_step:
+                self.on_step(int(step), result)
+        loss = torch.stack(losses).mean(dim=0)  # (3,)
+        norm = self.update.apply(step, loss[0], warm_up)
+        return torch.cat([loss, norm[None]])
+
     # -- the loop
 
     def train(self, on_step: Callable[[int, Step], None] | None) -> StableDiffusion:
-        config, sd = self.config, self.sd
+        config, sd, self.on_step = self.config, self.sd, on_step
         self.announce()
         self.prepare()
         before = self.samples()
@@ -460,26 +514,19 @@ class Run:
             self.save_snapshot(first)  # where the run was stopped between state and snapshot
         if config.explain and first == 0:
             self.explain()
-        accumulate = config.gradient_accumulation_steps
-        poll = steps_between_looks(self.device)
+        accumulate, poll = config.gradient_accumulation_steps, steps_between_looks(self.device)
         pending: list[tuple[int, float, Tensor]] = []
         bar = tqdm(
             total=config.max_train_steps, initial=first, desc="training", unit="step", smoothing=0.1
         )
+        # Who looks on wants to see what is between the backward pass and the update.
+        update = self.step if on_step else fast.captured(self.step, self.device)
         for step in range(first + 1, config.max_train_steps + 1):
-            losses = []
-            for n in range((step - 1) * accumulate, step * accumulate):
-                result = self.forward(n)
-                (result.loss * self.update.scale / accumulate).backward()
-                losses.append(
-                    torch.stack([result.loss, result.loss_instance, result.loss_prior]).detach()
-                )
-                if on_step:
-                    on_step(step, result)
-            loss = torch.stack(losses).mean(dim=0)  # (3,)
             warm_up = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-            norm = self.update.apply(step, loss[0], warm_up)
-            pending.append((step, config.learning_rate * warm_up, torch.cat([loss, norm[None]])))
+            numbers = (to_device(torch.tensor(float(x)), self.device) for x in (step, warm_up))
+            batches = range((step - 1) * accumulate, step * accumulate)
+            values = update(*numbers, *(x for n in batches for x in self.draw(n)))
+            pending.append((step, config.learning_rate * warm_up, values))
 
             last = step == config.max_train_steps
             save = step % config.checkpointing_steps == 0
@@ -494,8 +541,9 @@ class Run:
             if save and not last:
                 self.save_snapshot(step)
         bar.close()
+        self.update.release()
         self.finish(before)
-        return sd
+        return sd.to(self.device)
 
     def flush(self, pending: list[tuple[int, float, Tensor]], bar: tqdm) -> None:
         """Bring the numbers of the last steps to the CPU; stop here if one was not finite."""
@@ -515,13 +563,13 @@ class Run:
 
     def explain_non_finite(self, step: int) -> str:
         """Do the step again with the weights it had; name the first tensor that is not finite."""
-        self.update.adam.zero_grad()
+        self.update.release()
         accumulate, name = self.config.gradient_accumulation_steps, None
         for key, p in self.parameters().items():
             if name is None and not p.isfinite().all():
                 name = key
         for n in range((step - 1) * accumulate, step * accumulate):
-            result = self.forward(n)
+            result = self.forward(self.draw(n))
             for field in ("x_t", "prediction", "per_sample", "loss"):
                 if name is None and not getattr(result, field).isfinite().all():
                     name = field
@@ -530,10 +578,13 @@ class Run:
             bad = (k for k, p in self.parameters().items() if not p.grad.isfinite().all())
             name = f"the gradient of {next(bad, 'the scaled loss')}"
         kept = report.snapshots(self.folder)
+        weights = f"with the weights of step {step - 1}"
+        if self.config.optimizer_in_backward:
+            weights = "with some of the weights already updated"
         return (
-            f"step {step}: {name} is not finite, so training stopped with the weights of step "
-            f"{step - 1}. Start anew in another --output_dir with a lower --learning_rate or "
-            "--mixed_precision no" + (f"; {kept[-1]} is the last good model" if kept else "")
+            f"step {step}: {name} is not finite, so training stopped {weights}. Start anew in "
+            "another --output_dir with a lower --learning_rate or --mixed_precision no"
+            + (f"; {kept[-1]} is the last good model" if kept else "")
         )
 
     # -- saving
@@ -583,7 +634,8 @@ class Run:
         batches = math.ceil(len(self.prompts) * config.num_validation_images / 8)
         total = batches * config.validation_inference_steps
         bar = tqdm(total=total, desc="samples", unit="step", leave=False)
-        with bar, self.precision.autocast():
+        visiting = fast.visiting(self.idle, self.device)
+        with bar, visiting, fast.captured_unet(self.sd.unet), self.precision.autocast():
             return report.draw_samples(self.sd, self.prompts, config, self.resolution, bar.update)
 
     def save_grid(self, step: int, rows: list[list]) -> None:

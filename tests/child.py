@@ -26,7 +26,7 @@ def die() -> None:
 def arm(moment: str) -> None:
     """moment: "before NAME" or "after NAME", around the renaming that gives a file or folder that
     name (before it, the half-written part is cut in two); "remove NAME", half through removing a
-    folder; "encode N", at the N-th picture; "step N", in the backward pass of a step."""
+    folder; "encode N", at the N-th batch of pictures; "step N", in the backward pass of a step."""
     kind, name = moment.split()
     replace, rmtree = os.replace, shutil.rmtree
 
@@ -48,7 +48,7 @@ def arm(moment: str) -> None:
     os.replace, shutil.rmtree = dying_replace, dying_rmtree
     if kind == "encode":
         data.tqdm = lambda rows, **_: (
-            row if i < int(name) else die() for i, row in enumerate(rows)
+            row if i + 1 < int(name) else die() for i, row in enumerate(rows)
         )
     if kind == "step":
         apply = train.Update.apply

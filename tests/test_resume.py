@@ -62,7 +62,7 @@ def assert_same(resumed, whole):
 MOMENTS = [
     "before config.json",
     "before 00001.png",  # the second class image
-    "encode 2",
+    "encode 1",
     "before step-00000.png",
     "step 1",
     "before state.safetensors",

@@ -25,7 +25,7 @@ ORDER = [
     ),
     *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth"),
     *("data", "update", "resume", "report", "fast", "microscope", "page", "cli", "toybox"),
-    *("train", "sample", "convert", "evaluate", "explain", "bench", "__init__"),
+    *("train", "sample", "convert", "evaluate", "explain", "compare", "bench", "__init__"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,86 @@
+"""The comparison with diffusers measures the same work on both sides."""
+
+import json
+import sys
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from minibooth import compare, fast
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Networks of a second, and memory read in this process."""
+    unet = compare.SD1_UNET | tiny.UNET_SD1 | {"sample_size": 8}
+    configs = {
+        "unet": unet,
+        "vae": compare.SD_VAE | tiny.VAE_SD | {"sample_size": 64},
+        "text_encoder": compare.TEXT_CONFIG | {"hidden_size": 24, "intermediate_size": 48},
+    }
+    monkeypatch.setitem(compare.CONFIGS, "toybox", configs)
+    monkeypatch.setattr(compare, "peak", lambda *args: 10**9)
+    monkeypatch.setattr(fast, "cpu_has_bf16", lambda: False)
+
+
+ROWS = [
+    compare.Row("forward", 2, "no"),
+    compare.Row("step", 2, "no"),
+    compare.Row("sample", 2, "no", steps=3),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
+def test_both_sides_compute_the_same(row, tmp_path):
+    names = [compare.OURS, *compare.peers(CPU)]
+    calls = {n: compare.implementation(row, "toybox", CPU, tmp_path, n) for n in names}
+    for _ in range(3):  # later steps too: the update is compared as well
+        ours, theirs = (call() for call in calls.values())
+        assert tiny.rel(ours, theirs) < 1e-4
+
+
+def test_the_benchmark_writes_what_it_measured(tmp_path, capsys, monkeypatch):
+    race = compare.race
+    monkeypatch.setattr(compare, "race", lambda *args, **_: race(*args[:2], 0, 1))
+    compare.benchmark("train", 60, tmp_path)
+    compare.benchmark("sample", 60, tmp_path)
+    out = capsys.readouterr().out
+    for what, kinds in (("train", ["forward", "step"]), ("sample", ["sample"])):
+        report = json.loads((tmp_path / f"{what}-cpu.json").read_text())
+        assert report["torch"] == torch.__version__ and report["device"] and report["diffusers"]
+        assert [r["row"]["what"] for r in report["rows"]] == kinds
+        for row in report["rows"]:
+            times = {name: t["median"] for name, t in row["seconds"].items()}
+            assert row["rounds"] >= 5 and min(times.values()) > 0
+            assert row["difference"]["diffusers"] < 1e-4
+            assert f"{row['ratio']['diffusers']:.2f}×" in out
+            assert ("floor_seconds" in row) == (what == "train")
+        assert Image.open(tmp_path / f"{what}-cpu.png").width > 200
+
+
+def test_without_diffusers_its_columns_are_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    race = compare.race
+    monkeypatch.setattr(compare, "race", lambda *args, **_: race(*args[:2], 0, 1))
+    compare.benchmark("sample", 60, tmp_path)
+    assert "diffusers is not installed" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "sample-cpu.json").read_text())["rows"]
+    assert list(row["seconds"]) == ["minibooth"] and row["ratio"] == {}
+
+
+def test_the_floor_counts_products_and_the_optimizers_traffic():
+    rates = {"flops": {"no": 1e9}, "bytes": 1e9}
+    forward = compare.floor_seconds(compare.Row("forward", 2, "no"), "toybox", rates)
+    step = compare.floor_seconds(compare.Row("step", 1, "no"), "toybox", rates)
+    weights = sum(p.numel() for p in compare.model("toybox", CPU).unet.parameters())
+    assert step == pytest.approx(3 * forward + 28 * weights / 1e9)
+
+
+def test_a_peak_is_measured_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.undo()
+    row = compare.Row("forward", 1, "no")
+    assert 10**8 < compare.peak(row, "toybox", CPU, compare.OURS) < 10**10
