@@ -455,8 +455,9 @@ Made by
     {" ".join(["python -m minibooth.toybox.pretrain", *given])}
 
 on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}, in
-{minutes["vae"] + minutes["vae-whole"]:.0f} minutes for the autoencoder and {minutes["unet"]:.0f} for
-text encoder and UNet. The pictures are rendered by `minibooth/toybox/world.py`; no other data went in.
+{minutes["vae"] + minutes["vae-whole"]:.0f} minutes for the autoencoder and
+{minutes["unet"]:.0f} for text encoder and UNet. The pictures are rendered by
+`minibooth/toybox/world.py`; no other data went in.
 
 ![samples](samples.png)
 
