@@ -8,11 +8,13 @@ In tutorial.md,
     .068<!-- = alpha_bar[999] ** 0.5 -->      a number, worked out in that session
 
 Numbers may be off by one unit of their last digit. "toybox" behind ```output or = is for what
-depends on the toybox's weights, which are compared where they are there.
+depends on the toybox's weights, which are compared where they are there. `drift` are the means of
+docs/drift.csv, by arm and column.
 """
 
 import ast
 import contextlib
+import csv
 import functools
 import importlib.util
 import io
@@ -23,8 +25,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import solutions
@@ -33,6 +37,7 @@ import torch
 from minibooth import hub
 from minibooth.checkpoint import NETWORKS
 from minibooth.configs import SD_SCHEDULER
+from minibooth.evaluate.snapshots import SnapshotsConfig
 from minibooth.pipeline import StableDiffusion, read_schedule
 from minibooth.sample import SampleConfig
 from minibooth.tokenizer import BOS, EOS
@@ -179,11 +184,19 @@ def stand_in(folder: Path) -> Path:
     return folder
 
 
+def drift_means() -> dict[str, dict[str, float]]:
+    """Arm of the drift experiment → column of docs/drift.csv → its mean over the seeds."""
+    runs = defaultdict(list)
+    for row in csv.DictReader((ROOT / "docs" / "drift.csv").read_text("utf-8").splitlines()):
+        runs[row.pop("arm")].append({key: float(value) for key, value in row.items()})
+    return {arm: {key: mean(r[key] for r in rows) for key in rows[0]} for arm, rows in runs.items()}
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """Run the tutorial from top to bottom; what was wrong, by kind of piece."""
     here, wrong, counts = tmp_path_factory.mktemp("tutorial"), [], {}
-    space, printed = {"__name__": "tutorial"}, ""
+    space, printed = {"__name__": "tutorial", "drift": drift_means()}, ""
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(here):
         if not SHIPPED:
             folder = stand_in(here / "toybox")
@@ -244,6 +257,7 @@ def test_numbers_and_texts_are_compared_to_their_last_digit():
 
 COMMANDS = {
     "minibooth.train": TrainConfig,
+    "minibooth.evaluate": SnapshotsConfig,  # all that is in the text is its command snapshots
     "minibooth.explain": TrainConfig,
     "minibooth.sample": SampleConfig,
     "minibooth.toybox.drift": DriftConfig,
@@ -274,6 +288,57 @@ def test_the_commands_run_as_written(tmp_path):
         argv = [sys.executable, *shlex.split(command)[1:]]
         done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
+
+
+# ---- numbers that were measured ----------------------------------------------------------------
+
+
+def table(text: str, corner: str) -> dict[str, list[str]]:
+    """The rows of the Markdown table whose heads begin with `corner`: first cell → the others."""
+    lines = text[text.index(corner) :].split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in (rows[0], *rows[2:])}
+
+
+def test_the_drift_table_of_the_readme_is_what_was_measured():
+    columns = ("subject fidelity, held out", "prompt fidelity, held out")
+    columns += ("PRES", "class validity", "DIV")
+    shown = table((ROOT / "README.md").read_text("utf-8"), "| | held-out fidelity |")
+    assert shown.pop("") == ["held-out fidelity", "prompt fidelity", *columns[2:]]
+    measured = drift_means()
+    assert shown == {arm: [f"{m[c]:.2f}" for c in columns] for arm, m in measured.items()}
+
+
+def by_eye() -> dict[str, tuple[int, int]]:
+    """What weights/toybox/README.md says of the 100 labelled pictures: field → (same, of)."""
+    text = " ".join((ROOT / "weights" / "toybox" / "README.md").read_text("utf-8").split())
+    form = (
+        r"of the class in (\d+) of (\d+), of the place in (\d+) of (\d+), "
+        r"and of the colour in (\d+) of the (\d+)"
+    )
+    n = [int(x) for x in re.search(form, text).groups()]
+    return {"class": (n[0], n[1]), "place": (n[2], n[3]), "colour": (n[4], n[5])}
+
+
+@needs_the_toybox
+def test_so_many_pictures_were_labelled_by_eye_as_is_said():
+    file = ROOT / "weights" / "toybox" / "judge" / "by_eye.csv"
+    rows = list(csv.DictReader(file.read_text("utf-8").splitlines()))
+    for field, (_, of) in by_eye().items():
+        assert sum(row[field] != "?" for row in rows) == of
+    colours = by_eye()["colour"]
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"the colour in {colours[0]} of the {colours[1]}" in text
+
+
+@pytest.mark.slow
+@needs_the_toybox
+def test_the_judge_reads_them_as_is_said(tmp_path):
+    argv = [sys.executable, str(ROOT / "docs" / "by_eye.py")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    for field, (same, of) in by_eye().items():
+        assert f"{field}: the same in {same} of {of}" in done.stdout
 
 
 # ---- the forty lines ---------------------------------------------------------------------------
