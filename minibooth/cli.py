@@ -42,7 +42,7 @@ def parse(
     """Fill the dataclass `cls` from the command line: underscores or hyphens, as one likes.
 
     If `cls` has a field `config`, that JSON file is read first and the flags override it.
-    `defaults(given)` are the values, where not those of `cls`, of what was not given.
+    `defaults(given)`, told what was given, returns the defaults that are to replace those of `cls`.
     """
     parser = Parser(
         prog=prog,

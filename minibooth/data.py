@@ -28,7 +28,10 @@ class Latents:
 
 @torch.no_grad()
 def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Latents:
-    """Encode every crop once. The latent's distribution is kept, so each step samples it anew."""
+    """Encode every crop once. The latent's distribution is kept, so each step samples it anew.
+
+    With `flip` every crop is there twice, once mirrored. `what` stands at the progress bar.
+    """
     images, photo = pictures.images, pictures.photo
     if flip:
         images, photo = torch.cat([images, images.flip(-1)]), torch.cat([photo, photo])
@@ -36,7 +39,7 @@ def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Late
         images.split(vae_batch(images[0, 0].numel())), desc=f"encoding {what}", unit="batch"
     )
     moments = [torch.stack(sd.vae.encode(part.to(sd.device))).float().cpu() for part in rows]
-    mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor
+    mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor  # (N, 4, h, w) each
     return Latents(mean, std, photo)
 
 

@@ -43,6 +43,7 @@ STACKED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)"
 
 
 def unet_modules(config: dict) -> dict[str, str]:
+    """Our module → its name in the file, where the levels are not nested but counted through."""
     n, layers = len(config["block_out_channels"]), config["layers_per_block"]
     per = layers + 1  # entries per level, both ways: the down path has a resampler, up a layer more
     names = {
@@ -70,6 +71,7 @@ def unet_modules(config: dict) -> dict[str, str]:
 
 
 def vae_modules(config: dict) -> dict[str, str]:
+    """Our module → its name in the file."""
     n, layers = len(config["block_out_channels"]), config.get("layers_per_block", 1)
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for side in ("encoder", "decoder"):

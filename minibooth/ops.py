@@ -55,7 +55,7 @@ def attention(
 ) -> torch.Tensor:
     """softmax(scale · q kᵀ) v, without a mask.
 
-    q: (B, H, N_q, d); k, v: (B, H, N_k, d), any strides; scale: 1/sqrt(d) by default
+    q: (B, H, N_q, d); k, v: (B, H, N_k, d), any strides, of H heads; scale: 1/sqrt(d) by default
     Returns (B, H, N_q, d), under autocast in its dtype. Raises UserError if the kernels were asked
     for and cannot run.
     """

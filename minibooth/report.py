@@ -17,9 +17,10 @@ from .files import atomic, gigabytes, write_text
 from .pipeline import StableDiffusion
 from .tokenizer import Tokenizer
 
+# Words of a prompt that neither name the subject nor its class.
 FILLER = {"a", "an", "the", "photo", "picture", "image", "portrait", "of", "my", "one"}
 FILLER |= {"in", "on", "at", "with", "and"}
-COLUMNS = ("step", "loss", "loss_instance", "loss_prior", "lr", "grad_norm")
+COLUMNS = ("step", "loss", "loss_instance", "loss_prior", "lr", "grad_norm")  # of loss.csv
 
 
 # ---- before the run ----------------------------------------------------------------------------

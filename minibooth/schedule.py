@@ -69,6 +69,7 @@ class Schedule:
 
     @property
     def T(self) -> int:
+        """How many timesteps there are: 1000 in every public model."""
         return len(self.alpha_bar)
 
     def to(self, device) -> "Schedule":
@@ -150,7 +151,11 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x_t → x_{t_prev}, DDIM Eq. 12; t_prev < 0 is the last step. `noise` is needed for eta > 0."""
+    """x_t → x_{t_prev}, DDIM Eq. 12; t_prev < 0 is the last step.
+
+    x_t, prediction, noise: (B, 4, h, w), all at the same t. `eta` is the share of fresh noise, from
+    0 (none, and no `noise` is needed) to 1 (as much as DDPM adds).
+    """
     a_t = schedule.alpha_bar[t]
     a_prev = schedule.alpha_bar[t_prev] if t_prev >= 0 else a_t.new_tensor(schedule.final_alpha_bar)
     x0, eps = split(x_t, prediction, a_t, schedule.prediction_type)
@@ -165,7 +170,10 @@ def ddim_step(
 def ddpm_step(
     x_t: Tensor, prediction: Tensor, t: int, t_prev: int, schedule: Schedule, noise: Tensor
 ) -> Tensor:
-    """x_t → x_{t_prev}, the ancestral step, DDPM Eq. 7; t_prev < 0 is the last, without noise."""
+    """x_t → x_{t_prev}, the ancestral step, DDPM Eq. 7; t_prev < 0 is the last, without noise.
+
+    x_t, prediction, noise: (B, 4, h, w), all at the same t.
+    """
     a_t = schedule.alpha_bar[t]
     a_prev = schedule.alpha_bar[t_prev] if t_prev >= 0 else torch.ones_like(a_t)
     x0, _ = split(x_t, prediction, a_t, schedule.prediction_type)

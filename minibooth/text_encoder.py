@@ -1,5 +1,6 @@
 """CLIP's text transformer (arXiv 2103.00020): 77 token ids → 77 vectors the UNet attends to.
 
+They are D numbers each: 768 in SD 1.x, 1024 in SD 2.x.
 Attribute names are the public checkpoint's keys, so loading is strict and needs no map.
 """
 
@@ -19,7 +20,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, 77, d)
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, 77, d)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         # Causal: a token sees itself and those before it. Padding is not masked: SD never did.

@@ -65,7 +65,9 @@ class TrainConfig:
     num_class_images: int = option(200, "class images to train with; your own in the folder count")
     class_data_dir: str | None = option(None, "folder of class images [<output_dir>/class_images]")
     class_sampler: str = option("ddim", "sampler that draws them", choices=pipeline.SAMPLERS)
-    class_steps: int = option(50, "its steps; the paper's ancestral sampling is ddpm with 1000")
+    class_steps: int = option(
+        50, "its steps; the paper's sampler is ddpm, which wants many, up to 1000"
+    )
     class_guidance_scale: float = option(7.5, "its guidance")
     sample_batch_size: int = option(4, "class images drawn at once")
 
@@ -93,7 +95,7 @@ class TrainConfig:
         "what the networks compute in: bf16 or fp16 on a GPU by its age, fp32 elsewhere",
         choices=("auto", "no", "bf16", "fp16"),
     )
-    adam_weight_decay: float = option(1e-2, "AdamW's")
+    adam_weight_decay: float = option(1e-2, "AdamW's pull on each weight towards 0")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     snr_gamma: float | None = option(None, "γ of Min-SNR loss weights; 5 is usual [plain loss]")
     seed: int = option(0, "of every noise, timestep, order and picture")
@@ -718,7 +720,9 @@ def main() -> None:
             TrainConfig,
             "minibooth.train",
             "DreamBooth: teach Stable Diffusion a subject from a few photographs of it. Without "
-            "options it trains the toybox, a small model that is shipped, in about a minute.",
+            "options it trains the toybox, a small model that is shipped, in a minute or two. The "
+            "defaults below are for Stable Diffusion; the toybox has its own "
+            "(minibooth/toybox/__init__.py).",
             defaults=toybox_settings,
         )
     )

@@ -1,7 +1,8 @@
 """The UNet (arXiv 2112.10752): from a noisy latent, its timestep and a text to the noise in it.
 
 A U of resolutions. On the way down every layer's output is put on a stack; on the way up each
-layer takes the top of that stack beside its own input. SD 1.5 at 512²:
+layer takes the top of that stack beside its own input. SD 1.5 at 512², as channels in and out, size
+of the feature map, and layers, where "8 heads" is a transformer over its pixels:
 
     conv_in          4 →  320  64²
     down_blocks.0  320 →  320  64²  2 × (resnet, 8 heads)  then half
@@ -34,6 +35,8 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
+    """Cosines and sines of t, (B, c_in) → what every resnet is told of it, (B, c_out)."""
+
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.linear_1 = nn.Linear(c_in, c_out)
@@ -64,6 +67,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """A linear layer, and a second one that says how much of each value passes (2002.05202)."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * hidden)
@@ -86,6 +91,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Pixels look at each other, then at the text; then each on its own. x: (B, N, C) pixels."""
+
     def __init__(self, width: int, c_context: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)

@@ -20,7 +20,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time embedding)))."""
+    """x + conv(silu(norm(conv(silu(norm(x))) + time embedding))).
+
+    x: (B, c_in, H, W); temb: (B, c_temb), in the UNet only → (B, c_out, H, W).
+    """
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, c_temb: int | None = None):
         super().__init__()
@@ -34,7 +37,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(self.norm1(x, silu=True))
         if temb is not None:
-            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]  # (B, c_out, 1, 1)
         h = self.conv2(self.norm2(h, silu=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -100,6 +103,8 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """The lowest resolution once more: resnet, attention, resnet."""
+
     def __init__(self, channels: int, groups: int, attention: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, EPS) for _ in range(2))
@@ -128,6 +133,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, 8, H/f, W/f): four channels of means, four of log variances."""
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
@@ -150,6 +156,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """(B, 4, h, w) → (B, 3, f·h, f·w)."""
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)

@@ -2,6 +2,8 @@
 
     S = scale · Q Kᵀ        P = softmax(S)        O = P V
 
+for each of B samples and H heads: N_q queries, N_k keys and values, all of head dimension d.
+
 The FlashAttention recurrences (Dao et al. 2022, algorithm 1; Dao 2023, algorithms 1 and 2):
 a program owns a block of queries, walks over the keys and keeps the running maximum m and sum l
 of each row. The backward recomputes P from L = m + log l, the log of the softmax's denominator:

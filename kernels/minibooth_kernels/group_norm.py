@@ -1,6 +1,6 @@
 """GroupNorm with an optional SiLU behind it, forward and backward (Wu & He 2018; SiLU: z·σ(z)).
 
-The statistics are one mean and one variance per sample and group of channels:
+The statistics are one mean and one variance per sample and group of channels, N × G of each:
 
     x̂ = (x − mean) · rstd        rstd = 1 / sqrt(var + eps)
     z = γ x̂ + β                  y = z, or z·σ(z)
@@ -154,6 +154,7 @@ def _backward_one_pass(
     tl.store(Sums + (tl.num_programs(1) + n) * C + channels, sum_dz, mask=channel_mask)
 
     size = R * group_channels
+    # dx = rstd (γ dz − a x̂ − b), a and b the group's means of γ dz x̂ and of γ dz.
     a = tl.sum(weight * sum_dz_x) / size
     b = tl.sum(weight * sum_dz) / size
     dx = rstd * (weight[None, :] * dz - a * x_hat - b)

@@ -1,7 +1,7 @@
 """The toybox: a small pretrained Stable Diffusion of a drawn world, shipped with the package.
 
 It has the same networks, formats and code path as the big one, and on it a whole DreamBooth takes
-a minute on two CPU cores. world.py draws the world, pretrain.py trains the model from nothing,
+a minute or two on two CPU cores. world.py draws the world, pretrain.py trains the model from nothing,
 judge.py measures pictures, drift.py shows what prior preservation does.
 """
 
@@ -25,7 +25,7 @@ def default_run() -> dict:
         "max_train_steps": 200,
         "learning_rate": 2e-4,
         # In this small world the identifiers say nothing at all: with a frozen text encoder the
-        # UNet learns too slowly to tell "a sks dog" from "a dog".
+        # UNet learns too slowly to tell "a sks dog" from "a dog" (tutorial.md, part 6).
         "train_text_encoder": True,
         "text_encoder_learning_rate": 1e-3,
         "train_batch_size": 4,

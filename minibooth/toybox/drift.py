@@ -111,7 +111,7 @@ def finetune(
     """A whole DreamBooth without anything around it; `frozen` stays as it is.
 
     UNet and text encoder are trained: in this small world the identifiers say nothing at all, and
-    with the second term a frozen text encoder gives the UNet too little to tell them by.
+    with the second term the UNet alone learns too slowly to listen to them (tutorial.md, part 6).
     """
     unet = copy.deepcopy(frozen.unet).requires_grad_(True)
     text_encoder = copy.deepcopy(frozen.text_encoder).requires_grad_(True)

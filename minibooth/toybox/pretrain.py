@@ -1,9 +1,9 @@
 """python -m minibooth.toybox.pretrain: train the toybox's Stable Diffusion from nothing.
 
-As the big one was made: first the autoencoder; then, on its latents, text encoder and UNet
-together. The networks, the tokenizer and the noise schedule are
-those of the rest of the package, only smaller. Every stage is kept in `work_dir` and goes on where
-it was stopped.
+First the autoencoder, as with the big one; then, on its latents, the UNet, and with it the text
+encoder, which for the big one was taken ready from CLIP. The networks, the tokenizer and the noise
+schedule are those of the rest of the package, only smaller. Every stage is kept in `work_dir` and
+goes on where it was stopped.
 """
 
 import copy

@@ -107,6 +107,7 @@ def kept(judge: Judge, pictures: Tensor, real: Tensor, noun: str) -> Kept:
 
 
 def yardstick(judge: Judge, real: Tensor, noun: str, count: int = 64) -> Yardstick:
+    """What likeness to the photographs `real`, (P, 3, 64, 64), can be at best, and is by chance."""
     r = random.Random(f"other {noun}")
     scenes = [world.random_scene(r, **wanted(noun)) for _ in range(count)]
     _, others = judge.look(judges.to_tensor([world.render(s) for s in scenes]))

@@ -597,12 +597,14 @@ class Subject:
 
 
 def taken(kind: str, things: list[Scene]) -> Subject:
+    """Photographs of the things, in the two places by turns and each in a pose of its own."""
     rng = random.Random(f"subject {kind} {things[0].colour}")
     scenes = [replace(thing, place=SEEN[i % 2]) for i, thing in enumerate(things)]
     return Subject(kind, tuple(posed(scene, rng) for scene in scenes))
 
 
 def things(count: int, kind: str, colour: str, **marks) -> list[Scene]:
+    """One thing, as often as it is photographed."""
     return [Scene(kind, colour, SEEN[0], marks=Marks(**marks))] * count
 
 
