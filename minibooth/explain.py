@@ -37,8 +37,8 @@ def main() -> None:
         "minibooth.explain",
         "One training step under the microscope: writes explain.html into --output_dir. Takes the "
         "options of minibooth.train, but --output_dir is minibooth-explain where it is not given, "
-        f"and --num_class_images {CLASS_IMAGES}; those of saving and resuming do nothing here. Without "
-        "options it shows the toybox.",
+        f"and --num_class_images {CLASS_IMAGES}; those of saving and resuming do nothing here. "
+        "Without options it shows the toybox.",
         defaults=settings,
     )
     print(f"{explain(config)}: open it in a browser")

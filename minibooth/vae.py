@@ -133,7 +133,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, 8, H/f, W/f): four channels of means, four of log variances."""
+        """(B, 3, H, W) → (B, 8, H/f, W/f), which quant_conv makes mean and log variance of."""
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)

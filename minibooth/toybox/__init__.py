@@ -1,8 +1,8 @@
 """The toybox: a small pretrained Stable Diffusion of a drawn world, shipped with the package.
 
 It has the same networks, formats and code path as the big one, and on it a whole DreamBooth takes
-a minute or two on two CPU cores. world.py draws the world, pretrain.py trains the model from nothing,
-judge.py measures pictures, drift.py shows what prior preservation does.
+a minute or two on two CPU cores. world.py draws the world, pretrain.py trains the model from
+nothing, judge.py measures pictures, drift.py shows what prior preservation does.
 """
 
 from .. import hub
