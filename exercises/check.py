@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 
 
 def results(module) -> dict[str, str]:
@@ -17,10 +18,16 @@ def results(module) -> dict[str, str]:
             verdict = "not yet"
         except AssertionError as e:
             verdict = f"wrong: {e}"
+        except Exception as e:  # of the solution, or of what the check does with its result
+            frames = traceback.extract_tb(e.__traceback__)
+            line = [f.lineno for f in frames if f.filename == module.__file__][-1]
+            verdict = f"wrong: {type(e).__name__} in line {line}: {e}"
         out[name.removeprefix("check_")] = verdict
     return out
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("which part? say: python exercises/check.py noise")
     for name, verdict in results(importlib.import_module(sys.argv[1])).items():
         print(f"{name}: {verdict}")

@@ -40,6 +40,7 @@ from .errors import UserError
 from .files import gigabytes, require_space, write_json, write_text
 from .photos import Photos
 from .pipeline import StableDiffusion
+from .sample import SampleConfig
 from .toybox import score
 from .update import Precision, Update, UpdateInBackward
 
@@ -661,10 +662,12 @@ class Run:
         write_text(run / "README.md", report.model_card(sd, config, config.max_train_steps))
         for name in self.trained:
             print(f"the {name}'s weights moved by {self.moved(name):.3%} of their norm")
-        prompt = f'"{config.instance_prompt} in the snow"'
+        options = f'--model {run} --prompt "{config.instance_prompt} in the snow"'
+        if config.validation_guidance_scale != SampleConfig.guidance_scale:
+            options += f" --guidance_scale {config.validation_guidance_scale:g}"
         print(
             f"done: {run} is the model\n"
-            f"  draw:     python -m minibooth.sample --model {run} --prompt {prompt}\n"
+            f"  draw:     python -m minibooth.sample {options}\n"
             f"  one file: python -m minibooth.convert --model {run} --output {run}.safetensors\n"
             f"  {run}/state ({gigabytes(size_of(run / 'state'))}) is only needed for more steps"
         )

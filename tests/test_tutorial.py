@@ -387,6 +387,13 @@ def test_the_checks_take_the_solutions_and_notice_mistakes(name):
     assert all(v.startswith("wrong: ") and len(v) > 15 for v in verdicts(module).values())
 
 
+def test_a_solution_that_raises_is_told_where():
+    module = exercise("noise")
+    module.crossing = lambda alpha_bar: None
+    assert re.match(r"wrong: \w+Error in line \d+: ", verdicts(module)["crossing"])
+    assert verdicts(module)["one_step"] == "not yet"
+
+
 def test_every_exercise_has_a_solution_here():
     assert {*solutions.SOLUTIONS, "paper"} == set(PARTS)
     stubs = {n for part in PARTS for n in verdicts(exercise(part))} - {"claims"}
