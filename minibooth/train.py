@@ -40,7 +40,6 @@ from .errors import UserError
 from .files import gigabytes, require_space, write_json, write_text
 from .photos import Photos
 from .pipeline import StableDiffusion
-from .sample import SampleConfig
 from .toybox import score
 from .update import Precision, Update, UpdateInBackward
 
@@ -663,7 +662,7 @@ class Run:
         for name in self.trained:
             print(f"the {name}'s weights moved by {self.moved(name):.3%} of their norm")
         options = f'--model {run} --prompt "{config.instance_prompt} in the snow"'
-        if config.validation_guidance_scale != SampleConfig.guidance_scale:
+        if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
             options += f" --guidance_scale {config.validation_guidance_scale:g}"
         print(
             f"done: {run} is the model\n"
