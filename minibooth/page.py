@@ -61,13 +61,17 @@ td.norms { min-width: 9rem; width: 40% }
   body { padding: .8rem; font-size: 15px }
   .sample { grid-template-columns: repeat(3, 1fr) }
   .sample .latent { order: 1 }
-  .tensors tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; padding: .3rem 0;
-                border-bottom: 1px solid var(--line) }
-  .tensors th { display: none } .tensors td { border: 0; padding: 0; text-align: left }
-  td.norms { min-width: 5rem }
   th, td { padding-right: .45rem }
-  .tensors td:nth-child(2) { flex: 1 0 75% }
+  .tensors tr, .gradients tr { display: flex; flex-wrap: wrap; gap: 0 .55rem; padding: .3rem 0;
+                               border-bottom: 1px solid var(--line) }
+  .tensors th, .gradients th { display: none }
+  .tensors td, .gradients td { border: 0; padding: 0; text-align: left }
+  .tensors td:nth-child(2) { flex: 1 0 calc(100% - 2.7rem) }
   .tensors td small { display: inline; margin-left: .4em }
+  .tensors td:last-child::before { content: "norm "; color: var(--faint) }
+  .gradients td:first-child { flex: 1 0 55% }
+  td.norms { min-width: 5rem; align-self: center }
+  [data-of]::before { content: attr(data-of) " "; color: var(--faint) }
   .maps { grid-template-columns: repeat(3, 1fr) }
 }
 """
@@ -91,7 +95,8 @@ def render(seen: Look, strip: list[Frame], about: dict[str, str]) -> str:
     head = "".join(f"<br>{escape(k)}: {escape(v)}" for k, v in about.items())
     sections = [
         f"""<h1>One training step under the microscope</h1>
-<p class="faint">Nothing has been trained yet: this is what the first step computes.{head}</p>
+<p class="faint">Nothing is trained here: this is what the first step of a run with this model
+computes.{head}</p>
 {letters(EQUATION)}
 <p>DreamBooth's Eq. 2. <span class="subject">The first term</span> shows the model the subject,
 <span class="class">the second</span> pictures that the model drew itself for the class. This step's
@@ -116,7 +121,7 @@ steps with much noise do not drown the others.</p>
 <span class="class">λ times the second</span>. A cosine near 0 says that the two terms ask for
 unrelated changes, below 0 that what serves the subject costs the class. The prompt enters the UNet
 through the keys and values of its cross-attention alone; the last column is their part.</p>
-<div class="wide">{gradient_table(seen.gradients, bool(seen.prior))}</div>""",
+<div class="wide gradients">{gradient_table(seen.gradients, bool(seen.prior))}</div>""",
         f"""<h2>From noise to a picture</h2>
 <p>The model as it is draws the instance prompt: above x<sub>t</sub>, decoded although it is still
 noisy, below the x̂<sub>0</sub> that the UNet sees in it, with guidance. The last is the picture.</p>
@@ -251,8 +256,8 @@ subject's samples:</p><div class="bars">{bars}</div>"""
     if not a.identifier:
         return text + "<p>No word of the prompt names the subject, so there is no map of it.</p>"
     text += f"""<p>Where <b class="subject">{escape(named)}</b> is attended, mean over heads: light
-is much, dark is little, each map over its own largest value. Before training the word means
-nothing in particular; look again at a model that was trained.</p>"""
+is much, dark is little, each map over its own largest value. To a model that was not trained on it
+the word means nothing in particular; compare with one that was.</p>"""
     for i, sample in enumerate(seen.instance[: microscope.SHOWN]):
         clean = sample.pictures[0]
         size = clean.shape[-2:]
@@ -276,6 +281,7 @@ def gradient_table(gradients: list[Gradient], prior: bool) -> str:
     def bar(kind: str, x: float) -> str:
         return f'<span class="bar {kind}" style="width:{min(x / most, 1):.2%}"></span>'
 
+    heads = ["first term", *["λ second", "cosine"] * prior, "both", "of the text"]
     rows = []
     for g in gradients:
         bars = bar("subject", g.instance) + (bar("class", g.prior) if prior else "")
@@ -283,13 +289,16 @@ def gradient_table(gradients: list[Gradient], prior: bool) -> str:
         if prior:
             numbers += [number(g.prior), f"{g.cosine:.2f}".replace("-", "−")]
         numbers += [number(g.both), number(g.reads_text) if g.reads_text else "–"]
-        cells = "".join(f'<td class="n">{x}</td>' for x in numbers)
+        cells = "".join(
+            f'<td class="n" data-of="{head}">{x}</td>'
+            for head, x in zip(heads, numbers, strict=True)
+        )
         rows.append(
             f"<tr><td>{escape(g.block)}<small>{g.weights:,} weights</small></td>"
             f'<td class="norms">{bars}</td>{cells}</tr>'
         )
-    heads = ["block", "", "first term"] + ["λ second", "cosine"] * prior
-    return table([*heads, "both", "to<sub>k</sub>, to<sub>v</sub> of the text"], rows, plain=2)
+    heads[-1] = "to<sub>k</sub>, to<sub>v</sub> of the text"
+    return table(["block", "", *heads], rows, plain=2)
 
 
 def film(strip: list[Frame]) -> str:
