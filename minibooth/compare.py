@@ -514,7 +514,7 @@ def memory_modes(size: str, device: torch.device) -> list[dict]:
             settings = tuple((name, True) for name in (*text, *mode))
             row = Row("step", 1, "bf16" if on_gpu else "no", settings=settings)
             arguments = f"{row!r}, {size!r}, {OURS!r}"
-            result = {"row": row.__dict__, **(alone(f"steady({arguments}, timed=10)") or {})}
+            result = {"row": row.__dict__, **(alone(f"steady({arguments}, timed=5)") or {})}
             if on_gpu:
                 result["counted_bytes"] = counted(row, size)
                 if result.get("peak_bytes", LIMIT) < LIMIT:
@@ -536,8 +536,8 @@ def small_run(size: str, limit: int) -> dict:
     """A whole run within `limit` bytes, with everything that a run does, but little of it."""
     device = prepared(limit=limit)
     settings = {"num_class_images": 4, "class_steps": 2, "sample_batch_size": 4}
-    settings |= {"max_train_steps": 8, "checkpointing_steps": 4, "num_validation_images": 2}
-    settings |= {"validation_steps": 4, "validation_inference_steps": 2}
+    settings |= {"max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 2}
+    settings |= {"validation_steps": 2, "validation_inference_steps": 2}
     whole_run(size, device, **settings, **dict.fromkeys(memory.MODES[-1], True))
     return peaks(device)
 

@@ -41,8 +41,9 @@ def eight_bit(p: nn.Parameter) -> int:
 
 def available(device: torch.device) -> int | None:
     """Bytes free on the device; None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what PyTorch keeps of an earlier run is free, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "cpu" and Path("/proc/meminfo").exists():
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -90,7 +91,7 @@ def advice(sd: StableDiffusion, config) -> str:
 
 # ---- what is likely, and what to do about it ---------------------------------------------------
 
-# What can be switched on, fastest first, where the next one needs less.
+# What can be switched on, in the order in which it is tried: what changes no weight comes first.
 MODES = (
     (),
     ("gradient_checkpointing",),
@@ -127,8 +128,10 @@ def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
 def fit(
     sd: StableDiffusion, config, pixels: int, precision: str, device: torch.device, resumed: bool
 ) -> tuple:
-    """The fastest settings that fit the memory that is free, and one line that says which. What
-    is switched on stays on; a run that is resumed keeps what changes its results."""
+    """The settings with the first of MODES that fits into the free memory, and a line that says so.
+
+    What is on stays on. A run that is resumed gets nothing that changes its results.
+    """
     free = available(device)
     for mode in MODES:
         if possible(mode, config, precision, device, resumed):

@@ -42,15 +42,15 @@ RATE = 2**-7
 
 def weights(layout=torch.preserve_format):
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    made = [torch.randn(shape, generator=generator, device="cpu") for shape in SHAPES]
     made[0] = made[0].to(memory_format=layout)
-    return [torch.nn.Parameter(x) for x in made]
+    return [torch.nn.Parameter(x.to(torch.get_default_device())) for x in made]
 
 
 def set_gradients(parameters, step, scale=1.0):
     generator = torch.Generator().manual_seed(step)
     for p in parameters:
-        p.grad = torch.randn(p.shape, generator=generator) * scale
+        p.grad = torch.randn(p.shape, generator=generator, device="cpu").to(p.device) * scale
 
 
 def updated(steps, layout=torch.preserve_format, scale=1.0, max_grad_norm=1e9, **changes):
@@ -80,6 +80,15 @@ def test_8bit_adamw_is_adamw_but_for_the_rounding_of_its_averages(eight_bit, lay
         assert (p - exact).norm() <= error * (exact - start).norm()
     torch.testing.assert_close(ours[2], adamw(steps)[2])  # fp32 averages
     assert ours[0].is_contiguous(memory_format=layout)  # bitsandbytes' own class turns it round
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_8bit_adamw_on_a_gpu_is_adamw_but_for_the_rounding_of_its_averages():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with torch.device("cuda"):
+        ours, _ = updated(10, torch.channels_last)
+    for p, exact, start in zip(ours, adamw(10), weights(), strict=True):
+        assert (p.cpu() - exact).norm() <= 0.05 * (exact - start).norm()
 
 
 def test_8bit_adamw_is_bitsandbytes_own():
@@ -261,6 +270,12 @@ def test_every_mode_needs_less_than_the_one_before_where_gradients_weigh_most():
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_what_pytorch_keeps_of_an_earlier_run_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (5, 20)), ("memory_reserved", 9), ("memory_allocated", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.available(torch.device("cuda")) == 5 + 9 - 2
+
+
 # ---- what is chosen ----------------------------------------------------------------------------
 
 
@@ -274,7 +289,7 @@ def fit(monkeypatch, free, given=None, precision="bf16", resumed=False):
     return names, line
 
 
-def test_the_fastest_mode_that_fits_is_chosen_and_said(eight_bit, monkeypatch):
+def test_the_first_mode_that_fits_is_chosen_and_said(eight_bit, monkeypatch):
     sd = sd15()
     for mode in memory.MODES:
         need = memory.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
