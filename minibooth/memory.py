@@ -1,15 +1,16 @@
 """What a run needs of memory, counted before it starts, and the modes that make it fit a GPU."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import update
 from .errors import UserError
 from .files import gigabytes
 from .pipeline import StableDiffusion
+from .update import AdamW8bit, bitsandbytes
 
 # ---- what is sure ------------------------------------------------------------------------------
 
@@ -34,9 +35,10 @@ def size(p: nn.Parameter) -> int:
 
 
 def eight_bit(p: nn.Parameter) -> int:
-    with torch.device("meta"):
-        state = update.AdamW8bit.fresh_state(torch.empty(p.shape))
-    return sum(x.numel() * x.element_size() for x in state.values() if x.ndim)
+    """Bytes of the averages that AdamW8bit keeps of it."""
+    if p.numel() < AdamW8bit.SMALL:
+        return 2 * size(p)
+    return 2 * p.numel() + 2 * 4 * math.ceil(p.numel() / AdamW8bit.BLOCK)
 
 
 def available(device: torch.device) -> int | None:
@@ -158,7 +160,7 @@ def possible(
         return False
     if "use_8bit_adam" in mode:
         try:
-            update.bitsandbytes(device)
+            bitsandbytes(device)
         except UserError:
             return False
     return True
