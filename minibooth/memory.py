@@ -145,8 +145,8 @@ def fit(
     line = f"memory: {gigabytes(free)} are free, about {gigabytes(plain)} needed"
     added = [f"--{name}" for name in MODES[-1] if getattr(fitted, name) > getattr(config, name)]
     if added:
-        line += f": {' '.join(added)} lower that to {gigabytes(need)} (--no_fit_memory: leave it)"
-    return fitted, line + (", which may not be enough" if need > free else "")
+        line += f"; switched on {' '.join(added)}, which needs about {gigabytes(need)}"
+    return fitted, line + (": this may not be enough" if need > free else "")
 
 
 def possible(
