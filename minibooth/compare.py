@@ -421,7 +421,7 @@ def alone(call: str) -> dict | None:
 
 
 def steady(row: Row, size: str, name: str, timed: int = 0, limit: int | None = None) -> dict:
-    """Peak of a few calls after the first step's; the median of some more in seconds, if asked."""
+    """The peak of a few calls, and the median of the seconds that `timed` more take."""
     device = prepared(row.kernels, limit)
     with tempfile.TemporaryDirectory() as folder:
         call = implementation(row, size, device, Path(folder), name)
