@@ -462,7 +462,11 @@ def benchmark(minutes: float, output: Path, extra: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minibooth.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m minibooth.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=["kernels", "train", "sample", "run", "memory"])
     parser.add_argument("--output", type=Path, default=Path("bench-out"), help="a folder")
     parser.add_argument("--minutes", type=float, default=4.5, help="for the benchmark")

@@ -59,6 +59,7 @@ CONFIGS = {
     "SD 1.5": {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT},
     "toybox": {"unet": UNET_CONFIG, "vae": VAE_CONFIG, "text_encoder": TEXT_CONFIG},
 }
+PRECISION = {"no": "fp32", "bf16": "bf16"}
 ADAM_BYTES = 28  # of traffic per weight: weight, gradient and two averages read, three written
 
 
@@ -579,7 +580,8 @@ def describe(found: dict) -> str:
     row, mine = found["row"], found["seconds"][OURS]
     modes = " ".join(name for name, _ in row["settings"])
     kernels = "" if row["kernels"] == "torch" else f"kernels {row['kernels']}"
-    head = f"{row['what']:8} B {row['batch']:<3} {row['precision']:5} {kernels} {modes}".rstrip()
+    precision = PRECISION[row["precision"]]
+    head = f"{row['what']:8} B {row['batch']:<3} {precision} {kernels} {modes}".rstrip()
     parts = [f"{OURS} {1e3 * mine['median']:.1f} ms"]
     low, high = mine["quartiles"]
     parts[0] += f" ({1e3 * low:.1f} … {1e3 * high:.1f})"
@@ -595,7 +597,11 @@ def describe(found: dict) -> str:
 def chart(results: list[dict], title: str, path: Path) -> None:
     """Bars of diffusers' time by ours; 1 is a line."""
     bars = [
-        (f"{r['row']['what']} B {r['row']['batch']} {r['row']['precision']}", name, ratio)
+        (
+            f"{r['row']['what']} B {r['row']['batch']} {PRECISION[r['row']['precision']]}",
+            name,
+            ratio,
+        )
         for r in results
         for name, ratio in r["ratio"].items()
     ]
@@ -670,6 +676,6 @@ def benchmark(what: str, minutes: float, output: Path) -> None:
         name.with_suffix(".json"),
         {**report, "rates": floor, "rows": results, "left_out": left_out},
     )
-    title = f"diffusers' time by {OURS}'s: {size}, {report['device']} (1 = equal)"
+    title = f"diffusers' time divided by {OURS}'s, {size} size, {report['device']}"
     chart(results, title, name.with_suffix(".png"))
     print(f"{len(results)} rows, {len(left_out)} left out for time; {name}.json")

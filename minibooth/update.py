@@ -17,8 +17,8 @@ GROWTH_INTERVAL = 2000  # good steps after which fp16's loss scale doubles
 class Precision:
     """The one rule: weights, gradients and optimizer in fp32; the networks compute in `name`.
 
-    "auto" is bf16 on a GPU or CPU that has it, fp16 on an older GPU, "no" (fp32) elsewhere. fp16
-    needs its loss scaled up, or small gradients vanish. Noise mixing and loss are fp32 always.
+    "auto" is bf16 on a GPU that has it, fp16 on an older one, "no" (fp32) elsewhere. fp16 needs its
+    loss scaled up, or small gradients vanish. Noise mixing and loss are fp32 always.
 
     `keep_copies`: the weights' 16-bit copies stay until autocast ends, and need not be made anew
     for the next call of a network; half of what the weights take.

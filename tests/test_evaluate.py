@@ -322,6 +322,14 @@ def test_lpips_without_its_network_is_left_out(monkeypatch):
     assert "no route" in judges.load(options()).missing["lpips"]
 
 
+def test_a_library_that_cannot_be_imported_says_why(monkeypatch, tmp_path):
+    (tmp_path / "lpips.py").write_text("raise RuntimeError('operator nms does not exist')")
+    monkeypatch.delitem(sys.modules, "lpips", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = judges.load(options()).missing["lpips"]
+    assert found.startswith("lpips cannot be imported (operator nms does not exist): pip install")
+
+
 def test_lpips_wants_pictures_of_one_size(with_lpips):
     with pytest.raises(UserError, match="one size"):
         with_lpips.distance([noise(0)], [noise(1, 40, 40)])

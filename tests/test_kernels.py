@@ -137,6 +137,13 @@ def test_the_environment_variable_is_the_switch():
     assert run("-c", code, MINIBOOTH_KERNELS="torch").returncode == 0
 
 
+def test_the_tables_of_a_generation_fit_all_its_cards():
+    from minibooth_kernels import card, report
+
+    for capability, bytes_of_a_block in report.SHARED_MEMORY.items():
+        assert card.SHARED_MEMORY[capability // 10] <= bytes_of_a_block
+
+
 def test_what_a_card_cannot_run_has_a_reason():
     """Stand-ins for tensors on cards that are not here."""
     from minibooth_kernels import attention, card
@@ -147,8 +154,11 @@ def test_what_a_card_cannot_run_has_a_reason():
         numel = staticmethod(lambda: 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        for capability, reason in ((75, "this is 7"), (80, None), (90, None), (121, None)):
+        cards = [(75, 65_536, "this is 7"), (86, 101_376, None), (90, 232_448, None)]
+        cards += [(121, 101_376, None), (90, 166_912, "232448 bytes of shared memory")]
+        for capability, shared, reason in cards:
             patch.setattr(card, "capability", lambda device, c=capability: c)
+            patch.setattr(card, "shared_memory", lambda device, s=shared: s)
             found = card.unsupported(OnCard())
             assert (reason is None) == (found is None) and (reason or "") in (found or "")
         patch.setattr(card, "unsupported", lambda x: None)

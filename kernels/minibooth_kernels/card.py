@@ -7,6 +7,9 @@ import triton
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run as NumPy, on the CPU
 
+# Shared memory of a block that the tables of tiles are made for, bytes, by major capability.
+SHARED_MEMORY = {8: 101_376, 9: 232_448, 10: 232_448, 12: 101_376}
+
 
 def capability(device: torch.device) -> int:
     """Compute capability as one number: 80 A100, 86 RTX 30, 89 RTX 40, 90 H100, 100 B200, 120.
@@ -19,14 +22,23 @@ def capability(device: torch.device) -> int:
     return 10 * properties.major + properties.minor
 
 
+def shared_memory(device: torch.device) -> float:
+    """Bytes that one block may have; the interpreter has no limit."""
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def unsupported(x: torch.Tensor) -> str | None:
     """Why no kernel here can run on x, whatever its shape; None if one can."""
     if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
         return f"the kernels run on CUDA, the tensor is on {x.device.type}"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {x.dtype}"
-    if (major := capability(x.device) // 10) not in (8, 9, 10, 12):
+    if (major := capability(x.device) // 10) not in SHARED_MEMORY:
         return f"the kernels are compiled for compute capability 8, 9, 10 and 12, this is {major}"
+    if shared_memory(x.device) < SHARED_MEMORY[major]:
+        return f"the kernels want {SHARED_MEMORY[major]} bytes of shared memory for a block"
     if x.numel() == 0:
         return "an empty tensor has nothing to compute"
     return None

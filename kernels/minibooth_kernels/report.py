@@ -132,26 +132,33 @@ QUICK = {"dims": (40,), "lengths": LENGTHS[:2], "shapes": ((320, 64), (1280, 8))
 FULL = {"dims": DIMS, "lengths": LENGTHS, "shapes": SHAPES, "silu": (True, False)}
 
 
-def launch_all(dtype: torch.dtype, dims, lengths, shapes, silu) -> None:
-    """Calls each operator, forward and backward, on every combination."""
+def launch_attention(dtype: torch.dtype, dims, lengths) -> None:
+    """Calls it, forward and backward, on every combination."""
     for d, (N_q, N_k) in itertools.product(dims, lengths):
         q, k, v = (torch.empty(1, 1, N, d, dtype=dtype) for N in (N_q, N_k, N_k))
         out, L = attention._attention(q, k, v, 1.0)
         if d <= 160:
             attention._attention_backward(out, q, k, v, out, L, 1.0)
+
+
+def launch_norms(dtype: torch.dtype, weights: torch.dtype, shapes, silu) -> None:
     for (C, size), layout, silu_ in itertools.product(shapes, LAYOUTS, silu):
         x = torch.empty(1, C, size, size, dtype=dtype).to(memory_format=layout)
-        weight = torch.empty(C, dtype=dtype)
+        weight = torch.empty(C, dtype=weights)
         y, mean, rstd = group_norm._group_norm(x, 32, weight, weight, 1e-5, silu_)
         group_norm._group_norm_backward(y, x, 32, weight, weight, mean, rstd, silu_)
 
 
 def report(capability: int, dtype: str, cases: dict) -> list[dict]:
     """The measurements of every kernel that the cases launch on such a card."""
+    lines, half = [], DTYPES[dtype]
     with recording(capability) as launches:
-        launch_all(DTYPES[dtype], **cases)
-    head = {"capability": capability, "dtype": dtype}
-    return [head | measure(*launch) for launch in launches]
+        launch_attention(half, cases["dims"], cases["lengths"])
+        for weights in dict.fromkeys([dtype, "fp32"]):  # under autocast the norms' stay in fp32
+            launch_norms(half, DTYPES[weights], cases["shapes"], cases["silu"])
+            head = {"capability": capability, "dtype": dtype, "weights": weights}
+            lines += [head | measure(*launch) for launch in launches[len(lines) :]]
+    return lines
 
 
 def main() -> int:

@@ -49,7 +49,8 @@ def load(options: Options) -> Judge:
         return ToyJudge(toy.load(hub.toybox()))
     judge = PublicJudge(options, cli.pick_device(options.device))
     if len(judge.missing) == 3:
-        raise UserError(f"neither transformers nor lpips is installed: {INSTALL}")
+        reasons = "; ".join(dict.fromkeys(judge.missing.values()))
+        raise UserError(f"neither CLIP and DINO nor LPIPS can be used: {reasons}")
     return judge
 
 
@@ -79,20 +80,21 @@ class PublicJudge:
         self.device, self.resize, self.missing = device, options.resize, {}
         try:
             import transformers
-        except ImportError:
-            self.missing |= dict.fromkeys(("clip", "dino"), INSTALL)
+
+            CLIPModel, ViTModel = transformers.CLIPModel, transformers.ViTModel
+        except ImportError as e:
+            self.missing |= dict.fromkeys(("clip", "dino"), how_to_get("transformers", e))
         else:
             transformers.logging.set_verbosity_error()  # what matters is said by the errors below
             transformers.logging.disable_progress_bar()
-            self.clip = pretrained(transformers.CLIPModel, options.clip, "CLIP").to(device)
+            self.clip = pretrained(CLIPModel, options.clip, "CLIP").to(device)
             self.tokenizer = read(transformers.CLIPTokenizer, options.clip, "CLIP's tokenizer")
-            self.dino = pretrained(
-                transformers.ViTModel, options.dino, "DINO", add_pooling_layer=False
-            ).to(device)
+            dino = pretrained(ViTModel, options.dino, "DINO", add_pooling_layer=False)
+            self.dino = dino.to(device)
         try:
             self.lpips = load_lpips(options.lpips).to(device)
-        except ImportError:
-            self.missing["lpips"] = INSTALL
+        except (ImportError, RuntimeError) as e:  # RuntimeError: of a torchvision for another torch
+            self.missing["lpips"] = how_to_get("lpips", e)
         except OSError as e:
             self.missing["lpips"] = f"its network cannot be downloaded ({first_line(e)}): connect"
         names = {"clip": options.clip, "dino": options.dino, "lpips": f"LPIPS ({options.lpips})"}
@@ -144,6 +146,13 @@ class PublicJudge:
         return torch.cat(out).float().cpu()
 
 
+def how_to_get(name: str, error: Exception) -> str:
+    """What to do where a library cannot be imported: it, or something it stands on."""
+    if isinstance(error, ModuleNotFoundError) and error.name == name:
+        return INSTALL
+    return f"{name} cannot be imported ({first_line(error)}): {INSTALL} in a fresh environment"
+
+
 def pretrained(cls, source: str, what: str, **settings):
     """A model of transformers, whole. Raises UserError if it is missing, cannot be read, or is of
     another kind: transformers itself would fill what it does not find with random weights."""
@@ -171,7 +180,8 @@ def read(cls, source: str, what: str, **settings):
 
 
 def load_lpips(network: str):
-    """Raises ImportError if lpips is not installed, OSError if the network is needed and away."""
+    """Raises ImportError or RuntimeError if lpips cannot be imported, OSError if its network has to
+    be downloaded and cannot."""
     import lpips
 
     with warnings.catch_warnings(action="ignore"):  # it asks torchvision in an old way
