@@ -3,6 +3,7 @@
     python -m minibooth.bench train                                compare.py: a training step
     python -m minibooth.bench sample                               compare.py: drawing pictures
     python -m minibooth.bench run                                  compare.py: a whole run by phases
+    python -m minibooth.bench memory                               compare.py: ways to save memory
     python -m minibooth.bench kernels --output results             the benchmark
     python -m minibooth.bench kernels --check --output results     correctness first, then the same
 
@@ -466,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["kernels", "train", "sample", "run"])
+    parser.add_argument("what", choices=["kernels", "train", "sample", "run", "memory"])
     parser.add_argument("--output", type=Path, default=Path("bench-out"), help="a folder")
     parser.add_argument("--minutes", type=float, default=4.5, help="for the benchmark")
     parser.add_argument("--check", action="store_true", help="correctness first")

@@ -7,6 +7,10 @@ and where the time of a whole run goes, from class images to saving:
 
     python -m minibooth.bench run --output bench/results
 
+and what the ways to save memory save and cost, and which of them fit a card of 8 GB:
+
+    python -m minibooth.bench memory --output bench/results
+
 On a GPU the networks have SD 1.5's size, on a CPU the toybox's; their weights are random. All
 implementations are warmed up first and then take turns, in an order that changes from round to
 round, so that whatever else the machine does hits all alike. A ratio is the median over the rounds
@@ -16,6 +20,7 @@ of diffusers' time by ours. Without diffusers only this project is measured.
 import contextlib
 import gc
 import importlib
+import json
 import os
 import platform
 import random
@@ -37,7 +42,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import cli, fast, ops
+from . import cli, fast, memory, ops
 from .configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
 from .data import Latents, to_device
 from .files import write_json
@@ -162,7 +167,7 @@ def their_forward(row: Row, peer: Peer, inputs: tuple[Tensor, ...]) -> Callable[
 
 def our_step(run: Run) -> Callable[[], Tensor]:
     """The training program's own update, captured where it captures it."""
-    update = fast.captured(run.step, run.device)
+    update = run.captured_step()
     count = iter(range(10**9))
 
     def step() -> Tensor:
@@ -185,6 +190,7 @@ def training_run(row: Row, sd: StableDiffusion, folder: Path) -> Run:
         max_train_steps=1,
         train_batch_size=row.batch,
         mixed_precision=row.precision,
+        fit_memory=False,
         **dict(row.settings),
     )
     with contextlib.redirect_stdout(None):
@@ -192,7 +198,9 @@ def training_run(row: Row, sd: StableDiffusion, folder: Path) -> Run:
     side = sd.image_size // sd.vae.factor
     moments = torch.randn(2, 8, 4, side, side)
     run.instance = run.prior = Latents(moments[0], moments[1].abs(), torch.arange(8))
-    run.contexts, run.on_step = sd.encode_prompt(["a sks dog", "a dog"]), None
+    run.ids, run.on_step = sd.tokenizer(run.train_prompts()).to(sd.device), None
+    with torch.no_grad():
+        run.contexts = None if config.train_text_encoder else sd.text_encoder(run.ids)
     return run
 
 
@@ -397,31 +405,52 @@ def peak(row: Row, size: str, device: torch.device, name: str) -> int | None:
     """Bytes at most, in a process of its own: allocated on the GPU, or resident on a CPU."""
     if "compiled" in name:  # compiling again would cost minutes
         return None
-    code = f"from minibooth import compare; compare.print_peak({row!r}, {size!r}, {name!r})"
-    code = code.replace("Row(", "compare.Row(")
+    found = alone(f"steady({row!r}, {size!r}, {name!r})")
+    return found and found["peak_bytes"]
+
+
+def alone(call: str) -> dict | None:
+    """What a function of this module returns in a process of its own; None where it failed."""
+    code = f"import json; from minibooth.compare import *; print(json.dumps({call}))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
         return None
-    return int(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_peak(row: Row, size: str, name: str) -> None:
-    device = cli.pick_device("auto")
-    fast.keep_freed_memory()
-    ops.use(row.kernels)
+def steady(row: Row, size: str, name: str, timed: int = 0, limit: int | None = None) -> dict:
+    """The peak of a few calls, and the median of the seconds that `timed` more take."""
+    device = prepared(row.kernels, limit)
     with tempfile.TemporaryDirectory() as folder:
         call = implementation(row, size, device, Path(folder), name)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for _ in range(6 if device.type == "cuda" else 2):
             call()
+        times = [seconds(call, device) for _ in range(timed)]
+    return {**peaks(device), "seconds": statistics.median(times) if times else None}
+
+
+def prepared(kernels: str = "torch", limit: int | None = None) -> torch.device:
+    """The device, in a process of its own; on a GPU with `limit` bytes of memory."""
+    device = cli.pick_device("auto")
+    fast.keep_freed_memory()
+    warnings.filterwarnings("ignore")
+    ops.use(kernels)
+    if limit and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    return device
+
+
+def peaks(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        reserved = torch.cuda.max_memory_reserved()
+        return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": reserved}
+    return {"peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
 # ---- a whole run -------------------------------------------------------------------------------
@@ -430,7 +459,7 @@ PHASES = {"class_photos": "class images", "samples": "sample grids", "save_state
 PHASES |= {"save_snapshot": "saving", "finish": "saving"}
 
 
-def whole_run(size: str, device: torch.device) -> dict[str, float]:
+def whole_run(size: str, device: torch.device, **changes) -> dict[str, float]:
     """Seconds of a run of the training program, by phase. On a GPU 200 class images of 50 steps and
     1,000 steps of training at 512²; on a CPU the toybox's default run, without its scores."""
     spent = dict.fromkeys([*PHASES.values(), "encoding and training"], 0.0)
@@ -466,10 +495,65 @@ def whole_run(size: str, device: torch.device) -> dict[str, float]:
         settings |= {"class_prompt": "a dog", "output_dir": f"{folder}/out"}
         sd = model(size, torch.device("cpu"))
         start = time.perf_counter()
-        train(TrainConfig(**settings), sd)
+        train(TrainConfig(**settings | changes), sd)
         total = time.perf_counter() - start
     spent["encoding and training"] = total - sum(spent.values())
     return {**spent, "total": total}
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+LIMIT = 7_500_000_000  # bytes that are free on a card of 8 GB
+
+
+def memory_modes(size: str, device: torch.device) -> list[dict]:
+    """Every way to save memory, for the UNet alone and with the text encoder: peak and time of a
+    step; on a GPU also what was counted beforehand, and whether it can be done within LIMIT."""
+    found, on_gpu = [], device.type == "cuda"
+    for text in ((), ("train_text_encoder",)):
+        for mode in memory.MODES:
+            settings = tuple((name, True) for name in (*text, *mode))
+            row = Row("step", 1, "bf16" if on_gpu else "no", settings=settings)
+            arguments = f"{row!r}, {size!r}, {OURS!r}"
+            result = {"row": row.__dict__, **(alone(f"steady({arguments}, timed=5)") or {})}
+            if on_gpu:
+                result["counted_bytes"] = counted(row, size)
+                if result.get("peak_bytes", LIMIT) < LIMIT:
+                    result["limited"] = alone(f"steady({arguments}, limit={LIMIT})")
+            found.append(result)
+            print(describe_mode(result), flush=True)
+    return found
+
+
+def counted(row: Row, size: str) -> int:
+    """What `memory.peak` says for a row, without pictures on the way."""
+    batch = {"train_batch_size": row.batch, "num_validation_images": 0}
+    sd = model(size, torch.device("meta"))
+    pixels = (sd.image_size // sd.vae.factor) ** 2
+    return memory.peak(sd, TrainConfig(**batch, **dict(row.settings)), pixels, half=True)
+
+
+def small_run(size: str, limit: int) -> dict:
+    """A whole run within `limit` bytes, with everything that a run does, but little of it."""
+    device = prepared(limit=limit)
+    settings = {"num_class_images": 4, "class_steps": 2, "sample_batch_size": 4}
+    settings |= {"max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 2}
+    settings |= {"validation_steps": 2, "validation_inference_steps": 2}
+    whole_run(size, device, **settings, **dict.fromkeys(memory.MODES[-1], True))
+    return peaks(device)
+
+
+def describe_mode(found: dict) -> str:
+    """A row of the table on the screen."""
+    parts = [" ".join(name for name, _ in found["row"]["settings"]) or "full speed"]
+    if "peak_bytes" not in found:
+        return f"{parts[0]}: cannot run here"
+    parts[0] += f": peak {found['peak_bytes'] / 1e9:.2f} GB"
+    if "counted_bytes" in found:
+        parts.append(f"counted with a margin {found['counted_bytes'] / 1e9:.2f} GB")
+        parts.append(f"within {LIMIT / 1e9} GB: {'yes' if found.get('limited') else 'no'}")
+    parts.append(f"{1e3 * found['seconds']:.1f} ms")
+    return ", ".join(parts)
 
 
 # ---- the report --------------------------------------------------------------------------------
@@ -567,6 +651,14 @@ def benchmark(what: str, minutes: float, output: Path) -> None:
         report["seconds"] = whole_run(size, device)
         write_json(name.with_suffix(".json"), report)
         print(", ".join(f"{phase} {spent:.1f} s" for phase, spent in report["seconds"].items()))
+        return
+    if what == "memory":
+        report["modes"] = memory_modes(size, device)
+        report["whole run, saving most"] = alone(f"small_run({size!r}, {LIMIT})")
+        write_json(name.with_suffix(".json"), report)
+        done = report["whole run, saving most"]
+        size = f"peak {done['peak_bytes'] / 1e9:.2f} GB" if done else "it cannot run here"
+        print(f"a whole run in the last mode, within {LIMIT / 1e9} GB on a GPU: {size}")
         return
     if not peers(device):
         print("diffusers is not installed: its columns are left out")

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import photos
 from .errors import UserError
-from .files import atomic, gigabytes, write_text
+from .files import atomic, write_text
 from .pipeline import StableDiffusion
 from .tokenizer import Tokenizer
 
@@ -70,61 +70,6 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
                 stacklevel=2,
             )
     return "identifier: " + ", ".join(lines)
-
-
-def memory_needed(sd: StableDiffusion, train_text_encoder: bool) -> dict[str, int]:
-    """Bytes that are sure to be needed: weights; gradients and Adam's two averages of what trains.
-
-    In fp32. Activations come on top; they depend on resolution, batch and checkpointing.
-    """
-    sizes = {n: sum(p.numel() for p in net.parameters()) for n, net in sd.networks.items()}
-    trained = sizes["unet"] + (sizes["text_encoder"] if train_text_encoder else 0)
-    return {"weights": 4 * sum(sizes.values()), "training": 12 * trained}
-
-
-def memory_advice(sd: StableDiffusion, config) -> str:
-    """Which settings lower the memory that is needed, and by about how much."""
-    need, advice = memory_needed(sd, config.train_text_encoder), []
-    if config.sample_batch_size > 1:
-        advice.append("--sample_batch_size 1 (if it ran out while drawing class images)")
-    if config.train_batch_size > 1:
-        share = 1 - 1 / config.train_batch_size
-        advice.append(f"--train_batch_size 1 (about -{share:.0%} of the activations)")
-    # Counted: what the UNet of SD 1.5 keeps for its backward pass at 512² and 256².
-    if not config.gradient_checkpointing:
-        advice.append("--gradient_checkpointing (about -85 % of the activations)")
-    if not config.optimizer_in_backward:
-        advice.append(f"--optimizer_in_backward (-{gigabytes(need['training'] / 3)}, no clipping)")
-    advice.append("a smaller --resolution (half of it: about -75 % of the activations)")
-    if config.train_text_encoder:
-        saved = 12 * sum(p.numel() for p in sd.text_encoder.parameters())
-        advice.append(f"no --train_text_encoder (-{gigabytes(saved)})")
-    return (
-        f"out of memory. Weights, gradients and optimizer alone need "
-        f"{gigabytes(sum(need.values()))}; what helps: {'; '.join(advice)}"
-    )
-
-
-def memory_available(device: torch.device) -> int | None:
-    """Bytes free on the device; None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and Path("/proc/meminfo").exists():
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return None
-
-
-def require_memory(sd: StableDiffusion, config, device: torch.device) -> None:
-    """Raise UserError if not even weights, gradients and optimizer fit."""
-    need, free = memory_needed(sd, config.train_text_encoder), memory_available(device)
-    # On the CPU the weights are there, but those that train are copied: as much as their gradients.
-    loaded = 0 if device.type == "cuda" else need["weights"] - need["training"] // 3
-    if config.optimizer_in_backward:
-        loaded += need["training"] // 3  # never all gradients at once
-    if free is not None and sum(need.values()) - loaded > free:
-        raise UserError(f"{memory_advice(sd, config)}; {gigabytes(free)} are free")
 
 
 # ---- on the way --------------------------------------------------------------------------------
@@ -227,6 +172,7 @@ def draw_samples(
         guidance_scale=config.validation_guidance_scale,
         seed=config.seed,
         latents=torch.stack(noises * len(prompts)),
+        batch_size=config.grid_batch_size,
         on_step=on_step,
     )
     return [images[i : i + count] for i in range(0, len(images), count)]

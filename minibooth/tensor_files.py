@@ -20,6 +20,7 @@ DTYPES = {
     torch.bfloat16: ("BF16", torch.int16),
     torch.float64: ("F64", torch.int64),
     torch.int64: ("I64", torch.int64),
+    torch.uint8: ("U8", torch.uint8),
 }
 
 
@@ -34,23 +35,26 @@ def write_safetensors(
     Floating tensors are cast to `dtype` and moved to the CPU one at a time, so that no second copy
     of a model is ever in memory.
     """
+
+    def stored(x: Tensor) -> torch.dtype:
+        return x.dtype if dtype is None or not x.is_floating_point() else dtype
+
+    # The widest numbers first: so all are aligned, for those who map the file.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -stored(item[1]).itemsize))
     header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, tensor in tensors.items():
-        kept = dtype is None or not tensor.is_floating_point()
-        stored = tensor.dtype if kept else dtype
-        size = tensor.numel() * stored.itemsize
+        size = tensor.numel() * stored(tensor).itemsize
         span = [end, end + size]
-        shape = list(tensor.shape)
-        header[name] = {"dtype": DTYPES[stored][0], "shape": shape, "data_offsets": span}
+        kind = DTYPES[stored(tensor)][0]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": span}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned, for those who map the file
+    text += b" " * (-len(text) % 8)
     require_space(path, end)
     with atomic(path) as part, open(part, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            kept = dtype is None or not tensor.is_floating_point()
-            cast = tensor.detach().to("cpu", tensor.dtype if kept else dtype).contiguous()
+            cast = tensor.detach().to("cpu", stored(tensor)).contiguous()
             f.write(memoryview(cast.flatten().view(DTYPES[cast.dtype][1]).numpy()))
 
 

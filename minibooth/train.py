@@ -11,7 +11,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from . import (
     cli,
     dreambooth,
     fast,
+    memory,
     microscope,
     ops,
     page,
@@ -41,7 +42,7 @@ from .files import gigabytes, require_space, write_json, write_text
 from .photos import Photos
 from .pipeline import StableDiffusion
 from .toybox import score
-from .update import Precision, Update, UpdateInBackward
+from .update import Precision, Update, UpdateInBackward, bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,15 @@ class TrainConfig:
     train_batch_size: int = option(1, "photographs per step; as many class images come beside them")
     gradient_accumulation_steps: int = option(1, "batches per update")
     gradient_checkpointing: bool = option(False, "less memory, a third more to compute")
+    use_8bit_adam: bool = option(
+        False, "less memory: AdamW's averages in 8 bits, by bitsandbytes; no CUDA graph"
+    )
     optimizer_in_backward: bool = option(
         False, "less memory: each gradient is used and dropped at once, and none is clipped"
+    )
+    fit_memory: bool = option(
+        True,
+        "on a GPU, switch on as many of these three as its free memory asks for, and say so",
     )
     mixed_precision: str = option(
         "auto",
@@ -131,6 +139,11 @@ class TrainConfig:
     def uses_prior(self) -> bool:
         return self.prior_loss_weight > 0
 
+    @property
+    def grid_batch_size(self) -> int:
+        """Pictures of the grids that are drawn at once: fewer where memory is short."""
+        return min(8, self.sample_batch_size) if self.gradient_checkpointing else 8
+
     def check(self) -> None:
         """Raise UserError for settings that cannot work, before anything is read or written."""
         if self.instance_data_dir is None or self.instance_prompt is None:
@@ -145,11 +158,6 @@ class TrainConfig:
             raise UserError(
                 "--optimizer_in_backward drops each gradient at once: it cannot go with "
                 "--gradient_accumulation_steps; give a larger --train_batch_size"
-            )
-        if self.optimizer_in_backward and self.mixed_precision == "fp16":
-            raise UserError(
-                "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
-                "be thrown away together: give --mixed_precision bf16 or no"
             )
         cli.check_choices(self)
         at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
@@ -203,13 +211,15 @@ def train(
     if sd is None:
         sd = load(config)
     try:
-        sd = Run(config, sd, run, device).train(on_step)
+        job = Run(config, sd, run, device)
+        config = job.config  # with the modes that its memory asks for
+        sd = job.train(on_step)
         if score.applies(config):
             print(score.after_run(sd, config))
         return sd
     except Exception as error:
         if cli.is_out_of_memory(error):
-            raise UserError(report.memory_advice(sd, config)) from error
+            raise UserError(memory.advice(sd, config)) from error
         raise
 
 
@@ -222,6 +232,8 @@ def start(config: TrainConfig, sd: StableDiffusion | None = None) -> torch.devic
         )
     config.check()
     device = cli.pick_device(config.device)
+    if config.use_8bit_adam:
+        bitsandbytes(device)
     if config.kernels:
         ops.use(config.kernels)
     photos.image_files(config.instance_data_dir)
@@ -269,13 +281,21 @@ class Run:
         if config.train_text_encoder:
             self.trained["text_encoder"] = sd.text_encoder
         self.idle = [net for name, net in sd.networks.items() if name not in self.trained]
-        self.precision = Precision(config.mixed_precision, device)
         self.prompts = list(config.validation_prompt) or default_prompts(config)
         self.photos = photos.load_photos(
             config.instance_data_dir, self.resolution, config.center_crop
         )
-        self.identity = self.identify()
         self.saved = resume.load(folder) if config.resume_from_checkpoint else None
+        if config.fit_memory and device.type == "cuda":
+            self.config = config = self.fitted()
+        keep_copies = not config.gradient_checkpointing
+        self.precision = Precision(config.mixed_precision, device, keep_copies)
+        if config.optimizer_in_backward and self.precision.name == "fp16":
+            raise UserError(
+                "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
+                "be thrown away together: give --mixed_precision bf16 or no"
+            )
+        self.identity = self.identify()
         if self.saved is not None:
             step, _, identity = self.saved
             resume.check(folder, identity, self.identity)
@@ -283,7 +303,20 @@ class Run:
                 raise UserError(
                     f"{folder} is already at step {step}: give --max_train_steps {step} or more"
                 )
-        report.require_memory(sd, config, device)
+        memory.require(sd, config, device)
+
+    def fitted(self) -> TrainConfig:
+        """With the modes that the free memory asks for; a run that goes on keeps those it had."""
+        before = self.saved[2] if self.saved else {}
+        kept = {name: True for name in memory.LOSSY if before.get(name)}
+        precision = Precision(self.config.mixed_precision, self.device).name
+        pixels = (self.resolution // self.sd.vae.factor) ** 2
+        config, line = memory.fit(
+            *(self.sd, replace(self.config, **kept), pixels, precision, self.device),
+            resumed=self.saved is not None,
+        )
+        print(line)
+        return config
 
     def announce(self) -> None:
         """Take the folder: say and write what is about to run."""
@@ -308,11 +341,11 @@ class Run:
     def disk_needed(self) -> int:
         """Bytes this run may still write: the model, snapshots, a state while the last is there."""
         config = self.config
-        need = report.memory_needed(self.sd, config.train_text_encoder)
+        need = memory.needed(self.sd, config)
         snapshots = (config.max_train_steps - 1) // config.checkpointing_steps
         snapshots = min(snapshots, config.checkpoints_total_limit or snapshots)
-        # A state has the trained weights and Adam's averages: as much as gradients and averages.
-        whole = need["weights"] + need["weights"] // 2 * snapshots + 2 * need["training"]
+        states = 2 * (need["trained"] + need["averages"])
+        whole = need["weights"] + need["weights"] // 2 * snapshots + states
         return max(0, whole - size_of(self.folder))
 
     # -- before the first step
@@ -363,20 +396,18 @@ class Run:
         names = ("instance_prompt", "class_prompt", "prior_loss_weight", "seed", "learning_rate")
         names += ("lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
         names += ("train_batch_size", "gradient_accumulation_steps", "adam_weight_decay")
-        names += (
-            "optimizer_in_backward",
-            "max_grad_norm",
-            "snr_gamma",
-            "random_flip",
-            "num_class_images",
-        )
+        names += ("use_8bit_adam", "optimizer_in_backward", "max_grad_norm", "snr_gamma")
+        names += ("random_flip", "num_class_images")
         names += ("class_sampler", "class_steps", "class_guidance_scale")
+        # 8-bit averages are in blocks of neighbours in memory, and a GPU lays out weights its way.
+        place = {"device": self.device.type} if self.config.use_8bit_adam else {}
         return {
             "model": self.sd.fingerprint()[:16],
             "photographs": content_hash(self.photos),
             "resolution": self.resolution,
             "mixed_precision": self.precision.name,
             **{name: getattr(self.config, name) for name in names},
+            **place,
         }
 
     def make_trainable(self) -> None:
@@ -392,10 +423,11 @@ class Run:
         groups = [(rates[name], list(net.parameters())) for name, net in self.trained.items()]
         if config.optimizer_in_backward:
             print("the optimizer runs in the backward pass: gradients are not clipped")
-            self.update = UpdateInBackward(groups, config.adam_weight_decay)
+            self.update = UpdateInBackward(groups, config.adam_weight_decay, config.use_8bit_adam)
         else:
+            settings = (config.adam_weight_decay, config.max_grad_norm)
             scaled = self.precision.name == "fp16"
-            self.update = Update(groups, config.adam_weight_decay, config.max_grad_norm, scaled)
+            self.update = Update(groups, *settings, scaled, config.use_8bit_adam)
 
     def parameters(self) -> dict[str, Tensor]:
         return {
@@ -502,6 +534,10 @@ class Run:
         norm = self.update.apply(step, loss[0], warm_up)
         return torch.cat([loss, norm[None]])
 
+    def captured_step(self) -> Callable[..., Tensor]:
+        """On a GPU `step` as one CUDA graph, where its optimizer can be part of one."""
+        return fast.captured(self.step, self.device) if self.update.capturable else self.step
+
     # -- the loop
 
     def train(self, on_step: Callable[[int, Step], None] | None) -> StableDiffusion:
@@ -522,7 +558,7 @@ class Run:
             total=config.max_train_steps, initial=first, desc="training", unit="step", smoothing=0.1
         )
         # Who looks on wants to see what is between the backward pass and the update.
-        update = self.step if on_step else fast.captured(self.step, self.device)
+        update = self.step if on_step else self.captured_step()
         for step in range(first + 1, config.max_train_steps + 1):
             warm_up = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
             numbers = (to_device(torch.tensor(float(x)), self.device) for x in (step, warm_up))
@@ -633,7 +669,8 @@ class Run:
         config = self.config
         if config.num_validation_images == 0:
             return []
-        batches = math.ceil(len(self.prompts) * config.num_validation_images / 8)
+        count = len(self.prompts) * config.num_validation_images
+        batches = math.ceil(count / config.grid_batch_size)
         total = batches * config.validation_inference_steps
         bar = tqdm(total=total, desc="samples", unit="step", leave=False)
         visiting = fast.visiting(self.idle, self.device)

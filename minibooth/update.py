@@ -1,6 +1,6 @@
 """The optimizer's side of a training step: mixed precision, clipping, AdamW, the non-finite guard.
 
-Nothing here waits for the device: whether an update may happen is decided on it.
+Nothing here waits for the device, but 8-bit AdamW: whether an update may happen is decided on it.
 """
 
 from collections.abc import Iterable
@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+
+from .errors import UserError, first_line
 
 GROWTH_INTERVAL = 2000  # good steps after which fp16's loss scale doubles
 
@@ -17,9 +19,12 @@ class Precision:
 
     "auto" is bf16 on a GPU that has it, fp16 on an older one, "no" (fp32) elsewhere. fp16 needs its
     loss scaled up, or small gradients vanish. Noise mixing and loss are fp32 always.
+
+    `keep_copies`: the weights' 16-bit copies stay until autocast ends, and need not be made anew
+    for the next call of a network; half of what the weights take.
     """
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device, keep_copies: bool = True):
         if name == "auto":
             name = "no"
             if device.type == "cuda":
@@ -27,9 +32,96 @@ class Precision:
                 name = "bf16" if has_bf16 else "fp16"
         self.name, self.device_type = name, device.type
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[name]
+        self.keep_copies = keep_copies
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
+        on, cached = self.dtype is not None, self.keep_copies
+        return torch.autocast(self.device_type, self.dtype, enabled=on, cache_enabled=cached)
+
+
+def bitsandbytes(device: torch.device):
+    """Its functions. Raises UserError where they are missing or do not work."""
+    if device.type not in ("cuda", "cpu"):
+        raise UserError("--use_8bit_adam needs a CUDA device or a CPU: leave it out")
+    try:
+        from bitsandbytes import functional
+    except ImportError as e:
+        raise UserError(
+            f"--use_8bit_adam needs bitsandbytes ({first_line(e)}): pip install bitsandbytes"
+        ) from None
+    return functional
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with its averages in 8 bits (arXiv 2110.02861) by bitsandbytes, for an Update.
+
+    Each 256 neighbours in memory share a scale; a tensor with less than 4096 weights has averages
+    in fp32. bitsandbytes wants the learning rate and the number of the step from the CPU and
+    launches on the default stream: an update waits for the device and cannot be captured.
+    """
+
+    SMALL, BLOCK = 4096, 256
+    BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's
+
+    def __init__(self, groups: list[dict], weight_decay: float):
+        super().__init__(groups, {"weight_decay": weight_decay})
+        device = self.param_groups[0]["params"][0].device
+        self.functional = bitsandbytes(device)
+        # What the 256 codes stand for, between -1 and 1; the second average is never negative.
+        create = self.functional.create_dynamic_map
+        self.codes = [create(signed=signed).to(device) for signed in (True, False)]
+        self.grad_scale = torch.ones((), device=device)
+        self.found_inf = torch.zeros((), device=device)
+
+    @classmethod
+    def fresh_state(cls, p: Tensor) -> dict[str, Tensor]:
+        """Before the first step."""
+        small, blocks = p.numel() < cls.SMALL, -(-p.numel() // cls.BLOCK)
+        dtype = torch.float32 if small else torch.uint8
+        state = {"step": torch.zeros(())}  # on the CPU
+        state |= {key: torch.zeros_like(p, dtype=dtype) for key in ("state1", "state2")}
+        if not small:
+            state |= {key: p.new_zeros(blocks) for key in ("absmax1", "absmax2")}
+        return state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the weights that have a gradient, divided by grad_scale; none if found_inf."""
+        if self.found_inf:
+            return
+        for group in self.param_groups:
+            numbers = float(group["lr"]), group["weight_decay"], 1 / float(self.grad_scale)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, *numbers)
+
+    def update(self, p: nn.Parameter, lr: float, decay: float, factor: float) -> None:
+        """With `factor` times its gradient."""
+        state = self.state[p]
+        if not state:
+            state.update(self.fresh_state(p))
+        count = int(state["step"].add_(1))
+        gradient = p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+        weight, gradient, m, v = map(flat, (p, gradient, state["state1"], state["state2"]))
+        (beta1, beta2), eps, bnb = self.BETAS, self.EPS, self.functional
+        if "absmax1" not in state:
+            bnb.optimizer_update_32bit(
+                *("adam", gradient, weight, m, beta1, eps, count, lr, v, beta2),
+                weight_decay=decay,
+                gnorm_scale=factor,
+            )
+            return
+        bnb.optimizer_update_8bit_blockwise(
+            *("adam", gradient, weight, m, v, beta1, beta2, 0.0, 0.0, eps, count, lr),
+            *(*self.codes, state["absmax1"], state["absmax2"]),
+            weight_decay=decay,
+            gnorm_scale=factor,
+        )
+
+
+def flat(x: Tensor) -> Tensor:
+    """Its elements in the order in which they lie in memory."""
+    return x.as_strided((x.numel(),), (1,))
 
 
 class Update:
@@ -40,7 +132,7 @@ class Update:
     skips its step and halves the loss scale.
 
     All that changes from step to step is in tensors that are written in place, the learning rates
-    too: a CUDA graph of `apply` does the same as `apply`.
+    too: if `capturable`, a CUDA graph of `apply` does the same as `apply`.
     """
 
     def __init__(
@@ -49,16 +141,20 @@ class Update:
         weight_decay: float,
         max_grad_norm: float,
         scaled: bool,
+        use_8bit_adam: bool = False,
     ):
         groups = [{"params": params, "base_lr": lr} for lr, params in groups]
         self.parameters = [p for group in groups for p in group["params"]]
         device = self.parameters[0].device
         for group in groups:
             group["lr"] = torch.tensor(group["base_lr"], device=device)
-        on_gpu = device.type == "cuda"
-        self.adam = torch.optim.AdamW(
-            groups, weight_decay=weight_decay, fused=True, capturable=on_gpu
-        )
+        if use_8bit_adam:
+            self.adam = AdamW8bit(groups, weight_decay)
+        else:
+            self.adam = torch.optim.AdamW(
+                groups, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
+            )
+        self.capturable = not use_8bit_adam
         self.max_grad_norm, self.scaled = max_grad_norm, scaled
         self.scale = torch.tensor(2.0**16 if scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
@@ -107,14 +203,17 @@ class Update:
         self.scale.copy_(state["scale"])
         self.good_steps.copy_(state["good_steps"])
         for i, parameter in enumerate(self.parameters):
-            averages = {
-                key: torch.empty_like(parameter).copy_(state[f"{key}.{i}"])  # in its memory format
-                for key in ("exp_avg", "exp_avg_sq")
-            }
-            self.adam.state[parameter] = {
-                "step": state[f"step.{i}"].to(parameter.device, copy=True),
-                **averages,
-            }
+            fresh = self.fresh_state(parameter)  # in the weight's memory format
+            for key, value in fresh.items():
+                value.copy_(state[f"{key}.{i}"])
+            self.adam.state[parameter] = fresh
+
+    def fresh_state(self, p: Tensor) -> dict[str, Tensor]:
+        """An optimizer state of the right shapes."""
+        if isinstance(self.adam, AdamW8bit):
+            return self.adam.fresh_state(p)
+        averages = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), device=p.device), **averages}
 
 
 class UpdateInBackward(Update):
@@ -125,8 +224,13 @@ class UpdateInBackward(Update):
     all later updates; weights whose gradients came before it have had theirs.
     """
 
-    def __init__(self, groups: Iterable[tuple[float, list[nn.Parameter]]], weight_decay: float):
-        super().__init__(groups, weight_decay, max_grad_norm=float("inf"), scaled=False)
+    def __init__(
+        self,
+        groups: Iterable[tuple[float, list[nn.Parameter]]],
+        weight_decay: float,
+        use_8bit_adam: bool = False,
+    ):
+        super().__init__(groups, weight_decay, float("inf"), False, use_8bit_adam)
         self.active = False  # gradients that somebody only wants to look at update nothing
         self.skip = torch.zeros_like(self.scale)
         self.square = torch.zeros_like(self.scale)  # of the gradients' norm so far

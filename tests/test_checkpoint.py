@@ -602,6 +602,17 @@ def test_a_pickle_of_something_else(value, tmp_path):
         tensor_files.read_tensors(tmp_path / "model.ckpt")
 
 
+def test_numbers_of_every_width_lie_aligned_and_come_back(tmp_path):
+    path, kinds = tmp_path / "x.safetensors", tensor_files.DTYPES
+    tensors = {str(kind): torch.arange(3).to(kind) for kind in reversed(kinds)}
+    tensor_files.write_safetensors(path, tensors)
+    found, _ = tensor_files.read_tensors(path)
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
+        assert found[key].data_ptr() % tensor.itemsize == 0
+
+
 def safetensors_bytes(header, data=b"\0" * 64, length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from minibooth import UserError, cli, convert, files, report, sample, train
+from minibooth import UserError, cli, convert, files, memory, report, sample, train
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
@@ -293,13 +293,13 @@ def whole(tmp_path_factory):
 def test_too_little_memory_is_said_before_the_run_with_what_helps(fails, monkeypatch):
     sd = runs.model()
     unet, text = (sum(p.numel() for p in n.parameters()) for n in (sd.unet, sd.text_encoder))
-    monkeypatch.setattr(report, "memory_available", lambda device: 16 * unet - 1)
+    monkeypatch.setattr(memory, "available", lambda device: 16 * unet - 1)
     line = fails(train_batch_size=4)
     assert "--gradient_checkpointing" in line and "--train_batch_size 1 (about -75%" in line
     assert "--resolution" in line and "--train_text_encoder" not in line
     total = 4 * sum(p.numel() for n in sd.networks.values() for p in n.parameters()) + 12 * unet
     assert files.gigabytes(total) in line and files.gigabytes(16 * unet - 1) in line
-    monkeypatch.setattr(report, "memory_available", lambda device: 16 * (unet + text) - 1)
+    monkeypatch.setattr(memory, "available", lambda device: 16 * (unet + text) - 1)
     line = fails(train_text_encoder=True, gradient_checkpointing=True)
     assert f"no --train_text_encoder (-{files.gigabytes(12 * text)})" in line
     assert "--gradient_checkpointing" not in line

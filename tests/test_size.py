@@ -24,7 +24,8 @@ ORDER = [
         "unet",
     ),
     *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth"),
-    *("data", "update", "resume", "report", "fast", "microscope", "page", "cli", "toybox"),
+    *("data", "update", "resume", "report", "memory", "fast", "microscope", "page", "cli"),
+    *("toybox",),
     *("train", "sample", "convert", "evaluate", "explain", "compare", "bench", "__init__"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,166 @@
+"""What a run needs of memory, counted before it starts, and the modes that make it fit a GPU."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .errors import UserError
+from .files import gigabytes
+from .pipeline import StableDiffusion
+from .update import AdamW8bit, bitsandbytes
+
+# ---- what is sure ------------------------------------------------------------------------------
+
+
+def needed(sd: StableDiffusion, config) -> dict[str, int]:
+    """Bytes that are sure to be needed: the networks' weights, in fp32; of what trains, the weights
+    alone, the gradients and AdamW's two averages."""
+    trained = list(sd.unet.parameters())
+    if config.train_text_encoder:
+        trained += sd.text_encoder.parameters()
+    weights = sum(size(p) for network in sd.networks.values() for p in network.parameters())
+    averages = 2 * sum(size(p) for p in trained)
+    if config.use_8bit_adam:
+        averages = sum(eight_bit(p) for p in trained)
+    trained = sum(size(p) for p in trained)
+    gradients = 0 if config.optimizer_in_backward else trained
+    return {"weights": weights, "trained": trained, "gradients": gradients, "averages": averages}
+
+
+def size(p: nn.Parameter) -> int:
+    return 4 * p.numel()
+
+
+def eight_bit(p: nn.Parameter) -> int:
+    """Bytes of the averages that AdamW8bit keeps of it."""
+    if p.numel() < AdamW8bit.SMALL:
+        return 2 * size(p)
+    return 2 * p.numel() + 2 * 4 * math.ceil(p.numel() / AdamW8bit.BLOCK)
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes free on the device; None where that cannot be told."""
+    if device.type == "cuda":  # what PyTorch keeps of an earlier run is free, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type == "cpu" and Path("/proc/meminfo").exists():
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def require(sd: StableDiffusion, config, device: torch.device) -> None:
+    """Raise UserError if not even weights, gradients and optimizer fit."""
+    need, free = needed(sd, config), available(device)
+    total = need["weights"] + need["gradients"] + need["averages"]
+    if device.type != "cuda":  # the weights are there, but those that train are copied
+        total -= need["weights"] - need["trained"]
+    if free is not None and total > free:
+        raise UserError(f"{advice(sd, config)}; {gigabytes(free)} are free")
+
+
+def advice(sd: StableDiffusion, config) -> str:
+    """Which settings lower the memory that is needed, and by about how much."""
+    need, helps = needed(sd, config), []
+    total = need["weights"] + need["gradients"] + need["averages"]
+    if config.sample_batch_size > 1:
+        helps.append("--sample_batch_size 1 (if it ran out while drawing class images)")
+    if config.train_batch_size > 1:
+        share = 1 - 1 / config.train_batch_size
+        helps.append(f"--train_batch_size 1 (about -{share:.0%} of the activations)")
+    # Counted: what the UNet of SD 1.5 keeps for its backward pass at 512² and 256².
+    if not config.gradient_checkpointing:
+        helps.append("--gradient_checkpointing (about -85 % of the activations)")
+    if not config.use_8bit_adam:
+        saved = need["averages"] - needed(sd, replace(config, use_8bit_adam=True))["averages"]
+        helps.append(f"--use_8bit_adam (-{gigabytes(saved)}, wants bitsandbytes)")
+    if not config.optimizer_in_backward:
+        helps.append(f"--optimizer_in_backward (-{gigabytes(need['gradients'])}, no clipping)")
+    helps.append("a smaller --resolution (half of it: about -75 % of the activations)")
+    if config.train_text_encoder:
+        alone = needed(sd, replace(config, train_text_encoder=False))
+        saved = sum(need[key] - alone[key] for key in ("gradients", "averages"))
+        helps.append(f"no --train_text_encoder (-{gigabytes(saved)})")
+    return (
+        f"out of memory. Weights, gradients and optimizer alone need {gigabytes(total)}; "
+        f"what helps: {'; '.join(helps)}"
+    )
+
+
+# ---- what is likely, and what to do about it ---------------------------------------------------
+
+# What can be switched on, in the order in which it is tried: what changes no weight comes first.
+MODES = (
+    (),
+    ("gradient_checkpointing",),
+    ("use_8bit_adam",),
+    ("use_8bit_adam", "gradient_checkpointing"),
+    ("optimizer_in_backward", "gradient_checkpointing"),
+    ("use_8bit_adam", "optimizer_in_backward", "gradient_checkpointing"),
+)
+LOSSY = ("use_8bit_adam", "optimizer_in_backward")  # rounded averages; gradients are not clipped
+
+# Bytes per latent pixel, counted over SD 1.5's networks at 512²; first in full, then with gradient
+# checkpointing; for networks in 16 bits and in fp32.
+KEPT = {True: (299_000, 35_000), False: (457_000, 41_000)}  # for the backward pass, per sample
+DRAWING = {True: (277_000, 197_000), False: (512_000, 256_000)}  # 8 pictures at once; 4 of them
+SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
+
+
+def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
+    """Bytes that training needs at most on a GPU, about: `pixels` of the latents; whether the
+    networks compute in 16 bits."""
+    need, samples = needed(sd, config), config.train_batch_size * (1 + config.uses_prior)
+    short = config.gradient_checkpointing
+    kept = samples * pixels * KEPT[half][short]
+    copies = need["trained"] // 2 * (half and not short)
+    # While the backward pass adds gradients, it gives back what was kept for them.
+    step, drawing = max(kept + copies, need["gradients"]), 0
+    if config.num_validation_images:
+        drawing = need["weights"] - need["trained"] + copies + pixels * DRAWING[half][short]
+    # What a CUDA graph works in is its own: pictures on the way come on top.
+    work = max(step, drawing) if config.use_8bit_adam else step + drawing
+    return int(need["trained"] + need["averages"] + (1 + SPARE[0]) * work + SPARE[1])
+
+
+def fit(
+    sd: StableDiffusion, config, pixels: int, precision: str, device: torch.device, resumed: bool
+) -> tuple:
+    """The settings with the first of MODES that fits into the free memory, and a line that says so.
+
+    What is on stays on. A run that is resumed gets nothing that changes its results.
+    """
+    free = available(device)
+    for mode in MODES:
+        if possible(mode, config, precision, device, resumed):
+            fitted = replace(config, **dict.fromkeys(mode, True))
+            need = peak(sd, fitted, pixels, precision != "no")
+            if need <= free:
+                break
+    plain = peak(sd, config, pixels, precision != "no")
+    line = f"memory: {gigabytes(free)} are free, about {gigabytes(plain)} needed"
+    added = [f"--{name}" for name in MODES[-1] if getattr(fitted, name) > getattr(config, name)]
+    if added:
+        line += f"; switched on {' '.join(added)}, which needs about {gigabytes(need)}"
+    return fitted, line + (": this may not be enough" if need > free else "")
+
+
+def possible(
+    mode: tuple[str, ...], config, precision: str, device: torch.device, resumed: bool
+) -> bool:
+    if resumed and any(name in LOSSY for name in mode):
+        return False
+    if "optimizer_in_backward" in mode and (
+        config.gradient_accumulation_steps > 1 or precision == "fp16"
+    ):
+        return False
+    if "use_8bit_adam" in mode:
+        try:
+            bitsandbytes(device)
+        except UserError:
+            return False
+    return True

@@ -1,0 +1,464 @@
+"""Modes that save memory: what they take, when they are chosen, and that they train as they say."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import weakref
+
+import eight_bit_stand_in
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minibooth import UserError, compare, fast, memory, ops, train, update
+from minibooth.configs import SD1_UNET, SD_VAE
+from minibooth.train import Run, TrainConfig
+from minibooth.unet import UNet
+from minibooth.update import AdamW8bit, Precision, Update
+from minibooth.vae import VAE
+
+CPU = torch.device("cpu")
+
+
+# ---- 8-bit AdamW -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["stand-in", "bitsandbytes"])
+def eight_bit(request, monkeypatch):
+    if request.param == "bitsandbytes":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", eight_bit_stand_in.MODULE)
+
+
+SHAPES = [(32, 16, 3, 3), (70, 100), (10,)]  # the last has too few weights for 8 bits
+RATE = 2**-7
+
+
+def weights(layout=torch.preserve_format):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator, device="cpu") for shape in SHAPES]
+    made[0] = made[0].to(memory_format=layout)
+    return [torch.nn.Parameter(x.to(torch.get_default_device())) for x in made]
+
+
+def set_gradients(parameters, step, scale=1.0):
+    generator = torch.Generator().manual_seed(step)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator, device="cpu").to(p.device) * scale
+
+
+def updated(steps, layout=torch.preserve_format, scale=1.0, max_grad_norm=1e9, **changes):
+    parameters = weights(layout)
+    settings = {"weight_decay": 0.01, "max_grad_norm": max_grad_norm, "scaled": False}
+    optimizer = Update([(RATE, parameters)], **{**settings, "use_8bit_adam": True, **changes})
+    for step in range(1, steps + 1):
+        set_gradients(parameters, step, scale * optimizer.scale)
+        optimizer.apply(step, torch.tensor(1.0), 1.0)
+    return parameters, optimizer
+
+
+def adamw(steps):
+    parameters = weights()
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
+    for step in range(1, steps + 1):
+        set_gradients(parameters, step)
+        optimizer.step()
+    return parameters
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("steps, error", [(1, 1e-5), (10, 0.05)])
+def test_8bit_adamw_is_adamw_but_for_the_rounding_of_its_averages(eight_bit, layout, steps, error):
+    ours, _ = updated(steps, layout)
+    for p, exact, start in zip(ours, adamw(steps), weights(), strict=True):
+        assert (p - exact).norm() <= error * (exact - start).norm()
+    torch.testing.assert_close(ours[2], adamw(steps)[2])  # fp32 averages
+    assert ours[0].is_contiguous(memory_format=layout)  # bitsandbytes' own class turns it round
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_8bit_adamw_on_a_gpu_is_adamw_but_for_the_rounding_of_its_averages():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with torch.device("cuda"):
+        ours, _ = updated(10, torch.channels_last)
+    for p, exact, start in zip(ours, adamw(10), weights(), strict=True):
+        assert (p.cpu() - exact).norm() <= 0.05 * (exact - start).norm()
+
+
+def test_8bit_adamw_is_bitsandbytes_own():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    parameters = weights()
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=RATE, weight_decay=2**-7)
+    for step in range(1, 9):
+        set_gradients(parameters, step)
+        optimizer.step()
+    for p, q in zip(parameters, updated(8, weight_decay=2**-7)[0], strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_are_clipped_and_unscaled_before_8bit_adamw_sees_them(eight_bit, scaled):
+    parameters = weights()
+    set_gradients(parameters, 1)
+    norm = torch.cat([p.grad.flatten() for p in parameters]).norm().item()
+    changed, optimizer = updated(1, max_grad_norm=norm / 8, scaled=scaled)
+    first = optimizer.adam.state[changed[2]]["state1"]
+    torch.testing.assert_close(first, 0.1 * parameters[2].grad / 8)
+
+
+def test_8bit_adamw_leaves_weights_and_averages_where_a_gradient_is_not_finite(eight_bit):
+    parameters, optimizer = updated(2, scaled=True)
+    before = [p.detach().clone() for p in parameters]
+    state = {key: value.clone() for key, value in optimizer.state().items()}
+    set_gradients(parameters, 3)
+    parameters[1].grad[0, 0] = float("inf")
+    optimizer.apply(3, torch.tensor(1.0), 1.0)
+    assert optimizer.bad_step == -1 and optimizer.scale == 2**15  # fp16: only this step is skipped
+    after = optimizer.state()
+    assert all(torch.equal(after[key], state[key]) for key in state if "." in key)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+    parameters, optimizer = updated(2)
+    before = [p.detach().clone() for p in parameters]
+    for step, value in ((3, float("nan")), (4, 1.0)):
+        set_gradients(parameters, step)
+        parameters[1].grad[0, 0] = value
+        optimizer.apply(step, torch.tensor(1.0), 1.0)
+    assert optimizer.bad_step == 3  # else it is the end
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+
+
+def test_8bit_averages_take_two_bytes_and_two_scales_per_block():
+    conv, linear, small = weights()
+    for p, size in ((conv, 2 * 4608 + 8 * 18), (linear, 2 * 7000 + 8 * 28), (small, 8 * 10)):
+        state = AdamW8bit.fresh_state(p)
+        step = state.pop("step")
+        assert step == 0 and sum(x.numel() * x.element_size() for x in state.values()) == size
+        assert memory.eight_bit(p) == size
+
+
+def trained(folder, **changes):
+    sd = runs.model()
+    train.train(runs.config(folder, use_8bit_adam=True, **changes), sd)
+    return runs.flat(sd.unet.state_dict()), (folder / "loss.csv").read_text()
+
+
+MODES = [{"train_text_encoder": True}, {"optimizer_in_backward": True, "lr_warmup_steps": 3}]
+
+
+@pytest.mark.parametrize("changes", MODES)
+def test_training_with_8bit_adamw_goes_on_from_its_state(eight_bit, changes, tmp_path):
+    whole, losses = trained(tmp_path / "whole", max_train_steps=2, **changes)
+    trained(tmp_path / "out", max_train_steps=1, **changes)
+    again = {"max_train_steps": 2, "resume_from_checkpoint": "latest", **changes}
+    resumed, same = trained(tmp_path / "out", **again)
+    assert torch.equal(whole, resumed) and losses == same
+
+
+def test_8bit_adamw_in_the_backward_pass_is_the_plain_one_without_clipping(eight_bit, tmp_path):
+    plain, _ = trained(tmp_path / "plain", max_grad_norm=1e9, max_train_steps=2)
+    fused, _ = trained(tmp_path / "fused", optimizer_in_backward=True, max_train_steps=2)
+    assert torch.equal(plain, fused)
+
+
+def test_8bit_adamw_is_never_part_of_a_cuda_graph(eight_bit, tmp_path, monkeypatch):
+    """It reads the learning rate on the CPU: a graph would keep the first."""
+    monkeypatch.setattr(fast, "captured", None)  # would fail if it were called
+    trained(tmp_path / "out", max_train_steps=1)
+
+
+def test_a_state_with_8bit_averages_goes_on_only_where_it_comes_from(eight_bit, tmp_path):
+    out = tmp_path / "out"
+    trained(out, max_train_steps=2)
+    file = next(out.glob("state/*/identity.json"))
+    identity = json.loads(file.read_text())
+    assert identity["device"] == "cpu"
+    file.write_text(json.dumps(identity | {"device": "cuda"}))
+    again = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="device was 'cuda' and is 'cpu'"):
+        trained(out, **again)
+    file.write_text(json.dumps(identity))
+    with pytest.raises(UserError, match="use_8bit_adam was True and is False"):
+        train.train(runs.config(out, **again), runs.model())
+
+
+def test_8bit_adamw_where_it_cannot_run_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    arguments = runs.arguments(runs.settings(tmp_path / "out", use_8bit_adam=True))
+    status, _, err = runs.program(monkeypatch, capsys, train, *arguments)
+    assert status == 2 and err.count("\n") == 1 and "pip install bitsandbytes" in err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="needs a CUDA device or a CPU"):
+        update.bitsandbytes(torch.device("mps"))
+
+
+# ---- what is needed ----------------------------------------------------------------------------
+
+UNET_SIZE, VAE_SIZE, TEXT_SIZE = 859_520_964, 83_653_863, 123_060_480  # weights of SD 1.5
+
+
+@functools.cache
+def sd15():
+    return compare.model("SD 1.5", torch.device("meta"))
+
+
+def config(**changes):
+    return TrainConfig(**changes)
+
+
+def test_what_is_sure_to_be_needed_for_sd_15():
+    sd = sd15()
+    all_weights = 4 * (UNET_SIZE + VAE_SIZE + TEXT_SIZE)
+    plain = {"weights": all_weights, "trained": 4 * UNET_SIZE}
+    assert memory.needed(sd, config()) == {
+        **plain,
+        "gradients": 4 * UNET_SIZE,
+        "averages": 8 * UNET_SIZE,
+    }
+    both = memory.needed(sd, config(train_text_encoder=True))
+    assert both["weights"] == all_weights and both["averages"] == 8 * (UNET_SIZE + TEXT_SIZE)
+    least = memory.needed(sd, config(use_8bit_adam=True, optimizer_in_backward=True))
+    assert least["gradients"] == 0
+    small = sum(p.numel() for p in sd.unet.parameters() if p.numel() < 4096)
+    blocks = sum(-(-p.numel() // 256) for p in sd.unet.parameters() if p.numel() >= 4096)
+    assert least["averages"] == 2 * (UNET_SIZE - small) + 8 * blocks + 8 * small
+    assert least["averages"] == pytest.approx(UNET_SIZE * (2 + 8 / 256), rel=0.01)
+
+
+def test_what_is_likely_to_be_needed_for_sd_15():
+    """By hand: one photograph and one class image at 512², bf16, pictures on the way."""
+    sd, pixels = sd15(), 64 * 64
+    state, gradients, idle = 12 * UNET_SIZE, 4 * UNET_SIZE, 4 * (VAE_SIZE + TEXT_SIZE)
+    copies = 2 * UNET_SIZE
+    (kept, kept_short), (drawing, drawing_short) = (
+        [pixels * size for size in table[True]] for table in (memory.KEPT, memory.DRAWING)
+    )
+
+    def peak(**changes):
+        return memory.peak(sd, config(**changes), pixels, half=True)
+
+    def about(state, work):
+        return pytest.approx(state + 1.1 * work + 0.5e9, rel=1e-6)
+
+    step = 2 * kept + copies
+    assert step > gradients
+    assert peak() == about(state, step + idle + drawing + copies)
+    assert peak(num_validation_images=0) == about(state, step)
+    short = {"gradient_checkpointing": True}
+    assert peak(**short) == about(state, gradients + idle + drawing_short)
+    least = short | {"use_8bit_adam": True, "optimizer_in_backward": True}
+    averages = memory.needed(sd, config(**least))["averages"]
+    assert 2 * kept_short < idle + drawing_short
+    assert peak(**least) == about(4 * UNET_SIZE + averages, idle + drawing_short)
+    assert peak(**least) < 7.5e9  # what a card of 8 GB leaves
+    many = {"train_batch_size": 8, "prior_loss_weight": 0.0, "num_validation_images": 0}
+    assert peak(**many) == about(state, 8 * kept + copies)
+
+
+def test_every_mode_needs_less_than_the_one_before_where_gradients_weigh_most():
+    sd = sd15()
+    sizes = [
+        memory.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
+        for mode in memory.MODES
+        if mode != ("optimizer_in_backward", "gradient_checkpointing")  # for want of bitsandbytes
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_pytorch_keeps_of_an_earlier_run_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (5, 20)), ("memory_reserved", 9), ("memory_allocated", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.available(torch.device("cuda")) == 5 + 9 - 2
+
+
+# ---- what is chosen ----------------------------------------------------------------------------
+
+
+def fit(monkeypatch, free, given=None, precision="bf16", resumed=False):
+    monkeypatch.setattr(memory, "available", lambda device: free)
+    given = given or config()
+    chosen, line = memory.fit(sd15(), given, 64 * 64, precision, CPU, resumed)
+    names = {name for name in memory.MODES[-1] if getattr(chosen, name)}
+    unchanged = {name: getattr(given, name) for name in names}
+    assert dataclasses.replace(chosen, **unchanged) == given
+    return names, line
+
+
+def test_the_first_mode_that_fits_is_chosen_and_said(eight_bit, monkeypatch):
+    sd = sd15()
+    for mode in memory.MODES:
+        need = memory.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
+        names, line = fit(monkeypatch, need)
+        fitting = [
+            m
+            for m in memory.MODES
+            if memory.peak(sd, config(**dict.fromkeys(m, True)), 64 * 64, half=True) <= need
+        ]
+        assert names == set(fitting[0])
+        assert f"{need / 1e9:.2f} GB are free" in line and "not be enough" not in line
+        assert all(f"--{name}" in line for name in names)
+    assert fit(monkeypatch, 80e9)[0] == set()
+    names, line = fit(monkeypatch, 4e9)
+    assert names == set(memory.MODES[-1]) and "may not be enough" in line
+
+
+def test_what_is_given_stays(eight_bit, monkeypatch):
+    given = config(optimizer_in_backward=True)
+    assert fit(monkeypatch, 80e9, given)[0] == {"optimizer_in_backward"}
+    assert fit(monkeypatch, 4e9, given)[0] == set(memory.MODES[-1])
+
+
+def test_what_cannot_be_is_not_chosen(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    without = {"gradient_checkpointing", "optimizer_in_backward"}
+    assert fit(monkeypatch, 4e9)[0] == without
+    assert fit(monkeypatch, 4e9, config(gradient_accumulation_steps=2))[0] == {
+        "gradient_checkpointing"
+    }
+    assert fit(monkeypatch, 4e9, precision="fp16")[0] == {"gradient_checkpointing"}
+
+
+def test_a_run_that_goes_on_keeps_what_changes_its_results(eight_bit, monkeypatch, tmp_path):
+    assert fit(monkeypatch, 4e9, resumed=True)[0] == {"gradient_checkpointing"}
+    given = runs.config(tmp_path / "out")
+    run = Run(given, runs.model(), tmp_path / "out", CPU)
+    run.saved = (3, {}, {"use_8bit_adam": True, "optimizer_in_backward": False})
+    for free in (10**12, 1):
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        fitted = run.fitted()
+        assert fitted.use_8bit_adam and not fitted.optimizer_in_backward
+        assert fitted.gradient_checkpointing == (free == 1)
+
+
+def test_on_a_cpu_nothing_is_chosen(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(memory, "fit", None)  # would fail if it were called
+    train.train(runs.config(tmp_path / "out"), runs.model())
+    assert "memory:" not in capsys.readouterr().out
+
+
+def test_the_modes_that_were_chosen_are_those_of_the_run(eight_bit, monkeypatch, tmp_path):
+    """As on a GPU, with a device that only says that it is one."""
+
+    def fitted(self):
+        return dataclasses.replace(self.config, use_8bit_adam=True, gradient_checkpointing=True)
+
+    monkeypatch.setattr(Run, "fitted", fitted)
+    monkeypatch.setattr(memory, "available", lambda device: None)
+    given = runs.config(tmp_path, mixed_precision="no")
+    run = Run(given, runs.model(), tmp_path, torch.device("cuda"))
+    assert run.config.use_8bit_adam and run.identity["use_8bit_adam"]
+    assert not run.precision.keep_copies
+    unfitted = dataclasses.replace(given, fit_memory=False)
+    run = Run(unfitted, runs.model(), tmp_path, torch.device("cuda"))
+    assert run.config == unfitted
+
+
+# ---- what is counted ---------------------------------------------------------------------------
+
+
+def test_with_checkpointing_no_16_bit_copies_of_the_weights_stay(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    for keep in (True, False):
+        with Precision("bf16", CPU, keep_copies=keep).autocast():
+            assert layer(torch.ones(2)).dtype == torch.bfloat16
+            assert torch.is_autocast_cache_enabled() == keep
+    for wanted in (True, False):
+        settings = runs.config(tmp_path, gradient_checkpointing=wanted)
+        assert Run(settings, runs.model(), tmp_path, CPU).precision.keep_copies != wanted
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that are alive, and the most there have been."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.seen:
+                storage = x.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return result
+
+    def free(self, key, size):
+        self.now -= size
+        self.seen.discard(key)
+
+
+def counted(function):
+    """Bytes that are alive after a call on tensors without content, and the most in it."""
+    with FakeTensorMode(), Live() as live:
+        call = function()
+        before = live.most = live.now
+        result = call()
+        return live.now - before, live.most - before, result
+
+
+def as_on_a_gpu(monkeypatch):
+    """CUDA's autocast computes norms in fp32, a CPU's does not; and attention is always fused."""
+    for name in ("group_norm", "layer_norm"):
+        norm = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda x, *rest, norm=norm: norm(x.float(), *rest))
+    monkeypatch.setattr(ops, "sdpa_kernel", lambda *backends: contextlib.nullcontext())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_table_says_what_sd_15_keeps_for_its_backward_pass(half, checkpointed, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+
+    def prepare():
+        unet = UNet(SD1_UNET)
+        inputs = (torch.empty(2, 4, 64, 64), torch.zeros(2), torch.empty(2, 77, 768))
+
+        def forward():
+            precision = Precision("bf16" if half else "no", CPU, keep_copies=not checkpointed)
+            with precision.autocast(), fast.checkpoint_gradients(unet, checkpointed):
+                return unet(*inputs)
+
+        return forward
+
+    kept, *_ = counted(prepare)
+    copies = 2 * UNET_SIZE * (half and not checkpointed)
+    expected = 2 * 64 * 64 * memory.KEPT[half][checkpointed]
+    assert kept - copies == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True])
+def test_the_table_says_what_drawing_takes(half, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+
+    def decode():
+        vae, z = VAE(SD_VAE).requires_grad_(False), torch.empty(1, 4, 64, 64)
+        return lambda: vae.decode(z)
+
+    def predict(samples):
+        unet = UNet(SD1_UNET)
+        inputs = (torch.empty(samples, 4, 64, 64), torch.zeros(samples))
+        inputs += (torch.empty(samples, 77, 768),)
+
+        @torch.no_grad()
+        def forward():
+            with Precision("bf16" if half else "no", CPU, keep_copies=False).autocast():
+                return unet(*inputs)
+
+        return forward
+
+    decoding = counted(decode)[1]
+    for samples, expected in zip((16, 8), memory.DRAWING[half], strict=True):
+        most = max(decoding, counted(lambda samples=samples: predict(samples))[1])
+        assert most == pytest.approx(64 * 64 * expected, rel=0.02)
