@@ -401,6 +401,11 @@ FLOAT32 = {  # no tensor cores
     "backward_dkv": ((32, 16, 32, 8, 1), (160, 16, 32, 4, 1)),
     "short_backward": (),
 }
+FLOAT32_BLACKWELL = FLOAT32 | {  # on 10.x the rows above spill
+    "forward": ((48, 32, 16, 4, 1), (160, 16, 16, 8, 1), (512, 16, 16, 8, 1)),
+    "backward_dq": ((80, 16, 16, 8, 1), (96, 16, 16, 4, 1), (160, 16, 16, 8, 1)),
+    "backward_dkv": ((32, 16, 32, 8, 1), (160, 16, 32, 8, 1)),
+}
 
 
 def config(kernel: str, q: torch.Tensor, N_k: int) -> dict | None:
@@ -411,7 +416,9 @@ def config(kernel: str, q: torch.Tensor, N_k: int) -> dict | None:
     d = q.shape[-1]
     major = card.capability(q.device) // 10
     tables = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: AMPERE}
-    table = FLOAT32 if q.dtype == torch.float32 else tables[major]
+    if q.dtype == torch.float32:
+        tables = dict.fromkeys(tables, FLOAT32) | {10: FLOAT32_BLACKWELL}
+    table = tables[major]
     row = next((row for row in table[kernel] if d <= row[0]), None)
     if row is None or (kernel.startswith("short") and N_k > SHORT):
         return None
