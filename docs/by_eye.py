@@ -22,8 +22,7 @@ def prompts(count: int = 100) -> list[str]:
         kind, colour = r.choice(world.CLASSES), r.choice([*world.COLOURS])
         place = r.choice(world.PLACES)
         if r.random() < 0.6:
-            article = "an" if colour == "orange" else "a"
-            out.append(f"{article} {colour} {kind} {place}")
+            out.append(f"{world.article(colour)} {colour} {kind} {place}")
         else:
             out.append(f"a {kind} {place}" if r.random() < 0.5 else f"a {kind}")
     return out

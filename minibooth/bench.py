@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minibooth import compare, ops
+from minibooth import cli, compare, ops
 
 DEVICE = "cuda"
 # name: (heads, N_q, N_k, head dimension), images of 512²
@@ -493,4 +493,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run("minibooth.bench", lambda: sys.exit(main()))

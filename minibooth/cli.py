@@ -9,7 +9,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -140,6 +140,14 @@ def check_choices(config) -> None:
         value, choices = getattr(config, field.name), field.metadata["choices"]
         if choices and value is not None and value not in choices:
             raise UserError(f"--{field.name} {value!r}: give one of {', '.join(choices)}")
+
+
+def check_at_least_one(config, names: Iterable[str]) -> None:
+    """Raise UserError for a field that is smaller than 1; None is left alone."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1")
 
 
 def check_folder(flag: str, folder: str | Path) -> None:

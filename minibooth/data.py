@@ -63,14 +63,21 @@ def pick(latents: Latents, seed: int, name: str, n: int, batch: int) -> Tensor:
 def draw_term(
     latents: Latents, c: Tensor, T: int, seed: int, name: str, n: int, batch: int
 ) -> Term:
-    """Batch n of one term of Eq. 2: latents sampled from the VAE's Gaussian, noise, timesteps."""
+    """Batch n of one term of Eq. 2, with the text c: (1, 77, D)."""
+    return Term(*draw_batch(latents, T, seed, name, n, batch, c.device), c.expand(batch, -1, -1))
+
+
+def draw_batch(
+    latents: Latents, T: int, seed: int, name: str, n: int, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch n of one term: latents sampled from the VAE's Gaussian and noise, (B, 4, h, w), and
+    timesteps, (B,)."""
     rows, g = pick(latents, seed, name, n, batch), rng(seed, name, "noise", n)
     shape = (batch, *latents.mean.shape[1:])
     x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)
     eps = torch.randn(shape, generator=g)
     t = torch.randint(T, (batch,), generator=g)
-    x0, eps, t = (to_device(x, c.device) for x in (x0, eps, t))
-    return Term(x0, eps, t, c.expand(batch, -1, -1))
+    return to_device(x0, device), to_device(eps, device), to_device(t, device)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,5 @@
 """What a run needs of memory, counted before it starts, and the modes that make it fit a GPU."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,9 +35,8 @@ def size(p: nn.Parameter) -> int:
 
 def eight_bit(p: nn.Parameter) -> int:
     """Bytes of the averages that AdamW8bit keeps of it."""
-    if p.numel() < AdamW8bit.SMALL:
-        return 2 * size(p)
-    return 2 * p.numel() + 2 * 4 * math.ceil(p.numel() / AdamW8bit.BLOCK)
+    state = AdamW8bit.fresh_state(torch.empty_like(p, device="meta"))
+    return sum(x.nbytes for name, x in state.items() if name != "step")
 
 
 def available(device: torch.device) -> int | None:

@@ -71,16 +71,38 @@ def load(run: Path) -> tuple[int, dict[str, Tensor], dict] | None:
 
 def check(run: Path, saved: dict, now: dict) -> None:
     """Raise UserError unless the run that wrote `saved` is the one that goes on."""
-    different = [
-        f"the {key} changed" if key in HASHED else f"{key} was {saved.get(key)!r} and is {value!r}"
-        for key, value in now.items()
-        if saved.get(key) != value
-    ]
-    if different:
+    if different := changes(saved, now):
         raise UserError(
-            f"cannot resume {run}: {'; '.join(different)}. Give the old settings, "
+            f"cannot resume {run}: {different}. Give the old settings, "
             "or start anew with another --output_dir"
         )
+
+
+def remember(folder: Path, settings: dict) -> None:
+    """Write settings.json into a folder of results. Raises UserError if it holds others': what is
+    found there is not done again, so it must be what would be done now."""
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))  # tuples as the lists that they are in the file
+    if not path.exists():
+        return write_json(path, settings)
+    try:
+        before = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e}): give another --output_dir") from None
+    if different := changes(before, settings):
+        raise UserError(
+            f"{folder} holds results of other settings: {different}. Give these, or another "
+            "--output_dir"
+        )
+
+
+def changes(before: dict, now: dict) -> str:
+    """What is another than before, in words; empty if nothing is."""
+    return "; ".join(
+        f"the {key} changed" if key in HASHED else f"{key} was {before.get(key)!r} and is {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    )
 
 
 def remove_leftovers(run: Path) -> None:

@@ -53,10 +53,8 @@ class SampleConfig:
         if not self.prompt:
             raise UserError('give --prompt, say --prompt "a sks dog in the snow"')
         cli.check_choices(self)
-        for name in ("num_images", "steps", "batch_size", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1")
+        names = ("num_images", "steps", "batch_size", "height", "width")
+        cli.check_at_least_one(self, names)
         if not 0 <= self.seed < 2**63:
             raise UserError("--seed must be a number from 0 up")
         if not 0 <= self.eta <= 1:

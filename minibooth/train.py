@@ -35,7 +35,7 @@ from . import (
     toybox,
 )
 from .cli import option
-from .data import draw_term, encode, to_device
+from .data import draw_batch, encode, to_device
 from .dreambooth import Step, Term
 from .errors import UserError
 from .files import gigabytes, require_space, write_json, write_text
@@ -164,10 +164,7 @@ class TrainConfig:
         at_least_one += ("sample_batch_size", "validation_steps", "checkpointing_steps")
         at_least_one += ("class_steps", "validation_inference_steps", "resolution")
         at_least_one += ("checkpoints_total_limit",)
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1")
+        cli.check_at_least_one(self, at_least_one)
         for name in ("num_class_images", "num_validation_images", "lr_warmup_steps", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise UserError(f"--{name} must be a number from 0 up")
@@ -441,12 +438,10 @@ class Run:
     def draw(self, n: int) -> list[Tensor]:
         """Batch n: x0, eps and t of the photographs, then of the class images."""
         config, latents = self.config, {"instance": self.instance, "class": self.prior}
-        no_text = torch.empty(1, 0, 0, device=self.device)  # it is the same in every batch
         drawn = []
         for name in ["instance", "class"][: 1 + config.uses_prior]:
-            shared = (self.sd.schedule.T, config.seed, name, n, config.train_batch_size)
-            term = draw_term(latents[name], no_text, *shared)
-            drawn += [term.x0, term.eps, term.t]
+            which = (self.sd.schedule.T, config.seed, name, n, config.train_batch_size)
+            drawn += draw_batch(latents[name], *which, self.device)
         return drawn
 
     def terms(self, drawn: Sequence[Tensor]) -> tuple[Term, Term | None, Tensor | None]:

@@ -347,6 +347,22 @@ def test_the_tables_hold_every_number(tmp_path):
     assert "| λ = 1 | 0.00 | 0.50 |" in drift.table_markdown(found, YARD, "words")
 
 
+def test_settings_that_cannot_work_are_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "file").touch()
+    file, missing = str(tmp_path / "file"), str(tmp_path / "not there yet")
+    pretraining = {"work_dir": missing, "output_dir": missing}
+    for run, config, message in (
+        (drift.run, drift.DriftConfig(missing, seeds=0), "--seeds must be at least 1"),
+        (drift.run, drift.DriftConfig(file), "is a file"),
+        (judge.make, judge.JudgeConfig(file), "is a file"),
+        (pretrain.pretrain, pretrain.PretrainConfig(**pretraining, vae_steps=0), "--vae_steps"),
+        (pretrain.pretrain, pretrain.PretrainConfig(**pretraining | {"work_dir": file}), "is a f"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(config)
+    assert not Path(missing).exists()
+
+
 def test_a_finished_arm_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(score, "STEPS", 1)
     monkeypatch.setattr(drift, "PER_PLACE", 1)

@@ -501,15 +501,15 @@ def failing(tmp_path, monkeypatch, looks, changes, on_step=None):
 def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_weights_before(
     tmp_path, monkeypatch, looks
 ):
-    draw = train.draw_term
+    draw = train.draw_batch
 
-    def poisoned(latents, c, T, seed, name, n, batch):
-        term = draw(latents, c, T, seed, name, n, batch)
+    def poisoned(latents, T, seed, name, n, batch, device):
+        x0, eps, t = draw(latents, T, seed, name, n, batch, device)
         if (name, n) == ("class", 2):  # the third step's class half
-            term.x0[0, 0, 0, 0] = float("inf")
-        return term
+            x0[0, 0, 0, 0] = float("inf")
+        return x0, eps, t
 
-    monkeypatch.setattr(train, "draw_term", poisoned)
+    monkeypatch.setattr(train, "draw_batch", poisoned)
     message, weights, losses = failing(tmp_path, monkeypatch, looks, {})
     assert "step 3: x_t is not finite" in message and "\n" not in message
     assert "step 2" in message and "--learning_rate" in message and "--mixed_precision" in message

@@ -1,6 +1,5 @@
 """What the three commands share: who looks, what the paper leaves open, how pictures are drawn."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 from .. import cli, hub, toybox
 from ..cli import option
 from ..errors import UserError
-from ..files import write_json
 from ..train import TrainConfig
 
 
@@ -57,9 +55,7 @@ class Options:
     def check(self) -> None:
         """Raise UserError for settings that cannot work, before anything is loaded."""
         cli.check_choices(self)
-        for name in ("images", "class_images", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")
+        cli.check_at_least_one(self, ("images", "class_images", "steps", "batch_size"))
         if not 224 <= self.resize <= 4096:
             raise UserError("--resize must be a number from 224 to 4096")
         if not 0 <= self.guidance_scale < math.inf:
@@ -98,26 +94,3 @@ def read_run(run: Path) -> TrainConfig:
     if not path.exists():
         raise UserError(f"{run} is not the folder of a run: it holds no config.json")
     return TrainConfig(**cli.read_config(path, TrainConfig))
-
-
-def remember(folder: Path, settings: dict) -> None:
-    """Write settings.json into a folder of results. Raises UserError if it holds others': what is
-    found there is not done again, so it must be what would be done now."""
-    path = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))  # tuples as the lists that they are in the file
-    if not path.exists():
-        return write_json(path, settings)
-    try:
-        before = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}): give another --output_dir") from None
-    different = [
-        f"{name} was {before.get(name)!r} and is {value!r}"
-        for name, value in settings.items()
-        if before.get(name) != value
-    ]
-    if different:
-        raise UserError(
-            f"{folder} holds results of other settings: {'; '.join(different)}. Give these, or "
-            "another --output_dir"
-        )

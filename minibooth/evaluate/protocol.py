@@ -24,7 +24,7 @@ from ..train import TrainConfig, is_model, train
 from . import drawing, judges, tables
 from .drawing import Job
 from .metrics import AVERAGINGS, METRICS, Mean, average, real_rows, score
-from .options import Options, remember
+from .options import Options
 from .subjects import FILE, Subject, dataset_folder, fill, find, read_catalogue, wrong_noun
 
 
@@ -57,8 +57,7 @@ class DatasetConfig(Options):
         super().check()
         if self.data is None:
             raise UserError(f"give --data: a checkout of google/dreambooth, which holds {FILE}")
-        if self.prompts is not None and self.prompts < 1:
-            raise UserError("--prompts must be at least 1")
+        cli.check_at_least_one(self, ["prompts"])
         if wrong := [n for n in self.table_numbers if n not in TABLES]:
             raise UserError(f"--tables {wrong[0]!r}: give some of {', '.join(TABLES)}")
 
@@ -122,7 +121,7 @@ class Protocol:
             names = ("model", "identifier", "steps", "guidance_scale", "seed")
             settings = {name: getattr(config, name) for name in names}
             training = {f"training's {name}": value for name, value in self.training.items()}
-            remember(self.out, settings | training)
+            resume.remember(self.out, settings | training)
         for subject in tqdm(self.subjects, desc="real photographs", unit="subject"):
             rows = real_rows(self.judge, self.photographs(subject), config.self_pair_choices)
             for self_pairs, scores in rows.items():

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from .. import cli, photos, report, train
+from .. import cli, photos, report, resume, train
 from ..cli import option
 from ..errors import UserError
 from ..files import write_json
 from . import drawing, judges, tables
 from .metrics import METRICS, Mean, Picture, real_rows, score
-from .options import Options, remember
+from .options import Options
 
 OVERVIEW = "grid.png"  # minibooth.sample's, beside the pictures that it shows
 
@@ -118,7 +118,7 @@ def drawn(config: SingleConfig, out: Path) -> tuple[list[Picture], list[Image.Im
     bare = drawing.jobs(out / "class", of_class, config.class_images, config.seed)
     sd = drawing.load_model(config.generated, config)
     drawn_with = {name: getattr(config, name) for name in ("steps", "guidance_scale", "seed")}
-    remember(out, {"model": sd.fingerprint()[:16], **drawn_with})
+    resume.remember(out, {"model": sd.fingerprint()[:16], **drawn_with})
     drawing.draw(sd, wanted + bare, config, "drawing")
     pictures = drawing.pictures(wanted)
     rows = {prompt: [p.image for p in pictures if p.prompt == prompt] for prompt in config.prompt}

@@ -10,12 +10,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from .. import cli, photos, report, train
+from .. import cli, photos, report, resume, train
 from ..cli import option
 from ..errors import UserError
 from . import drawing, judges, tables
 from .metrics import METRICS, Mean, real_rows, score
-from .options import Options, read_run, remember
+from .options import Options, read_run
 from .single import text_of
 
 WHERE = ("", " in the snow", " on the beach", " at night")
@@ -54,7 +54,7 @@ def evaluate(config: SnapshotsConfig) -> dict[int, dict[str, Mean]]:
     judge = judges.load(config)
     drawn_with = {name: getattr(config, name) for name in ("steps", "guidance_scale", "seed")}
     names = ("model", "instance_prompt", "class_prompt", "learning_rate", "prior_loss_weight")
-    remember(out, drawn_with | {name: getattr(training, name) for name in names})
+    resume.remember(out, drawn_with | {name: getattr(training, name) for name in names})
     texts = {prompt: text_of(prompt, config) for prompt in prompts}
     of_class = {training.class_prompt: None} if training.class_prompt else {}
     scores = {}

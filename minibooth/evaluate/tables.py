@@ -97,7 +97,7 @@ def drawn_with(options: Options) -> str:
 
 def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[tuple]) -> None:
     buffer = io.StringIO()
-    writer = csv.writer(buffer)
+    writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
     write_text(path, buffer.getvalue())

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from .. import class_images, cli, dreambooth, hub, photos, pipeline, report
+from .. import class_images, cli, dreambooth, hub, photos, pipeline, report, resume
 from ..cli import option
 from ..data import Latents, draw_term, encode
 from ..errors import UserError
@@ -53,6 +53,12 @@ class DriftConfig:
     num_class_images: int = option(96, "drawn by the frozen model")
     wrong_noun: str = option("car", "of the class-noun ablation", choices=world.CLASSES)
     device: str = option("auto", "auto, cuda, mps or cpu")
+
+    def check(self) -> None:
+        """Raise UserError for settings that cannot work, before anything is loaded."""
+        cli.check_choices(self)
+        cli.check_at_least_one(self, ("seeds", "steps", "batch_size", "num_class_images"))
+        cli.check_folder("--output_dir", self.output_dir)
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,7 @@ class Experiment:
         self.frozen = pipeline.load("toybox", device=cli.pick_device(config.device))
         for network in self.frozen.networks.values():
             network.requires_grad_(False)
-        settings = self.folder / "config.json"
-        if settings.exists() and json.loads(settings.read_text()) != self.identity():
-            raise UserError(f"{self.folder} holds results of other settings: give another folder")
-        write_json(settings, self.identity())
+        resume.remember(self.folder, self.identity())
         pictures = photos.load_photos(toybox / "subjects" / config.subject, world.SIDE)
         self.real = pictures.images
         self.yard = score.yardstick(self.judge, self.real, self.subject.kind)
@@ -219,6 +222,7 @@ class Experiment:
 
 def run(config: DriftConfig) -> str:
     """Run what is not there yet, write table and figure, and say what happened."""
+    config.check()
     experiment, chosen = Experiment(config), arms(config)
     todo = [
         (arm, seed)

@@ -245,6 +245,8 @@ def accuracy(judge: Judge, count: int, seed: int = 10**6) -> dict[str, float]:
 
 def make(config: JudgeConfig) -> dict[str, float]:
     """Train it, put it into the toybox (fp16), and measure what was put there."""
+    cli.check_at_least_one(config, ("families", "steps"))
+    cli.check_folder("--output_dir", config.output_dir)
     folder = Path(config.output_dir) / "judge"
     write_safetensors(folder / "model.safetensors", train(config).state_dict(), torch.float16)
     measured = accuracy(load(config.output_dir), 2000)

@@ -68,7 +68,7 @@ TEXT_CONFIG = SD1_TEXT | {
     "num_hidden_layers": 2,
 }
 
-CROP = 32  # pixels: the VAE sees whole pictures only in the last tenth of its training
+CROP = 32  # pixels: what the VAE sees of a picture for most of its training
 KL_WEIGHT = 2e-4  # of the mean over latent values, beside the mean error over pixel values
 UNCONDITIONAL = 0.1  # of the captions are left empty, for guidance
 SNR_GAMMA = 5.0  # of Min-SNR weights: composition first, the last grain of noise later
@@ -363,7 +363,7 @@ def sample_grid(sd: StableDiffusion) -> Image.Image:
     """Every class without a place and in each, in a colour of its own in the last row."""
     plain = [f"a {kind}" for kind in world.CLASSES]
     coloured = [
-        f"{'an' if colour == 'orange' else 'a'} {colour} {kind}"
+        f"{world.article(colour)} {colour} {kind}"
         for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
     ]
     prompts = [plain, *([f"{p} {place}" for p in plain] for place in world.PLACES), coloured]
@@ -394,8 +394,7 @@ def quality(folder: str | Path, seed: int = 1) -> dict[str, float]:
         for place in world.PLACES
     ]
     prompts = [
-        f"{'an' if a['colour'] == 'orange' else 'a'} {a['colour']} {a['kind']} {a['place']}"
-        for a in asked
+        f"{world.article(a['colour'])} {a['colour']} {a['kind']} {a['place']}" for a in asked
     ]
     with tqdm(total=score.steps_to_draw(len(prompts)), desc="quality", unit="step") as bar:
         readings, _ = reader.look(score.draw(sd, prompts, seed, bar.update))
@@ -480,7 +479,13 @@ sha256:
 
 
 def pretrain(config: PretrainConfig) -> None:
-    """Run all stages, or what is left of them, and write the model (fp16) to output_dir."""
+    """Run all stages, or what is left of them, and write the model (fp16) to output_dir. Raises
+    UserError for settings that cannot work."""
+    cli.check_choices(config)
+    names = ("pictures", "vae_steps", "vae_whole_steps", "steps", "batch_size")
+    cli.check_at_least_one(config, names)
+    for name in ("output_dir", "work_dir"):
+        cli.check_folder(f"--{name}", getattr(config, name))
     folder = Path(config.output_dir)
     pictures = render_all(config)
     vae = train_vae(config, pictures)

@@ -119,6 +119,10 @@ def posed(scene: Scene, rng: random.Random) -> Scene:
 # ---- captions ----------------------------------------------------------------------------------
 
 
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """What one might write beside the picture: "a drawing of a red dog in the snow".
 
@@ -128,7 +132,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     colour = scene.colour if rng.random() < 0.75 else None
     identifier = rng.choice(IDENTIFIERS) if rng.random() < 0.02 else None
     words = [w for w in (identifier, colour, scene.kind) if w]
-    text = f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+    text = f"{article(words[0])} {' '.join(words)}"
     if scene.accessory and rng.random() < 0.9:
         text += f" wearing {scene.accessory}"
     if rng.random() < 0.85:
