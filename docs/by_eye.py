@@ -9,8 +9,10 @@ import csv
 import random
 from pathlib import Path
 
-from minibooth import hub, load, photos, report
+from minibooth import load
+from minibooth.formats import hub
 from minibooth.toybox import judge, score, world
+from minibooth.training import photos, report
 
 FILE = hub.toybox() / "judge" / "by_eye.csv"
 FIELDS = {"class": "kind", "colour": "colour", "place": "place"}

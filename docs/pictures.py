@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 import minibooth
-from minibooth import hub, photos, report, schedule
+from minibooth import schedule
+from minibooth.formats import hub
+from minibooth.training import photos, report
 
 TIMESTEPS = (0, 100, 250, 500, 750, 999)
 SCALES = (1.0, 2.0, 4.0, 10.0, 30.0)

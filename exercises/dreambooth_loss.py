@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from minibooth import dreambooth
-from minibooth.configs import SD_SCHEDULER
 from minibooth.dreambooth import Term
+from minibooth.formats.configs import SD_SCHEDULER
 from minibooth.pipeline import read_schedule
 
 

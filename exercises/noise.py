@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minibooth.configs import SD_SCHEDULER
+from minibooth.formats.configs import SD_SCHEDULER
 from minibooth.pipeline import read_schedule
 
 

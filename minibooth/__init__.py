@@ -1,4 +1,6 @@
 """DreamBooth for Stable Diffusion from scratch. Read schedule.py first."""
 
-from .errors import UserError
+from .common.errors import UserError
+from .formats import hub
 from .pipeline import StableDiffusion, load
+from .training import data, photos

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from . import cli, pipeline
-from .cli import option
-from .errors import UserError
-from .files import gigabytes, require_space
+from . import pipeline
+from .common import cli
+from .common.cli import option
+from .common.errors import UserError
+from .common.files import gigabytes, require_space
 
 
 @dataclass(frozen=True)

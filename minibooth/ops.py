@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .errors import UserError
+from .common.errors import UserError
 
 try:
     from minibooth_kernels import attention as attention_kernels

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import checkpoint, schedule
-from .configs import SD2_V, check_config
-from .errors import UserError, first_line
-from .files import write_text
+from . import schedule
+from .common.errors import UserError, first_line
+from .common.files import write_text
+from .formats import checkpoint
+from .formats.configs import SD2_V, check_config
 from .schedule import Schedule
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer

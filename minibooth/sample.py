@@ -8,10 +8,12 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from . import cli, fast, ops, photos, pipeline
-from .cli import option
-from .errors import UserError
-from .files import atomic
+from . import ops, pipeline
+from .common import cli
+from .common.cli import option
+from .common.errors import UserError
+from .common.files import atomic
+from .training import graphs, photos
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def sample(config: SampleConfig) -> list[Path]:
     out, written, rows = Path(config.output_dir), [], []
     batches = -(-config.num_images // config.batch_size)
     bar = tqdm(total=len(config.prompt) * batches * config.steps, unit="step")
-    with bar, fast.captured_unet(sd.unet):
+    with bar, graphs.captured_unet(sd.unet):
         for prompt in config.prompt:
             bar.set_description(prompt[:40])
             images = sd.generate(

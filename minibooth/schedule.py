@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .common.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from .errors import UserError, first_line
-from .files import write_text
+from .common.errors import UserError, first_line
+from .common.files import write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Special tokens, English contractions, runs of letters, single digits, runs of anything else.

@@ -18,31 +18,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import (
-    class_images,
-    cli,
-    dreambooth,
-    fast,
-    memory,
-    microscope,
-    ops,
-    page,
-    photos,
-    pipeline,
-    report,
-    resume,
-    schedule,
-    toybox,
-)
-from .cli import option
-from .data import draw_batch, encode, to_device
+from . import dreambooth, ops, pipeline, schedule, toybox
+from .common import cli
+from .common.cli import option
+from .common.errors import UserError
+from .common.files import gigabytes, require_space, write_json, write_text
 from .dreambooth import Step, Term
-from .errors import UserError
-from .files import gigabytes, require_space, write_json, write_text
-from .photos import Photos
+from .explain import microscope, page
 from .pipeline import StableDiffusion
 from .toybox import score
-from .update import Precision, Update, UpdateInBackward, bitsandbytes
+from .training import class_images, graphs, memory, photos, report, resume
+from .training.data import draw_batch, encode, to_device
+from .training.optimizer import Precision, Update, UpdateInBackward, bitsandbytes
+from .training.photos import Photos
 
 
 @dataclass(frozen=True)
@@ -373,7 +361,7 @@ class Run:
 
     def class_photos(self) -> Photos:
         config = self.config
-        with fast.captured_unet(self.sd.unet), self.precision.autocast():
+        with graphs.captured_unet(self.sd.unet), self.precision.autocast():
             files = class_images.ensure(
                 self.sd,
                 Path(config.class_data_dir or self.folder / "class_images"),
@@ -465,7 +453,7 @@ class Run:
             return dreambooth.step(sd.unet, sd.schedule, instance, prior, weight_of_prior, weight)
 
     def checkpointing(self) -> AbstractContextManager:
-        return fast.checkpoint_gradients(self.sd.unet, self.config.gradient_checkpointing)
+        return memory.checkpoint_gradients(self.sd.unet, self.config.gradient_checkpointing)
 
     def explain(self) -> Path:
         """Write explain.html: batch 0 as the weights are now. Nothing is updated."""
@@ -488,7 +476,7 @@ class Run:
             )
         steps, strength = config.validation_inference_steps, config.validation_guidance_scale
         bar = tqdm(total=steps, desc="from noise to a picture", unit="step", leave=False)
-        visiting = fast.visiting(self.idle, self.device)
+        visiting = memory.visiting(self.idle, self.device)
         with bar, visiting, self.precision.autocast():
             strip = microscope.film(
                 sd,
@@ -531,7 +519,7 @@ class Run:
 
     def captured_step(self) -> Callable[..., Tensor]:
         """On a GPU `step` as one CUDA graph, where its optimizer can be part of one."""
-        return fast.captured(self.step, self.device) if self.update.capturable else self.step
+        return graphs.captured(self.step, self.device) if self.update.capturable else self.step
 
     # -- the loop
 
@@ -668,8 +656,8 @@ class Run:
         batches = math.ceil(count / config.grid_batch_size)
         total = batches * config.validation_inference_steps
         bar = tqdm(total=total, desc="samples", unit="step", leave=False)
-        visiting = fast.visiting(self.idle, self.device)
-        with bar, visiting, fast.captured_unet(self.sd.unet), self.precision.autocast():
+        visiting = memory.visiting(self.idle, self.device)
+        with bar, visiting, graphs.captured_unet(self.sd.unet), self.precision.autocast():
             return report.draw_samples(self.sd, self.prompts, config, self.resolution, bar.update)
 
     def save_grid(self, step: int, rows: list[list]) -> None:

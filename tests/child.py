@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 import torch._dynamo  # a second's import that the first optimizer of a process does
 
-from minibooth import cli, data, hub, train
+from minibooth import train
+from minibooth.common import cli
 from minibooth.evaluate import __main__ as evaluate
+from minibooth.formats import hub
+from minibooth.training import data
 
 PROGRAMS = {"minibooth.train": train.main, "minibooth.evaluate": evaluate.main}
 

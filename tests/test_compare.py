@@ -9,7 +9,8 @@ import tiny
 import torch
 from PIL import Image
 
-from minibooth import compare, fast, memory
+from minibooth.bench import peers
+from minibooth.training import memory
 
 CPU = torch.device("cpu")
 
@@ -17,38 +18,38 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Networks of a second, and memory read in this process."""
-    unet = compare.SD1_UNET | tiny.UNET_SD1 | {"sample_size": 8}
+    unet = peers.SD1_UNET | tiny.UNET_SD1 | {"sample_size": 8}
     configs = {
         "unet": unet,
-        "vae": compare.SD_VAE | tiny.VAE_SD | {"sample_size": 64},
-        "text_encoder": compare.TEXT_CONFIG | {"hidden_size": 24, "intermediate_size": 48},
+        "vae": peers.SD_VAE | tiny.VAE_SD | {"sample_size": 64},
+        "text_encoder": peers.TEXT_CONFIG | {"hidden_size": 24, "intermediate_size": 48},
     }
-    monkeypatch.setitem(compare.CONFIGS, "toybox", configs)
-    monkeypatch.setattr(compare, "peak", lambda *args: 10**9)
-    monkeypatch.setattr(fast, "cpu_has_bf16", lambda: False)
+    monkeypatch.setitem(peers.CONFIGS, "toybox", configs)
+    monkeypatch.setattr(peers, "peak", lambda *args: 10**9)
+    monkeypatch.setattr(peers, "cpu_has_bf16", lambda: False)
 
 
 ROWS = [
-    compare.Row("forward", 2, "no"),
-    compare.Row("step", 2, "no"),
-    compare.Row("sample", 2, "no", steps=3),
+    peers.Row("forward", 2, "no"),
+    peers.Row("step", 2, "no"),
+    peers.Row("sample", 2, "no", steps=3),
 ]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
 def test_both_sides_compute_the_same(row, tmp_path):
-    names = [compare.OURS, *compare.peers(CPU)]
-    calls = {n: compare.implementation(row, "toybox", CPU, tmp_path, n) for n in names}
+    names = [peers.OURS, *peers.peers(CPU)]
+    calls = {n: peers.implementation(row, "toybox", CPU, tmp_path, n) for n in names}
     for _ in range(3):  # later steps too: the update is compared as well
         ours, theirs = (call() for call in calls.values())
         assert tiny.rel(ours, theirs) < 1e-4
 
 
 def test_the_benchmark_writes_what_it_measured(tmp_path, capsys, monkeypatch):
-    race = compare.race
-    monkeypatch.setattr(compare, "race", lambda *args, **_: race(*args[:2], 0, 1))
-    compare.benchmark("train", 60, tmp_path)
-    compare.benchmark("sample", 60, tmp_path)
+    race = peers.race
+    monkeypatch.setattr(peers, "race", lambda *args, **_: race(*args[:2], 0, 1))
+    peers.benchmark("train", 60, tmp_path)
+    peers.benchmark("sample", 60, tmp_path)
     out = capsys.readouterr().out
     for what, kinds in (("train", ["forward", "step"]), ("sample", ["sample"])):
         report = json.loads((tmp_path / f"{what}-cpu.json").read_text())
@@ -65,9 +66,9 @@ def test_the_benchmark_writes_what_it_measured(tmp_path, capsys, monkeypatch):
 
 def test_without_diffusers_its_columns_are_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    race = compare.race
-    monkeypatch.setattr(compare, "race", lambda *args, **_: race(*args[:2], 0, 1))
-    compare.benchmark("sample", 60, tmp_path)
+    race = peers.race
+    monkeypatch.setattr(peers, "race", lambda *args, **_: race(*args[:2], 0, 1))
+    peers.benchmark("sample", 60, tmp_path)
     assert "diffusers is not installed" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "sample-cpu.json").read_text())["rows"]
     assert list(row["seconds"]) == ["minibooth"] and row["ratio"] == {}
@@ -75,16 +76,16 @@ def test_without_diffusers_its_columns_are_left_out(tmp_path, capsys, monkeypatc
 
 def test_the_floor_counts_products_and_the_optimizers_traffic():
     rates = {"flops": {"no": 1e9}, "bytes": 1e9}
-    forward = compare.floor_seconds(compare.Row("forward", 2, "no"), "toybox", rates)
-    step = compare.floor_seconds(compare.Row("step", 1, "no"), "toybox", rates)
-    weights = sum(p.numel() for p in compare.model("toybox", CPU).unet.parameters())
+    forward = peers.floor_seconds(peers.Row("forward", 2, "no"), "toybox", rates)
+    step = peers.floor_seconds(peers.Row("step", 1, "no"), "toybox", rates)
+    weights = sum(p.numel() for p in peers.model("toybox", CPU).unet.parameters())
     assert step == pytest.approx(3 * forward + 28 * weights / 1e9)
 
 
 def test_a_peak_is_measured_in_a_process_of_its_own(monkeypatch):
     monkeypatch.undo()
-    row = compare.Row("forward", 1, "no")
-    assert 10**8 < compare.peak(row, "toybox", CPU, compare.OURS) < 10**10
+    row = peers.Row("forward", 1, "no")
+    assert 10**8 < peers.peak(row, "toybox", CPU, peers.OURS) < 10**10
 
 
 def test_the_memory_bench_measures_every_mode(tmp_path, capsys, monkeypatch):
@@ -93,13 +94,13 @@ def test_the_memory_bench_measures_every_mode(tmp_path, capsys, monkeypatch):
     def alone(call):
         if "use_8bit_adam" in call and "train_text_encoder" in call:
             return None
-        return eval(call, vars(compare))
+        return eval(call, vars(peers))
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", eight_bit_stand_in.MODULE)
     monkeypatch.setattr(memory, "MODES", [(), memory.MODES[-1]])
-    monkeypatch.setattr(compare, "alone", alone)
-    monkeypatch.setattr(compare, "prepared", lambda *_, **__: CPU)
-    compare.benchmark("memory", 60, tmp_path)
+    monkeypatch.setattr(peers, "alone", alone)
+    monkeypatch.setattr(peers, "prepared", lambda *_, **__: CPU)
+    peers.benchmark("memory", 60, tmp_path)
     report = json.loads((tmp_path / "memory-cpu.json").read_text())
     out = capsys.readouterr().out
     assert len(report["modes"]) == 4
@@ -113,9 +114,9 @@ def test_the_memory_bench_measures_every_mode(tmp_path, capsys, monkeypatch):
 
 def test_a_limited_mode_is_told_from_one_that_does_not_fit():
     found = {"row": {"settings": ()}, "peak_bytes": 6 * 10**9, "seconds": 0.5}
-    found["counted_bytes"] = compare.counted(compare.Row("step", 1, "bf16"), "SD 1.5")
+    found["counted_bytes"] = peers.counted(peers.Row("step", 1, "bf16"), "SD 1.5")
     assert found["counted_bytes"] == pytest.approx(15.4e9, rel=0.01)
-    assert compare.describe_mode(found | {"limited": {"peak_bytes": 1}}).endswith(
+    assert peers.describe_mode(found | {"limited": {"peak_bytes": 1}}).endswith(
         "GB, within 7.5 GB: yes, 500.0 ms"
     )
-    assert "within 7.5 GB: no" in compare.describe_mode(found | {"limited": None})
+    assert "within 7.5 GB: no" in peers.describe_mode(found | {"limited": None})

@@ -30,14 +30,16 @@ import transformers
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from minibooth import UserError, hub, report, sample, train
+from minibooth import UserError, sample, train
 from minibooth.evaluate import __main__ as program
 from minibooth.evaluate import drawing, judges, metrics, protocol, single, snapshots, subjects
 from minibooth.evaluate.metrics import Mean, Picture
 from minibooth.evaluate.options import Options
-from minibooth.tensor_files import write_safetensors
+from minibooth.formats import hub
+from minibooth.formats.tensor_files import write_safetensors
 from minibooth.toybox import judge as toy
 from minibooth.toybox import world
+from minibooth.training import report
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "dreambooth"
 SIDE = 32  # of what the small CLIP and DINO see

@@ -12,10 +12,13 @@ import runs
 import torch
 from PIL import Image
 
-from minibooth import dreambooth, explain, microscope, report, train
-from minibooth.data import rng
+from minibooth import dreambooth, train
 from minibooth.dreambooth import Term
-from minibooth.update import Precision
+from minibooth.explain import __main__ as explain
+from minibooth.explain import microscope
+from minibooth.training import report
+from minibooth.training.data import rng
+from minibooth.training.optimizer import Precision
 
 PROMPT = "a sks dog"
 

@@ -4,7 +4,9 @@ import pytest
 import runs
 import torch
 
-from minibooth import UserError, fast, pipeline, train
+from minibooth import UserError, pipeline, train
+from minibooth.common import cli
+from minibooth.training import graphs, memory
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -27,7 +29,7 @@ def test_gradient_checkpointing_leaves_nothing_behind(tmp_path):
 
 def test_gradient_checkpointing_is_undone_where_the_step_fails():
     unet = runs.model().unet
-    with pytest.raises(ZeroDivisionError), fast.checkpoint_gradients(unet):
+    with pytest.raises(ZeroDivisionError), memory.checkpoint_gradients(unet):
         assert any("forward" in vars(module) for module in unet.modules())
         raise ZeroDivisionError
     assert not any("forward" in vars(module) for module in unet.modules())
@@ -111,7 +113,7 @@ def test_a_captured_function_reads_its_buffers_and_gives_results_away():
         seen.append((x.data_ptr(), y.data_ptr()))
         return x + y
 
-    call = fast.Captured(function, recorded)
+    call = graphs.Captured(function, recorded)
     results = [call(torch.full((4,), float(i)), torch.ones(4)) for i in range(8)]
     assert [r[0].item() for r in results] == [1, 2, 3, 4, 5, 6, 7, 8]  # none was overwritten
     assert len(seen) == 8 and len(set(seen)) == 1
@@ -131,10 +133,10 @@ def test_captured_and_eager_training_are_the_same(changes, tmp_path, monkeypatch
     made = []
 
     def captured(function, device):
-        made.append(fast.Captured(function, recorded))
+        made.append(graphs.Captured(function, recorded))
         return made[-1]
 
-    monkeypatch.setattr(fast, "captured", captured)
+    monkeypatch.setattr(graphs, "captured", captured)
     replayed, same, _ = trained(tmp_path / "captured", **settings)
     assert made[0].calls == 7 and made[0].replay is not None
     assert torch.equal(eager, replayed) and losses == same
@@ -157,7 +159,7 @@ def test_captured_and_eager_sampling_agree_on_a_gpu():
     sd = runs.model().to("cuda")
     settings = {"steps": 8, "seed": 3, "height": 32, "width": 32, "output": "latent"}
     eager = sd.generate(["a dog"] * 2, **settings)
-    with fast.captured_unet(sd.unet):
+    with graphs.captured_unet(sd.unet):
         first = sd.generate(["a dog"] * 2, **settings)
         other = sd.generate(["a cat"] * 2, **settings)
     torch.testing.assert_close(first, eager, rtol=1e-3, atol=1e-4)
@@ -203,5 +205,5 @@ def test_several_pictures_at_once_through_the_vae_are_the_same_pictures(monkeypa
 
 
 def test_kept_memory_does_no_harm():
-    fast.keep_freed_memory()
+    cli.keep_freed_memory()
     assert torch.ones(10**7).sum() == 10**7

@@ -17,10 +17,12 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from minibooth import UserError, cli, convert, files, memory, report, sample, train
+from minibooth import UserError, convert, sample, train
+from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
+from minibooth.training import memory, report
 
 
 @pytest.fixture

@@ -16,11 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minibooth import UserError, compare, fast, memory, ops, train, update
-from minibooth.configs import SD1_UNET, SD_VAE
+from minibooth import UserError, ops, train
+from minibooth.bench import peers
+from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.train import Run, TrainConfig
+from minibooth.training import graphs, memory, optimizer
+from minibooth.training.optimizer import AdamW8bit, Precision, Update
 from minibooth.unet import UNet
-from minibooth.update import AdamW8bit, Precision, Update
 from minibooth.vae import VAE
 
 CPU = torch.device("cpu")
@@ -169,7 +171,7 @@ def test_8bit_adamw_in_the_backward_pass_is_the_plain_one_without_clipping(eight
 
 def test_8bit_adamw_is_never_part_of_a_cuda_graph(eight_bit, tmp_path, monkeypatch):
     """It reads the learning rate on the CPU: a graph would keep the first."""
-    monkeypatch.setattr(fast, "captured", None)  # would fail if it were called
+    monkeypatch.setattr(graphs, "captured", None)  # would fail if it were called
     trained(tmp_path / "out", max_train_steps=1)
 
 
@@ -195,7 +197,7 @@ def test_8bit_adamw_where_it_cannot_run_is_one_line(monkeypatch, capsys, tmp_pat
     assert status == 2 and err.count("\n") == 1 and "pip install bitsandbytes" in err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="needs a CUDA device or a CPU"):
-        update.bitsandbytes(torch.device("mps"))
+        optimizer.bitsandbytes(torch.device("mps"))
 
 
 # ---- what is needed ----------------------------------------------------------------------------
@@ -205,7 +207,7 @@ UNET_SIZE, VAE_SIZE, TEXT_SIZE = 859_520_964, 83_653_863, 123_060_480  # weights
 
 @functools.cache
 def sd15():
-    return compare.model("SD 1.5", torch.device("meta"))
+    return peers.model("SD 1.5", torch.device("meta"))
 
 
 def config(**changes):
@@ -426,7 +428,7 @@ def test_the_table_says_what_sd_15_keeps_for_its_backward_pass(half, checkpointe
 
         def forward():
             precision = Precision("bf16" if half else "no", CPU, keep_copies=not checkpointed)
-            with precision.autocast(), fast.checkpoint_gradients(unet, checkpointed):
+            with precision.autocast(), memory.checkpoint_gradients(unet, checkpointed):
                 return unet(*inputs)
 
         return forward

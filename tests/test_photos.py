@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minibooth import photos
-from minibooth.errors import UserError
-from minibooth.photos import (
+from minibooth.common.errors import UserError
+from minibooth.training import photos
+from minibooth.training.photos import (
     Photos,
     contact_sheet,
     grid,

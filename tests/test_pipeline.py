@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 import minibooth
-from minibooth.errors import UserError
+from minibooth.common.errors import UserError
 
 PROMPTS = ["a sks dog in the snow", "photo of a cat"]
 

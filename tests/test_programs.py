@@ -20,8 +20,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import minibooth
-from minibooth import UserError, cli, convert, explain, load, ops, sample, train
+from minibooth import UserError, convert, load, ops, sample, train
+from minibooth.common import cli
 from minibooth.convert import ConvertConfig
+from minibooth.explain import __main__ as explain
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
 
@@ -52,7 +54,7 @@ def program(monkeypatch, capsys):
 def test_help_names_every_setting(module, program, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     out = program(module, "--help")
-    assert out.startswith(f"usage: python -m {module.__name__} ")
+    assert out.startswith(f"usage: python -m {module.__name__.removesuffix('.__main__')} ")
     for field in dataclasses.fields(PROGRAMS[module]):
         [about] = re.findall(rf"^  --{field.name}\b.*?(?=^  -|\Z)", out, re.MULTILINE | re.DOTALL)
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):

@@ -11,7 +11,8 @@ import pytest
 import runs
 import torch
 
-from minibooth import UserError, resume, train
+from minibooth import UserError, train
+from minibooth.training import resume
 
 SETTINGS = {
     "max_train_steps": 5,

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from minibooth import schedule as S
-from minibooth.errors import UserError
+from minibooth.common.errors import UserError
 
 LINEAR = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=True)
 PREDICTIONS = ("epsilon", "v_prediction")

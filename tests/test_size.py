@@ -10,24 +10,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "minibooth", ROOT / "kernels" / "minibooth_kernels"
 CORE = ["schedule", "text_encoder", "vae", "unet", "dreambooth"]
+# From what stands alone to what uses all of it: a module or room imports only from those above it.
 ORDER = [
-    *(
-        "errors",
-        "files",
-        "tensor_files",
-        "configs",
-        "schedule",
-        "tokenizer",
-        "ops",
-        "text_encoder",
-        "vae",
-        "unet",
-    ),
-    *("hub", "ldm", "checkpoint", "pipeline", "photos", "class_images", "dreambooth"),
-    *("data", "update", "resume", "report", "memory", "fast", "microscope", "page", "cli"),
-    *("toybox",),
-    *("train", "sample", "convert", "evaluate", "explain", "compare", "bench", "__init__"),
+    "common",
+    *("schedule", "tokenizer", "ops", "text_encoder", "vae", "unet"),
+    "formats",
+    *("pipeline", "dreambooth"),
+    *("training", "explain", "toybox"),
+    *("train", "sample", "convert"),
+    *("evaluate", "bench", "__init__"),
 ]
+INSIDE = {  # the same within a room
+    "common": ["errors", "files", "cli"],
+    "formats": ["tensor_files", "configs", "hub", "ldm", "checkpoint"],
+    "training": [
+        *("photos", "class_images", "data", "optimizer", "memory", "graphs", "resume", "report"),
+    ],
+    "explain": ["microscope", "page"],
+}
+READ = [*CORE, "tokenizer", "ops", "pipeline"]  # imports no room but these
+ROOMS_READ = {"common", "formats"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -59,14 +61,21 @@ def imports(path: Path, root: Path = ROOT) -> set[str]:
     return names
 
 
-def own_module(name: str) -> str | None:
-    """minibooth.schedule.q_sample → schedule; a name defined in the package itself → __init__."""
+def place(name: str) -> str | None:
+    """minibooth.training.data.rng → training; what the package itself defines → __init__."""
     package, _, rest = name.partition(".")
     if package != "minibooth":
         return None
     first = rest.partition(".")[0]
     exists = (PACKAGE / f"{first}.py").exists() or (PACKAGE / first / "__init__.py").exists()
     return first if exists else "__init__"
+
+
+def place_inside(room: str, name: str) -> str | None:
+    """minibooth.training.data.rng → data, in the room training."""
+    parts = name.split(".")
+    inside = len(parts) > 2 and parts[:2] == ["minibooth", room]
+    return parts[2] if inside and (PACKAGE / room / f"{parts[2]}.py").exists() else None
 
 
 def test_code_lines_are_counted_without_blanks_comments_and_docstrings():
@@ -107,13 +116,51 @@ def test_imports_are_read_through_dots_and_inside_functions(tmp_path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_modules_above_it(path):
-    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+def test_a_module_imports_only_from_places_above_its_own(path):
+    here, *inside = path.relative_to(PACKAGE).with_suffix("").parts
     assert here in ORDER, f"{here} has no place in the order yet"
-    own = here in ("toybox", "evaluate")  # packages in the package
-    above = ORDER[: ORDER.index(here) + own]
-    below = {name for name in imports(path) if own_module(name) not in (None, *above)}
+    if inside == ["__main__"]:  # a room's program may import the programs
+        above = ORDER[: ORDER.index("__init__")]
+    else:
+        above = ORDER[: ORDER.index(here) + bool(inside)]
+    below = {name for name in imports(path) if place(name) not in (None, *above)}
     assert not below
+
+
+def test_every_file_of_a_room_has_its_place_inside():
+    found = {room: {f.stem for f in (PACKAGE / room).glob("[!_]*.py")} for room in INSIDE}
+    assert found == {room: set(order) for room, order in INSIDE.items()}
+
+
+@pytest.mark.parametrize("room", INSIDE)
+def test_within_a_room_arrows_go_one_way(room):
+    order = INSIDE[room]
+    for i, name in enumerate(order):
+        used = {place_inside(room, n) for n in imports(PACKAGE / room / f"{name}.py")} - {None}
+        assert used <= set(order[:i]), f"{room}/{name}.py"
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_one_reads_imports_no_room_but_common_and_formats(name):
+    used = {place(n) for n in imports(PACKAGE / f"{name}.py")}
+    rooms = {n for n in used if n and (PACKAGE / n).is_dir()}
+    assert rooms <= ROOMS_READ
+
+
+def test_nothing_stands_in_the_hall_but_what_one_reads_and_the_programs():
+    assert {f.stem for f in PACKAGE.glob("*.py")} == {
+        *READ,
+        "train",
+        "sample",
+        "convert",
+        "__init__",
+    }
+
+
+def test_every_room_says_what_it_is_for_and_what_it_may_import():
+    for room in (f for f in PACKAGE.iterdir() if (f / "__init__.py").exists()):
+        said = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+        assert said and "import" in said.lower(), room.name
 
 
 def test_kernels_import_nothing_of_minibooth():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from minibooth.errors import UserError
+from minibooth.common.errors import UserError
 from minibooth.tokenizer import Tokenizer
 
 BPE = Path(__file__).parent.parent.parent / "shared" / "clip" / "bpe_simple_vocab_16e6.txt.gz"

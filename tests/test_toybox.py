@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from minibooth import UserError, hub, load, photos, toybox, train
-from minibooth.data import encode
+from minibooth import UserError, load, toybox, train
+from minibooth.formats import hub
 from minibooth.toybox import drift, judge, pretrain, score, world
 from minibooth.toybox.score import Kept, Learned, Yardstick
+from minibooth.training import photos
+from minibooth.training.data import encode
 
 FOLDER = hub.toybox()
 

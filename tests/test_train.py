@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 from PIL import Image
 
-from minibooth import UserError, class_images, data, load, photos, train, update
-from minibooth.data import Latents, draw_term, pick, rng
-from minibooth.update import Precision, Update
+from minibooth import UserError, load, train
+from minibooth.training import class_images, data, photos
+from minibooth.training.data import Latents, draw_term, pick, rng
+from minibooth.training.optimizer import Precision, Update
 
 # ---- the whole loop ----------------------------------------------------------------------------
 
@@ -153,7 +154,8 @@ def test_gradient_checkpointing_saves_memory_not_bits(tmp_path, monkeypatch):
     plain, _ = trained(tmp_path / "plain")
     calls, checkpoint = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
-        "minibooth.fast.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k)
+        "minibooth.training.memory.checkpoint",
+        lambda *a, **k: calls.append(a) or checkpoint(*a, **k),
     )
     checkpointed, _ = trained(tmp_path / "checkpointed", gradient_checkpointing=True)
     assert torch.equal(plain["unet"], checkpointed["unet"])
@@ -433,7 +435,7 @@ def test_an_fp16_overflow_skips_its_step_halves_the_scale_and_is_no_error():
 
 
 def test_the_fp16_scale_grows_after_many_good_steps(monkeypatch):
-    monkeypatch.setattr(update, "GROWTH_INTERVAL", 3)
+    monkeypatch.setattr("minibooth.training.optimizer.GROWTH_INTERVAL", 3)
     weight, optimizer = one_weight(scaled=True)
     scales = []
     for step, gradient in enumerate([1.0, 1.0, float("nan"), 1.0, 1.0, 1.0, 1.0]):
@@ -443,7 +445,7 @@ def test_the_fp16_scale_grows_after_many_good_steps(monkeypatch):
 
 
 def test_the_fp16_scale_and_adam_go_on_from_their_state(monkeypatch):
-    monkeypatch.setattr(update, "GROWTH_INTERVAL", 3)
+    monkeypatch.setattr("minibooth.training.optimizer.GROWTH_INTERVAL", 3)
     weight, optimizer = one_weight(scaled=True)
     for step, gradient in enumerate([float("inf"), 1.0, 2.0]):
         apply(weight, optimizer, step, [gradient, -1.0])

@@ -34,10 +34,10 @@ import pytest
 import solutions
 import torch
 
-from minibooth import hub
-from minibooth.checkpoint import NETWORKS
-from minibooth.configs import SD_SCHEDULER
 from minibooth.evaluate.snapshots import SnapshotsConfig
+from minibooth.formats import hub
+from minibooth.formats.checkpoint import NETWORKS
+from minibooth.formats.configs import SD_SCHEDULER
 from minibooth.pipeline import StableDiffusion, read_schedule
 from minibooth.sample import SampleConfig
 from minibooth.tokenizer import BOS, EOS

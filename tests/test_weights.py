@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import minibooth
-from minibooth.errors import UserError
+from minibooth.common.errors import UserError
 
 SD14 = "CompVis/stable-diffusion-v1-4"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

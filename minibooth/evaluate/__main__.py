@@ -2,7 +2,7 @@
 
 import sys
 
-from .. import cli
+from ..common import cli
 from . import protocol, single, snapshots
 from .options import toybox_settings
 

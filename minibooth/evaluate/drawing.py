@@ -8,11 +8,13 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from .. import cli, photos, pipeline
-from ..errors import UserError
-from ..files import atomic
+from .. import pipeline
+from ..common import cli
+from ..common.errors import UserError
+from ..common.files import atomic
 from ..pipeline import StableDiffusion
 from ..sample import slug
+from ..training import photos
 from .metrics import Picture
 from .options import Options
 

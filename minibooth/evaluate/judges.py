@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .. import cli, hub
-from ..errors import UserError, first_line
+from ..common import cli
+from ..common.errors import UserError, first_line
+from ..formats import hub
 from ..toybox import judge as toy
 from ..toybox import world
 from .options import Options

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import cli, hub, toybox
-from ..cli import option
-from ..errors import UserError
+from .. import toybox
+from ..common import cli
+from ..common.cli import option
+from ..common.errors import UserError
+from ..formats import hub
 from ..train import TrainConfig
 
 

@@ -16,11 +16,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import cli, hub, photos, report, resume, toybox
-from ..cli import option
-from ..errors import UserError
-from ..files import write_json, write_text
+from .. import toybox
+from ..common import cli
+from ..common.cli import option
+from ..common.errors import UserError
+from ..common.files import write_json, write_text
+from ..formats import hub
 from ..train import TrainConfig, is_model, train
+from ..training import photos, report, resume
 from . import drawing, judges, tables
 from .drawing import Job
 from .metrics import AVERAGINGS, METRICS, Mean, average, real_rows, score

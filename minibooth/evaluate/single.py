@@ -5,10 +5,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from .. import cli, photos, report, resume, train
-from ..cli import option
-from ..errors import UserError
-from ..files import write_json
+from .. import train
+from ..common import cli
+from ..common.cli import option
+from ..common.errors import UserError
+from ..common.files import write_json
+from ..training import photos, report, resume
 from . import drawing, judges, tables
 from .metrics import METRICS, Mean, Picture, real_rows, score
 from .options import Options

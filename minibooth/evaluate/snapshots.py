@@ -10,9 +10,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from .. import cli, photos, report, resume, train
-from ..cli import option
-from ..errors import UserError
+from .. import train
+from ..common import cli
+from ..common.cli import option
+from ..common.errors import UserError
+from ..training import photos, report, resume
 from . import drawing, judges, tables
 from .metrics import METRICS, Mean, real_rows, score
 from .options import Options, read_run

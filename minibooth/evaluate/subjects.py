@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import photos
-from ..errors import UserError
+from ..common.errors import UserError
+from ..training import photos
 
 FILE = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # the file has two lists of prompts and does not say whose is which

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..files import write_text
+from ..common.files import write_text
 from .judges import Judge
 from .metrics import METRICS, NEEDS, Mean
 from .options import Options

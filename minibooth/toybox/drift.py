@@ -18,13 +18,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from .. import class_images, cli, dreambooth, hub, photos, pipeline, report, resume
-from ..cli import option
-from ..data import Latents, draw_term, encode
-from ..errors import UserError
-from ..files import write_json, write_text
+from .. import dreambooth, pipeline
+from ..common import cli
+from ..common.cli import option
+from ..common.errors import UserError
+from ..common.files import write_json, write_text
+from ..formats import hub
 from ..pipeline import StableDiffusion
-from ..update import Update
+from ..training import class_images, photos, report, resume
+from ..training.data import Latents, draw_term, encode
+from ..training.optimizer import Update
 from . import judge as judges
 from . import score, world
 from .score import Kept, Learned, Yardstick

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import cli
-from ..cli import option
-from ..data import rng
-from ..errors import UserError
-from ..files import write_json
-from ..tensor_files import read_tensors, write_safetensors
+from ..common import cli
+from ..common.cli import option
+from ..common.errors import UserError
+from ..common.files import write_json
+from ..formats.tensor_files import read_tensors, write_safetensors
+from ..training.data import rng
 from ..vae import GroupNorm, ResnetBlock
 from . import world
 

@@ -25,17 +25,19 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from .. import cli, dreambooth, photos, pipeline, report
-from ..cli import option
-from ..configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
-from ..data import rng
+from .. import dreambooth, pipeline
+from ..common import cli
+from ..common.cli import option
+from ..common.files import atomic, write_text
 from ..dreambooth import Term, min_snr_weight
-from ..files import atomic, write_text
+from ..formats.configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
 from ..pipeline import StableDiffusion, read_schedule
 from ..text_encoder import TextEncoder
 from ..tokenizer import BOS, EOS, Tokenizer
+from ..training import photos, report
+from ..training.data import rng
+from ..training.optimizer import Precision
 from ..unet import UNet
-from ..update import Precision
 from ..vae import VAE
 from . import judge, score, world
 

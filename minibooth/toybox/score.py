@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import hub, photos
-from ..files import write_json
+from ..common.files import write_json
+from ..formats import hub
 from ..pipeline import StableDiffusion
+from ..training import photos
 from . import judge as judges
 from . import world
 from .judge import Judge, diversity, self_similarity, share, similarity

@@ -6,8 +6,9 @@ It takes the options of minibooth.train and shows the first step of that run, wh
 from dataclasses import replace
 from pathlib import Path
 
-from . import cli, train
-from .train import Run, TrainConfig
+from .. import train
+from ..common import cli
+from ..train import Run, TrainConfig
 
 CLASS_IMAGES = 8  # drawn unless a number is given; the step takes only train_batch_size of them
 

@@ -1,56 +1,12 @@
-"""Speed and memory, around the training step and never inside it."""
+"""CUDA graphs: a training step or a UNet launched at once and not kernel by kernel."""
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from .unet import Transformer, UNet
-from .vae import ResnetBlock
-
-
-@contextmanager
-def checkpoint_gradients(unet: UNet, wanted: bool = True) -> Iterator[None]:
-    """Within it, only what enters each resnet and transformer is kept; the backward pass computes
-    the rest again. Same values, less memory, a third more to compute."""
-    blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock | Transformer)] * wanted
-    for block in blocks:
-        # No dropout anywhere, so there is no random state to keep.
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own shows again
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep memory that is freed, for the next step's tensors.
-
-    glibc returns large blocks to the system at once, and the next step pays for every page of them
-    anew. Blocks of up to 32 MB, the most that can be asked for, now stay, 256 MB of them at most.
-    Does nothing where there is no glibc.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself. Where it does not, bf16 is slower than fp32."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-# ---- CUDA graphs -------------------------------------------------------------------------------
+from ..unet import UNet
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 WARM_UP = 3  # calls before the recording: libraries choose and set up what they will use
@@ -131,18 +87,3 @@ def captured_unet(unet: UNet) -> Iterator[None]:
         yield
     finally:
         del unet.forward
-
-
-# ---- memory ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def visiting(networks: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Networks that training does not need: on the device only while this lasts."""
-    for network in networks:
-        network.to(device)
-    try:
-        yield
-    finally:
-        for network in networks:
-            network.to("cpu")

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .errors import UserError, first_line
-from .files import atomic, require_space
+from ..common.errors import UserError, first_line
+from ..common.files import atomic, require_space
 
 DTYPES = {
     torch.float32: ("F32", torch.int32),

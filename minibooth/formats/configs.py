@@ -4,7 +4,7 @@ Networks are built from a checkpoint's own config files. A single file in LDM la
 the public models' are written down here.
 """
 
-from .errors import UserError
+from ..common.errors import UserError
 
 SD1_UNET = {
     "_class_name": "UNet2DConditionModel",

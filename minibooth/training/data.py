@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .dreambooth import Term
+from ..dreambooth import Term
+from ..pipeline import StableDiffusion, vae_batch
 from .photos import Photos
-from .pipeline import StableDiffusion, vae_batch
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import logging
 
-from .errors import UserError, first_line
+from ..common.errors import UserError, first_line
 
 # Where the public weights live today, and their licences. weights/README.md has sizes and hashes.
 LICENCES = {
@@ -27,7 +27,7 @@ def toybox() -> Path:
     """The folder of the small model that is shipped: beside the package in a checkout, in it where
     it was installed from a wheel. Raises UserError if it is missing.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     places = (package / "toybox" / "weights", package.parent / "weights" / "toybox")
     for folder in places:
         if (folder / "model_index.json").exists():

@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..common.errors import UserError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."

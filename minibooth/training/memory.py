@@ -1,15 +1,21 @@
 """What a run needs of memory, counted before it starts, and the modes that make it fit a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from .errors import UserError
-from .files import gigabytes
-from .pipeline import StableDiffusion
-from .update import AdamW8bit, bitsandbytes
+from ..common.errors import UserError
+from ..common.files import gigabytes
+from ..pipeline import StableDiffusion
+from ..unet import Transformer, UNet
+from ..vae import ResnetBlock
+from .optimizer import AdamW8bit, bitsandbytes
 
 # ---- what is sure ------------------------------------------------------------------------------
 
@@ -162,3 +168,35 @@ def possible(
         except UserError:
             return False
     return True
+
+
+# ---- what saves it ------------------------------------------------------------------------------
+
+
+@contextmanager
+def checkpoint_gradients(unet: UNet, wanted: bool = True) -> Iterator[None]:
+    """Within it, only what enters each resnet and transformer is kept; the backward pass computes
+    the rest again. Same values, less memory, a third more to compute."""
+    blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock | Transformer)] * wanted
+    for block in blocks:
+        # No dropout anywhere, so there is no random state to keep.
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own shows again
+
+
+@contextmanager
+def visiting(networks: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Networks that training does not need: on the device only while this lasts."""
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.to("cpu")

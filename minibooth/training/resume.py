@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .errors import UserError, first_line
-from .files import write_json
-from .tensor_files import read_tensors, write_safetensors
+from ..common.errors import UserError, first_line
+from ..common.files import write_json
+from ..formats.tensor_files import read_tensors, write_safetensors
 
 # Temporary names: of a snapshot, of a state, and files.atomic's with the number of its process.
 LEFTOVER = re.compile(r"\.(checkpoint-\d+|step-\d{8}|.+\.\d+)\.tmp")

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError, first_line
+from ..common.errors import UserError, first_line
 
 GROWTH_INTERVAL = 2000  # good steps after which fp16's loss scale doubles
 

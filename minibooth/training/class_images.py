@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import PngImagePlugin
 from tqdm import tqdm
 
+from ..common.errors import UserError
+from ..common.files import atomic
+from ..pipeline import StableDiffusion
 from . import photos
-from .errors import UserError
-from .files import atomic
-from .pipeline import StableDiffusion
 
 GENERATED = re.compile(r"[0-9a-f]{12}-\d{5}\.png")
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from . import microscope, photos
-from .files import write_text
+from ..common.files import write_text
+from ..training import photos
+from . import microscope
 from .microscope import Attended, Entry, Frame, Gradient, Look, Sample
 
 SIDE = 256  # pixels; larger pictures are reduced

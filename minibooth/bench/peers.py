@@ -42,17 +42,19 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import cli, fast, memory, ops
-from .configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
-from .data import Latents, to_device
-from .files import write_json
-from .pipeline import StableDiffusion, memory_format, read_schedule
-from .text_encoder import TextEncoder
-from .tokenizer import BOS, EOS, Tokenizer
-from .toybox.pretrain import TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG
-from .train import Run, TrainConfig, toybox_settings, train
-from .unet import UNet
-from .vae import VAE
+from .. import ops
+from ..common import cli
+from ..common.files import write_json
+from ..formats.configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
+from ..pipeline import StableDiffusion, memory_format, read_schedule
+from ..text_encoder import TextEncoder
+from ..tokenizer import BOS, EOS, Tokenizer
+from ..toybox.pretrain import TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG
+from ..train import Run, TrainConfig, toybox_settings, train
+from ..training import graphs, memory
+from ..training.data import Latents, to_device
+from ..unet import UNet
+from ..vae import VAE
 
 OURS = "minibooth"
 CONFIGS = {
@@ -73,6 +75,12 @@ class Row:
     steps: int = 1  # of the sampler
     kernels: str = "torch"
     settings: tuple[tuple[str, bool], ...] = ()  # of TrainConfig
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself. Where it does not, bf16 is slower than fp32."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ PROMPT, NEGATIVE, GUIDANCE = "a dog", "", 7.5
 
 def our_sample(row: Row, sd: StableDiffusion, latents: Tensor) -> Callable[[], Tensor]:
     def sample() -> Tensor:
-        with autocast(row, sd.device), fast.captured_unet(sd.unet):
+        with autocast(row, sd.device), graphs.captured_unet(sd.unet):
             return sd.generate(
                 [PROMPT] * row.batch,
                 negative_prompt=NEGATIVE,
@@ -411,7 +419,7 @@ def peak(row: Row, size: str, device: torch.device, name: str) -> int | None:
 
 def alone(call: str) -> dict | None:
     """What a function of this module returns in a process of its own; None where it failed."""
-    code = f"import json; from minibooth.compare import *; print(json.dumps({call}))"
+    code = f"import json; from {__name__} import *; print(json.dumps({call}))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -437,7 +445,7 @@ def steady(row: Row, size: str, name: str, timed: int = 0, limit: int | None = N
 def prepared(kernels: str = "torch", limit: int | None = None) -> torch.device:
     """The device, in a process of its own; on a GPU with `limit` bytes of memory."""
     device = cli.pick_device("auto")
-    fast.keep_freed_memory()
+    cli.keep_freed_memory()
     warnings.filterwarnings("ignore")
     ops.use(kernels)
     if limit and device.type == "cuda":
@@ -561,7 +569,7 @@ def describe_mode(found: dict) -> str:
 
 def rows(what: str, device: torch.device) -> list[Row]:
     if device.type == "cpu":
-        both = ("no", "bf16") if fast.cpu_has_bf16() else ("no",)
+        both = ("no", "bf16") if cpu_has_bf16() else ("no",)
         if what == "train":
             return [Row(w, b, p) for p in both for w, b in (("forward", 8), ("step", 4))]
         return [Row("sample", 8, precision, steps=5) for precision in both]
@@ -641,7 +649,7 @@ def machine(device: torch.device) -> dict:
 def benchmark(what: str, minutes: float, output: Path) -> None:
     """Measures, prints and writes <what>-<cpu or cuda>.json and, of a comparison, .png."""
     device = cli.pick_device("auto")
-    fast.keep_freed_memory()
+    cli.keep_freed_memory()
     size = "SD 1.5" if device.type == "cuda" else "toybox"
     warnings.filterwarnings("ignore")  # the photographs and prompts here are made up
     output.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dreambooth, schedule
-from .dreambooth import Half, Step, Term
-from .pipeline import StableDiffusion
-from .schedule import Schedule
-from .tokenizer import Tokenizer
-from .unet import Attention, UNet
+from .. import dreambooth, schedule
+from ..dreambooth import Half, Step, Term
+from ..pipeline import StableDiffusion
+from ..schedule import Schedule
+from ..tokenizer import Tokenizer
+from ..unet import Attention, UNet
 
 SHOWN = 4  # samples of each term whose pictures are kept
 FRAMES = 9  # of the film of a sampling

@@ -1,9 +1,9 @@
 """Measures the Triton kernels against PyTorch, on a GPU, and all of it against diffusers:
 
-    python -m minibooth.bench train                                compare.py: a training step
-    python -m minibooth.bench sample                               compare.py: drawing pictures
-    python -m minibooth.bench run                                  compare.py: a whole run by phases
-    python -m minibooth.bench memory                               compare.py: ways to save memory
+    python -m minibooth.bench train                                peers.py: a training step
+    python -m minibooth.bench sample                               peers.py: drawing pictures
+    python -m minibooth.bench run                                  peers.py: a whole run by phases
+    python -m minibooth.bench memory                               peers.py: ways to save memory
     python -m minibooth.bench kernels --output results             the benchmark
     python -m minibooth.bench kernels --check --output results     correctness first, then the same
 
@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minibooth import cli, compare, ops
+from minibooth import ops
+from minibooth.bench import peers
 
 DEVICE = "cuda"
 # name: (heads, N_q, N_k, head dimension), images of 512²
@@ -473,7 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="correctness first")
     args = parser.parse_args(argv)
     if args.what != "kernels":
-        compare.benchmark(args.what, args.minutes, args.output)
+        peers.benchmark(args.what, args.minutes, args.output)
         return 0
     if not torch.cuda.is_available() or ops.attention_kernels is None:
         missing = "Triton" if torch.cuda.is_available() else "a CUDA card"
@@ -490,7 +491,3 @@ def main(argv: list[str] | None = None) -> int:
         print(extra["sanitizer"], flush=True)
     benchmark(args.minutes, args.output, extra)
     return 1 if extra.get("check") else 0
-
-
-if __name__ == "__main__":
-    cli.run("minibooth.bench", lambda: sys.exit(main()))

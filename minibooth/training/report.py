@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..common.errors import UserError
+from ..common.files import atomic, write_text
+from ..pipeline import StableDiffusion
+from ..tokenizer import Tokenizer
 from . import photos
-from .errors import UserError
-from .files import atomic, write_text
-from .pipeline import StableDiffusion
-from .tokenizer import Tokenizer
 
 # Words of a prompt that neither name the subject nor its class.
 FILLER = {"a", "an", "the", "photo", "picture", "image", "portrait", "of", "my", "one"}

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import UserError, first_line
+from ..common.files import write_json
+from ..text_encoder import TextEncoder
+from ..tokenizer import Tokenizer
+from ..unet import UNet
+from ..vae import VAE
 from . import hub, ldm
 from .configs import SD2_V, SINGLE_FILE, check_config
-from .errors import UserError, first_line
-from .files import write_json
 from .tensor_files import read_tensors, write_safetensors
-from .text_encoder import TextEncoder
-from .tokenizer import Tokenizer
-from .unet import UNet
-from .vae import VAE
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 DIFFUSERS = "diffusion_pytorch_model"

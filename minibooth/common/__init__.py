@@ -1,0 +1,5 @@
+"""What every room uses: the one exception for users, files that are whole or not there, and the
+command line made from a dataclass.
+
+Imports nothing else of minibooth.
+"""
