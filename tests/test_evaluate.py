@@ -39,7 +39,7 @@ from minibooth.formats import hub
 from minibooth.formats.tensor_files import write_safetensors
 from minibooth.toybox import judge as toy
 from minibooth.toybox import world
-from minibooth.training import report
+from minibooth.training import snapshots as saved
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "dreambooth"
 SIDE = 32  # of what the small CLIP and DINO see
@@ -907,4 +907,4 @@ def test_a_run_without_models_says_so(tmp_path):
     (tmp_path / "config.json").write_text('{"model": "x", "instance_prompt": "a sks dog"}')
     with pytest.raises(UserError, match="neither a snapshot"):
         snapshots.stages(tmp_path, train.TrainConfig())
-    assert report.snapshots(tmp_path) == []
+    assert saved.found(tmp_path) == []

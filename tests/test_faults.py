@@ -17,12 +17,12 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from minibooth import UserError, convert, sample, train
+from minibooth import UserError, convert, dreambooth, sample, train
 from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
-from minibooth.training import memory, report
+from minibooth.training import memory, report, snapshots
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_last_steps(
     assert "No space left on device; make room" in line
     assert not [name for name in runs.files(out) if ".tmp" in name]
     assert not (out / "model_index.json").exists()
-    for snapshot in report.snapshots(out):
+    for snapshot in snapshots.found(out):
         assert (snapshot / "README.md").exists() and (snapshot / "model_index.json").exists()
 
     status, _, err = runs.program(
@@ -320,7 +320,7 @@ def test_running_out_of_memory_says_which_settings_help(monkeypatch, capsys, tmp
     def full(*args):
         raise error
 
-    monkeypatch.setattr(train.dreambooth, "step", full)
+    monkeypatch.setattr(dreambooth, "step", full)
     arguments = runs.arguments(runs.settings(tmp_path / "out", train_batch_size=2))
     status, _, err = runs.program(monkeypatch, capsys, train, *arguments)
     line = err.replace("\r", "\n").strip().splitlines()[-1]
@@ -329,7 +329,7 @@ def test_running_out_of_memory_says_which_settings_help(monkeypatch, capsys, tmp
 
 
 def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train.dreambooth, "step", lambda *args: 1 / 0)
+    monkeypatch.setattr(dreambooth, "step", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         runs.program(monkeypatch, capsys, train, *runs.arguments(runs.settings(tmp_path / "out")))
 
@@ -338,7 +338,7 @@ def test_a_run_that_is_interrupted_says_stopped(monkeypatch, capsys, tmp_path):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.dreambooth, "step", interrupt)
+    monkeypatch.setattr(dreambooth, "step", interrupt)
     arguments = runs.arguments(runs.settings(tmp_path / "out"))
     status, _, err = runs.program(monkeypatch, capsys, train, *arguments)
     assert status == 130 and err.strip().endswith("minibooth.train: stopped")

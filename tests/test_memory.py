@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from minibooth import UserError, ops, train
 from minibooth.bench import peers
 from minibooth.formats.configs import SD1_UNET, SD_VAE
-from minibooth.train import Run, TrainConfig
-from minibooth.training import graphs, memory, optimizer
+from minibooth.train import TrainConfig
+from minibooth.training import graphs, memory, optimizer, start
 from minibooth.training.optimizer import AdamW8bit, Precision, Update
+from minibooth.training.resume import State
 from minibooth.unet import UNet
 from minibooth.vae import VAE
 
@@ -79,8 +80,8 @@ def adamw(steps):
 @pytest.mark.parametrize("steps, error", [(1, 1e-5), (10, 0.05)])
 def test_8bit_adamw_is_adamw_but_for_the_rounding_of_its_averages(eight_bit, layout, steps, error):
     ours, _ = updated(steps, layout)
-    for p, exact, start in zip(ours, adamw(steps), weights(), strict=True):
-        assert (p - exact).norm() <= error * (exact - start).norm()
+    for p, exact, before in zip(ours, adamw(steps), weights(), strict=True):
+        assert (p - exact).norm() <= error * (exact - before).norm()
     torch.testing.assert_close(ours[2], adamw(steps)[2])  # fp32 averages
     assert ours[0].is_contiguous(memory_format=layout)  # bitsandbytes' own class turns it round
 
@@ -90,8 +91,8 @@ def test_8bit_adamw_on_a_gpu_is_adamw_but_for_the_rounding_of_its_averages():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     with torch.device("cuda"):
         ours, _ = updated(10, torch.channels_last)
-    for p, exact, start in zip(ours, adamw(10), weights(), strict=True):
-        assert (p.cpu() - exact).norm() <= 0.05 * (exact - start).norm()
+    for p, exact, before in zip(ours, adamw(10), weights(), strict=True):
+        assert (p.cpu() - exact).norm() <= 0.05 * (exact - before).norm()
 
 
 def test_8bit_adamw_is_bitsandbytes_own():
@@ -329,11 +330,10 @@ def test_what_cannot_be_is_not_chosen(monkeypatch):
 def test_a_run_that_goes_on_keeps_what_changes_its_results(eight_bit, monkeypatch, tmp_path):
     assert fit(monkeypatch, 4e9, resumed=True)[0] == {"gradient_checkpointing"}
     given = runs.config(tmp_path / "out")
-    run = Run(given, runs.model(), tmp_path / "out", CPU)
-    run.saved = (3, {}, {"use_8bit_adam": True, "optimizer_in_backward": False})
+    before = State(3, {}, {"use_8bit_adam": True, "optimizer_in_backward": False})
     for free in (10**12, 1):
         monkeypatch.setattr(memory, "available", lambda device, free=free: free)
-        fitted = run.fitted()
+        fitted = start.fitted(given, runs.model(), 32, CPU, before)
         assert fitted.use_8bit_adam and not fitted.optimizer_in_backward
         assert fitted.gradient_checkpointing == (free == 1)
 
@@ -347,17 +347,17 @@ def test_on_a_cpu_nothing_is_chosen(monkeypatch, capsys, tmp_path):
 def test_the_modes_that_were_chosen_are_those_of_the_run(eight_bit, monkeypatch, tmp_path):
     """As on a GPU, with a device that only says that it is one."""
 
-    def fitted(self):
-        return dataclasses.replace(self.config, use_8bit_adam=True, gradient_checkpointing=True)
+    def fitted(given, *_):
+        return dataclasses.replace(given, use_8bit_adam=True, gradient_checkpointing=True)
 
-    monkeypatch.setattr(Run, "fitted", fitted)
+    monkeypatch.setattr(start, "fitted", fitted)
     monkeypatch.setattr(memory, "available", lambda device: None)
     given = runs.config(tmp_path, mixed_precision="no")
-    run = Run(given, runs.model(), tmp_path, torch.device("cuda"))
+    run = start.set_up(given, runs.model(), torch.device("cuda"))
     assert run.config.use_8bit_adam and run.identity["use_8bit_adam"]
     assert not run.precision.keep_copies
     unfitted = dataclasses.replace(given, fit_memory=False)
-    run = Run(unfitted, runs.model(), tmp_path, torch.device("cuda"))
+    run = start.set_up(unfitted, runs.model(), torch.device("cuda"))
     assert run.config == unfitted
 
 
@@ -372,7 +372,7 @@ def test_with_checkpointing_no_16_bit_copies_of_the_weights_stay(tmp_path):
             assert torch.is_autocast_cache_enabled() == keep
     for wanted in (True, False):
         settings = runs.config(tmp_path, gradient_checkpointing=wanted)
-        assert Run(settings, runs.model(), tmp_path, CPU).precision.keep_copies != wanted
+        assert start.set_up(settings, runs.model(), CPU).precision.keep_copies != wanted
 
 
 class Live(TorchDispatchMode):

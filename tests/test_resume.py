@@ -12,7 +12,7 @@ import runs
 import torch
 
 from minibooth import UserError, train
-from minibooth.training import resume
+from minibooth.training import class_images, resume
 
 SETTINGS = {
     "max_train_steps": 5,
@@ -208,7 +208,7 @@ def refused(folder, run):
     ],
 )
 def test_another_run_is_refused_before_anything_is_touched(again, changes, named, monkeypatch):
-    monkeypatch.setattr(train.class_images, "ensure", None)  # nothing is drawn for it either
+    monkeypatch.setattr(class_images, "ensure", None)  # nothing is drawn for it either
     assert named in refused(*again(**changes))
 
 

@@ -24,9 +24,10 @@ INSIDE = {  # the same within a room
     "common": ["errors", "files", "cli"],
     "formats": ["tensor_files", "configs", "hub", "ldm", "checkpoint"],
     "training": [
-        *("photos", "class_images", "data", "optimizer", "memory", "graphs", "resume", "report"),
+        *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
+        *("resume", "snapshots", "start", "loss", "grids", "finite"),
     ],
-    "explain": ["microscope", "page"],
+    "explain": ["microscope", "page", "first_step"],
 }
 READ = [*CORE, "tokenizer", "ops", "pipeline"]  # imports no room but these
 ROOMS_READ = {"common", "formats"}

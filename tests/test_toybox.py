@@ -279,10 +279,10 @@ def test_photographs_without_a_model_are_not_trained_on_the_toybox(tmp_path, mon
 
 
 def test_the_toyboxs_settings_give_way_to_what_is_said():
-    assert train.toybox_settings({}) == toybox.default_run()
-    assert train.toybox_settings({"model": "elsewhere"}) == {}
-    assert train.toybox_settings({"config": "c.json"}) == {}
-    other = train.toybox_settings({"model": "toybox", "instance_data_dir": "d"})
+    assert toybox.train_settings({}) == toybox.default_run()
+    assert toybox.train_settings({"model": "elsewhere"}) == {}
+    assert toybox.train_settings({"config": "c.json"}) == {}
+    other = toybox.train_settings({"model": "toybox", "instance_data_dir": "d"})
     assert other["learning_rate"] == 2e-4
     assert "instance_prompt" not in other
 

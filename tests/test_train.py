@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 from PIL import Image
 
-from minibooth import UserError, load, train
-from minibooth.training import class_images, data, photos
+from minibooth import UserError, dreambooth, load, train
+from minibooth.training import class_images, data, photos, report
 from minibooth.training.data import Latents, draw_term, pick, rng
+from minibooth.training.grids import Grids
 from minibooth.training.optimizer import Precision, Update
 
 # ---- the whole loop ----------------------------------------------------------------------------
@@ -186,9 +187,9 @@ def test_without_prior_nothing_of_the_class_is_computed(tmp_path, monkeypatch):
 def test_each_term_has_its_own_prompt_padded_to_77(tmp_path, monkeypatch):
     """Also where the class prompt is empty, and where it is the longer of the two."""
     seen = []
-    step = train.dreambooth.step
+    step = dreambooth.step
     monkeypatch.setattr(
-        train.dreambooth, "step", lambda *args: seen.append((args[2], args[3])) or step(*args)
+        dreambooth, "step", lambda *args: seen.append((args[2], args[3])) or step(*args)
     )
     encode = runs.model().encode_prompt
     for i, class_prompt in enumerate(["a photo of a dog in the snow", ""]):
@@ -482,7 +483,7 @@ def test_clipping_limits_the_norm_and_reports_the_one_before():
 
 def failing(tmp_path, monkeypatch, looks, changes, on_step=None):
     """The message of a run that stops, the weights after each step, and its folder's losses."""
-    monkeypatch.setattr(train, "steps_between_looks", lambda device: looks)
+    monkeypatch.setattr(report, "steps_between_looks", lambda device: looks)
     sd, weights = runs.model(), []
     apply = Update.apply
 
@@ -503,7 +504,7 @@ def failing(tmp_path, monkeypatch, looks, changes, on_step=None):
 def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_weights_before(
     tmp_path, monkeypatch, looks
 ):
-    draw = train.draw_batch
+    draw = data.draw_batch
 
     def poisoned(latents, T, seed, name, n, batch, device):
         x0, eps, t = draw(latents, T, seed, name, n, batch, device)
@@ -511,7 +512,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_weights_before(
             x0[0, 0, 0, 0] = float("inf")
         return x0, eps, t
 
-    monkeypatch.setattr(train, "draw_batch", poisoned)
+    monkeypatch.setattr(data, "draw_batch", poisoned)
     message, weights, losses = failing(tmp_path, monkeypatch, looks, {})
     assert "step 3: x_t is not finite" in message and "\n" not in message
     assert "step 2" in message and "--learning_rate" in message and "--mixed_precision" in message
@@ -694,7 +695,7 @@ def test_the_licence_of_the_base_model_goes_with_the_result(tmp_path):
 
 def test_without_sample_grids_no_picture_is_drawn(tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    monkeypatch.setattr(train.report, "draw_samples", None)  # would fail if it were called
+    monkeypatch.setattr(Grids, "draw_rows", None)  # would fail if it were called
     trained(folder, num_validation_images=0, validation_steps=1, max_train_steps=2)
     assert not (folder / "before_after.png").exists()
     assert "before_after" not in (folder / "README.md").read_text()

@@ -42,7 +42,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import ops
+from .. import ops, toybox
+from .. import train as program
 from ..common import cli
 from ..common.files import write_json
 from ..formats.configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
@@ -50,9 +51,13 @@ from ..pipeline import StableDiffusion, memory_format, read_schedule
 from ..text_encoder import TextEncoder
 from ..tokenizer import BOS, EOS, Tokenizer
 from ..toybox.pretrain import TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG
-from ..train import Run, TrainConfig, toybox_settings, train
-from ..training import graphs, memory
-from ..training.data import Latents, to_device
+from ..train import make_optimizer, one_update, train
+from ..training import class_images, graphs, memory, resume, start
+from ..training.data import Batches, Latents, to_device
+from ..training.grids import Grids
+from ..training.loss import Loss
+from ..training.settings import TrainConfig
+from ..training.start import Run
 from ..unet import UNet
 from ..vae import VAE
 
@@ -173,21 +178,24 @@ def their_forward(row: Row, peer: Peer, inputs: tuple[Tensor, ...]) -> Callable[
     return forward
 
 
-def our_step(run: Run) -> Callable[[], Tensor]:
+def our_step(run: Run, batches: Batches, loss: Loss) -> Callable[[], Tensor]:
     """The training program's own update, captured where it captures it."""
-    update = run.captured_step()
+    adam = make_optimizer(run)
+    update = one_update(loss, adam, accumulate=1)
+    if adam.capturable:
+        update = graphs.captured(update, run.device)
     count = iter(range(10**9))
 
     def step() -> Tensor:
         n = next(count)
         numbers = (to_device(torch.tensor(x), run.device) for x in (float(n + 1), 1.0))
-        return update(*numbers, *run.draw(n))[0]
+        return update(*numbers, *batches.draw(n))[0]
 
     return step
 
 
-def training_run(row: Row, sd: StableDiffusion, folder: Path) -> Run:
-    """The training program with its data; what it trains is not set up yet."""
+def training_run(row: Row, sd: StableDiffusion, folder: Path) -> tuple[Run, Batches, Loss]:
+    """The training program with random latents; what it trains is not set up yet."""
     photograph = Image.new("RGB", (sd.image_size, sd.image_size), "red")
     photograph.save(folder / "photograph.png")  # it wants one; the latents are random below
     config = TrainConfig(
@@ -201,28 +209,31 @@ def training_run(row: Row, sd: StableDiffusion, folder: Path) -> Run:
         fit_memory=False,
         **dict(row.settings),
     )
-    with contextlib.redirect_stdout(None):
-        run = Run(config, sd, folder / "out", sd.device)
+    run = start.set_up(config, sd, sd.device)
     side = sd.image_size // sd.vae.factor
     moments = torch.randn(2, 8, 4, side, side)
-    run.instance = run.prior = Latents(moments[0], moments[1].abs(), torch.arange(8))
-    run.ids, run.on_step = sd.tokenizer(run.train_prompts()).to(sd.device), None
+    latents = Latents(moments[0], moments[1].abs(), torch.arange(8))
+    batches = Batches(latents, latents, sd.schedule.T, config.seed, row.batch, sd.device)
+    ids = sd.tokenizer(config.prompts).to(sd.device)
     with torch.no_grad():
-        run.contexts = None if config.train_text_encoder else sd.text_encoder(run.ids)
-    return run
+        contexts = None if config.train_text_encoder else sd.text_encoder(ids)
+    settings = (1.0, None, run.precision, config.gradient_checkpointing)
+    return run, batches, Loss(sd, ids, contexts, *settings)
 
 
-def their_step(row: Row, peer: Peer, run: Run) -> Callable[[], Tensor]:
+def their_step(
+    row: Row, peer: Peer, config: TrainConfig, batches: Batches, contexts: Tensor
+) -> Callable[[], Tensor]:
     """What train_dreambooth.py does in a step, on the same draws, with the same fused AdamW."""
-    config, unet = run.config, peer.pipe.unet
+    unet = peer.pipe.unet
     weights = [p.requires_grad_() for p in peer.unet.parameters()]
     decay = config.adam_weight_decay
     adam = torch.optim.AdamW(weights, config.learning_rate, weight_decay=decay, fused=True)
-    context = run.contexts.repeat_interleave(row.batch, dim=0)
+    context = contexts.repeat_interleave(row.batch, dim=0)
     count = iter(range(10**9))
 
     def step() -> Tensor:
-        drawn = run.draw(next(count))
+        drawn = batches.draw(next(count))
         x0, eps, t = (torch.cat([drawn[i], drawn[i + 3]]) for i in range(3))
         noisy = peer.add_noise(x0, eps, t)
         with autocast(row, noisy.device):
@@ -295,17 +306,17 @@ def implementation(
     t = torch.randint(1000, (row.batch,), generator=g).to(device)
     width = sd.configs["unet"]["cross_attention_dim"]
     inputs = (latents, t, torch.randn(row.batch, 77, width, generator=g).to(device))
-    run = training_run(row, sd, folder) if row.what == "step" else None
+    training = training_run(row, sd, folder) if row.what == "step" else None
     if name == OURS:
-        if run:
-            run.make_trainable()
-            return our_step(run)
+        if training:
+            return our_step(*training)
         if row.what == "forward":
             return our_forward(row, sd, inputs)
         return our_sample(row, sd, latents)
     peer = Peer(sd, *peers(device)[name])
-    if run:
-        call = their_step(row, peer, run)
+    if training:
+        run, batches, loss = training
+        call = their_step(row, peer, run.config, batches, loss.contexts)
         peer.vae = peer.pipe.vae = None
     elif row.what == "forward":
         call = their_forward(row, peer, inputs)
@@ -463,25 +474,30 @@ def peaks(device: torch.device) -> dict[str, int]:
 
 # ---- a whole run -------------------------------------------------------------------------------
 
-PHASES = {"class_photos": "class images", "samples": "sample grids", "save_state": "saving"}
-PHASES |= {"save_snapshot": "saving", "finish": "saving"}
+PHASES = [  # what is called in a run, and the phase that its time belongs to
+    (class_images, "ensure", "class images"),
+    (Grids, "draw", "sample grids"),
+    (resume, "save", "saving"),
+    (program, "save_snapshot", "saving"),
+    (program, "finish", "saving"),
+]
 
 
 def whole_run(size: str, device: torch.device, **changes) -> dict[str, float]:
     """Seconds of a run of the training program, by phase. On a GPU 200 class images of 50 steps and
     1,000 steps of training at 512²; on a CPU the toybox's default run, without its scores."""
-    spent = dict.fromkeys([*PHASES.values(), "encoding and training"], 0.0)
+    spent = dict.fromkeys([*(phase for *_, phase in PHASES), "encoding and training"], 0.0)
     settings = {"num_class_images": 200, "class_steps": 50, "sample_batch_size": 16}
     settings |= {"max_train_steps": 1000, "num_validation_images": 0, "checkpointing_steps": 1000}
     if size == "toybox":
-        settings = toybox_settings({}) | {"model": None}
+        settings = toybox.train_settings({}) | {"model": None}
     inside = []
 
     def timed(function: Callable, phase: str) -> Callable:
-        def call(*args):
+        def call(*args, **options):
             inside.append(phase)
             start, before = time.perf_counter(), sum(spent.values())
-            result = function(*args)
+            result = function(*args, **options)
             inner = sum(spent.values()) - before  # "finish" draws pictures, too
             spent[inside.pop()] += time.perf_counter() - start - inner
             return result
@@ -489,9 +505,9 @@ def whole_run(size: str, device: torch.device, **changes) -> dict[str, float]:
         return call
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        for name, phase in PHASES.items():
-            method = timed(getattr(Run, name), phase)
-            stack.enter_context(mock.patch.object(Run, name, method))
+        for where, name, phase in PHASES:
+            function = timed(getattr(where, name), phase)
+            stack.enter_context(mock.patch.object(where, name, function))
         photographs = Path(folder) / "photographs"
         photographs.mkdir()
         side = model(size, torch.device("cpu")).image_size

@@ -55,5 +55,10 @@ def require_space(path: str | Path, size: int) -> None:
         )
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in it."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
 def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

@@ -9,7 +9,7 @@ from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
 from ..formats import hub
-from ..train import TrainConfig
+from ..training.settings import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import write_json, write_text
 from ..formats import hub
-from ..train import TrainConfig, is_model, train
+from ..train import train
 from ..training import photos, report, resume
+from ..training.settings import TrainConfig
+from ..training.snapshots import is_model
 from . import drawing, judges, tables
 from .drawing import Job
 from .metrics import AVERAGINGS, METRICS, Mean, average, real_rows, score

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from .. import train
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import write_json
-from ..training import photos, report, resume
+from ..training import photos, report, resume, snapshots
 from . import drawing, judges, tables
 from .metrics import METRICS, Mean, Picture, real_rows, score
 from .options import Options
@@ -43,7 +42,7 @@ def evaluate(config: SingleConfig) -> dict[str, Mean]:
         )
     cli.check_folder("--output_dir", config.output_dir)
     out, files = Path(config.output_dir), photos.image_files(config.real)
-    is_folder_of_pictures = Path(config.generated).is_dir() and not train.is_model(
+    is_folder_of_pictures = Path(config.generated).is_dir() and not snapshots.is_model(
         Path(config.generated)
     )
     judge = judges.load(config)

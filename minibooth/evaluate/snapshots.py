@@ -10,11 +10,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from .. import train
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
-from ..training import photos, report, resume
+from ..training import photos, report, resume, snapshots
+from ..training.settings import TrainConfig
 from . import drawing, judges, tables
 from .metrics import METRICS, Mean, real_rows, score
 from .options import Options, read_run
@@ -88,10 +88,10 @@ def evaluate(config: SnapshotsConfig) -> dict[int, dict[str, Mean]]:
     return scores
 
 
-def stages(run: Path, training: train.TrainConfig) -> dict[int, Path | str]:
+def stages(run: Path, training: TrainConfig) -> dict[int, Path | str]:
     """Step → model: the base model, the snapshots, the result. Raises UserError without any."""
-    found = {int(f.name.removeprefix("checkpoint-")): f for f in report.snapshots(run)}
-    if train.is_model(run):
+    found = {int(f.name.removeprefix("checkpoint-")): f for f in snapshots.found(run)}
+    if snapshots.is_model(run):
         found[training.max_train_steps] = run
     if not found:
         raise UserError(f"{run} holds neither a snapshot (checkpoint-…/) nor a finished model")

@@ -6,9 +6,11 @@ It takes the options of minibooth.train and shows the first step of that run, wh
 from dataclasses import replace
 from pathlib import Path
 
-from .. import train
+from .. import toybox, train
 from ..common import cli
-from ..train import Run, TrainConfig
+from ..training import optimizer, start
+from ..training.settings import TrainConfig
+from . import first_step
 
 CLASS_IMAGES = 8  # drawn unless a number is given; the step takes only train_batch_size of them
 
@@ -19,17 +21,18 @@ def explain(config: TrainConfig) -> Path:
     Raises UserError for whatever the user can mend, as train.train does.
     """
     config = replace(config, resume_from_checkpoint=None)
-    device = train.start(config)
-    run = Run(config, train.load(config), Path(config.output_dir), device)
-    run.prepare()
-    run.make_trainable()
-    return run.explain()
+    device = start.check(config, has_model=False)
+    run = start.set_up(config, start.load(config), device)
+    batches, loss, _ = train.gather(run)
+    adam = train.make_optimizer(run)
+    weights = optimizer.named_weights(run.trained)
+    return first_step.explain(run, batches, loss, weights, adam.scale)
 
 
 def settings(given: dict) -> dict:
     """What was not given: as in training, but for the folder and the number of class images."""
     few = {"output_dir": "minibooth-explain", "num_class_images": CLASS_IMAGES}
-    return train.toybox_settings(given) | few
+    return toybox.train_settings(given) | few
 
 
 def main() -> None:

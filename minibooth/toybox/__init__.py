@@ -40,3 +40,18 @@ def default_run() -> dict:
         "validation_guidance_scale": 4.0,
         "checkpointing_steps": 200,
     }
+
+
+def train_settings(given: dict) -> dict:
+    """What suits the toybox, where it is the model; the whole run, where nothing else is given.
+
+    Photographs without a model are not its business: training then asks for one.
+    """
+    chosen = given.get("model", None if "instance_data_dir" in given else "toybox")
+    if chosen != "toybox" or "config" in given:
+        return {}
+    suitable = default_run()
+    if "instance_data_dir" in given:
+        for name in ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt"):
+            del suitable[name]
+    return suitable

@@ -83,3 +83,25 @@ def draw_batch(
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Without waiting for it: from page-locked memory a GPU fetches by itself."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All that batches are drawn from."""
+
+    instance: Latents  # of the photographs
+    prior: Latents | None  # of the class images; None without prior preservation
+    T: int  # timesteps of the schedule
+    seed: int
+    size: int  # photographs in a batch, and as many class images
+    device: torch.device
+
+    def draw(self, n: int) -> list[Tensor]:
+        """Batch n: x0, eps and t of the photographs, then of the class images."""
+        drawn = [*self.draw_term(self.instance, "instance", n)]
+        if self.prior is not None:
+            drawn += self.draw_term(self.prior, "class", n)
+        return drawn
+
+    def draw_term(self, latents: Latents, name: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        return draw_batch(latents, self.T, self.seed, name, n, self.size, self.device)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..common.cli import is_out_of_memory
 from ..common.errors import UserError
 from ..common.files import gigabytes
 from ..pipeline import StableDiffusion
@@ -65,6 +66,26 @@ def require(sd: StableDiffusion, config, device: torch.device) -> None:
         total -= need["weights"] - need["trained"]
     if free is not None and total > free:
         raise UserError(f"{advice(sd, config)}; {gigabytes(free)} are free")
+
+
+def disk_needed(sd: StableDiffusion, config) -> int:
+    """Bytes that a run writes: the model, snapshots, a state while the last one is there."""
+    need = needed(sd, config)
+    snapshots = (config.max_train_steps - 1) // config.checkpointing_steps
+    snapshots = min(snapshots, config.checkpoints_total_limit or snapshots)
+    states = 2 * (need["trained"] + need["averages"])
+    return need["weights"] + need["weights"] // 2 * snapshots + states
+
+
+@contextmanager
+def advised(sd: StableDiffusion, config) -> Iterator[None]:
+    """Within it, running out of memory is a UserError that says which settings help."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(advice(sd, config)) from error
+        raise
 
 
 def advice(sd: StableDiffusion, config) -> str:

@@ -3,6 +3,7 @@
 Nothing here waits for the device, but 8-bit AdamW: whether an update may happen is decided on it.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
@@ -263,3 +264,50 @@ class UpdateInBackward(Update):
         bad = (self.skip > 0) & (self.bad_step < 0)
         self.bad_step.copy_(torch.where(bad, step, self.bad_step))
         return self.square.sqrt()
+
+
+# ---- what is trained ---------------------------------------------------------------------------
+
+
+def named_weights(networks: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Their weights as "unet.conv_in.weight" and so on."""
+    return {
+        f"{name}.{key}": p
+        for name, network in networks.items()
+        for key, p in network.named_parameters()
+    }
+
+
+def make_trainable(networks: Iterable[nn.Module], device: torch.device) -> None:
+    """Their weights become fp32 copies on the device that have gradients."""
+    for network in networks:
+        network.requires_grad_(True)
+        for p in network.parameters():
+            p.data = p.detach().to(device, torch.float32, copy=True)
+
+
+def adamw(
+    groups: Iterable[tuple[float, list[nn.Parameter]]],
+    weight_decay: float,
+    max_grad_norm: float,
+    scaled: bool,
+    use_8bit_adam: bool,
+    in_backward: bool,
+) -> Update:
+    """The optimizer over groups of (learning rate, weights). `scaled`: fp16 wants its loss scaled;
+    `in_backward`: weights are updated in the backward pass, and gradients not clipped."""
+    if in_backward:
+        print("the optimizer runs in the backward pass: gradients are not clipped")
+        return UpdateInBackward(groups, weight_decay, use_8bit_adam)
+    return Update(groups, weight_decay, max_grad_norm, scaled, use_8bit_adam)
+
+
+@torch.no_grad()
+def moved(name: str, network: nn.Module, originals: dict[str, Tensor]) -> float:
+    """‖w − w_original‖ / ‖w_original‖ over a network; `originals` by the names of named_weights."""
+    change = norm = 0.0
+    for key, p in network.named_parameters():
+        original = originals[f"{name}.{key}"].to(p.device, torch.float32)
+        change += (p - original).square().sum().item()
+        norm += original.square().sum().item()
+    return math.sqrt(change / norm)

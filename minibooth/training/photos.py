@@ -4,6 +4,7 @@ Folders hold what phones, cameras and operating systems leave there: rotated JPE
 PNGs with alpha, 16-bit scans, `.DS_Store`. All of it is settled here; what cannot be read is named.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class Photos:
     def __len__(self) -> int:
         """N, the number of crops; the number of photographs is len(files)."""
         return len(self.images)
+
+    def content_hash(self) -> str:
+        """Which pictures these are: equal for equal pixels."""
+        return hashlib.sha256(self.images.numpy()).hexdigest()[:16]
 
 
 def load_photos(

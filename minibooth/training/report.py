@@ -3,23 +3,25 @@
 import csv
 import io
 import json
-import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
 
 from ..common.errors import UserError
-from ..common.files import atomic, write_text
+from ..common.files import atomic, folder_size, gigabytes, write_text
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
-from . import photos
+from .settings import TrainConfig
 
 # Words of a prompt that neither name the subject nor its class.
 FILLER = {"a", "an", "the", "photo", "picture", "image", "portrait", "of", "my", "one"}
 FILLER |= {"in", "on", "at", "with", "and"}
+LOSSES = "loss.csv"
 COLUMNS = ("step", "loss", "loss_instance", "loss_prior", "lr", "grad_norm")  # of loss.csv
 
 
@@ -75,6 +77,54 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
 # ---- on the way --------------------------------------------------------------------------------
 
 
+class LossLog:
+    """loss.csv, and the progress bar of training, within a `with`."""
+
+    def __init__(self, run: Path, steps: int, done: int, device: torch.device):
+        self.path, self.every = run / LOSSES, steps_between_looks(device)
+        self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", smoothing=0.1)
+        self.pending: list[tuple[int, float, Tensor]] = []
+
+    def __enter__(self) -> "LossLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def add(self, step: int, lr: float, values: Tensor) -> None:
+        """`values`: (4,) loss, its two terms and the gradients' norm, on the device."""
+        self.pending.append((step, lr, values))
+        self.bar.update()
+
+    @property
+    def due(self) -> bool:
+        return self.pending[-1][0] % self.every == 0
+
+    def write(self, bad_step: Tensor) -> int | None:
+        """Write the rows of the last steps. Returns the step from which on nothing was updated,
+        since something was not finite; None if all is well."""
+        values = torch.stack([v for _, _, v in self.pending]).tolist()
+        bad = int(bad_step.item())
+        rows = [
+            (step, loss, instance, prior, lr, norm)
+            for (step, lr, _), (loss, instance, prior, norm) in zip(
+                self.pending, values, strict=True
+            )
+            if bad < 0 or step < bad
+        ]
+        append_losses(self.path, rows)
+        self.pending.clear()
+        if bad >= 0:
+            return bad
+        self.bar.set_postfix(loss=f"{rows[-1][1]:.4f}", refresh=False)
+        return None
+
+
+def steps_between_looks(device: torch.device) -> int:
+    """Looking at the losses waits for the device: on a CPU that is free, on a GPU it is not."""
+    return 1 if device.type == "cpu" else 10
+
+
 def append_losses(path: Path, rows: Iterable[tuple]) -> None:
     new = not path.exists()
     try:
@@ -118,6 +168,11 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(part, "PNG")
 
 
+def save_loss_chart(run: Path) -> None:
+    if rows := read_losses(run / LOSSES):
+        save_image(loss_chart(rows), run / "loss.png")
+
+
 def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
     """Both terms of the loss over the steps: every value faint, a running mean bold."""
     width, height, left, right, top, bottom = 960, 480, 70, 20, 46, 50
@@ -156,35 +211,20 @@ def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
     return image
 
 
-def draw_samples(
-    sd: StableDiffusion, prompts: list[str], config, resolution: int, on_step: Callable[[], None]
-) -> list[list[Image.Image]]:
-    """A row of pictures per prompt, from the same noises in each row and each time."""
-    count = config.num_validation_images
-    shape = sd.latent_shape(count, resolution, resolution, None)
-    noises = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(config.seed + i))
-        for i in range(count)
-    ]
-    images = sd.generate(
-        [prompt for prompt in prompts for _ in range(count)],
-        steps=config.validation_inference_steps,
-        guidance_scale=config.validation_guidance_scale,
-        seed=config.seed,
-        latents=torch.stack(noises * len(prompts)),
-        batch_size=config.grid_batch_size,
-        on_step=on_step,
-    )
-    return [images[i : i + count] for i in range(0, len(images), count)]
-
-
-def before_after(prompts: list[str], before: list[list], after: list[list]) -> Image.Image:
-    rows = [b + a for b, a in zip(before, after, strict=True)]
-    headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
-    return photos.grid(photos.enlarged(rows), labels=prompts, headings=headings)
-
-
 # ---- after the run -----------------------------------------------------------------------------
+
+
+def what_next(run: Path, instance_prompt: str, guidance_scale: float) -> str:
+    """The last lines of a run."""
+    options = f'--model {run} --prompt "{instance_prompt} in the snow"'
+    if guidance_scale != TrainConfig.validation_guidance_scale:
+        options += f" --guidance_scale {guidance_scale:g}"
+    return (
+        f"done: {run} is the model\n"
+        f"  draw:     python -m minibooth.sample {options}\n"
+        f"  one file: python -m minibooth.convert --model {run} --output {run}.safetensors\n"
+        f"  {run}/state ({gigabytes(folder_size(run / 'state'))}) is only needed for more steps"
+    )
 
 
 def model_card(sd: StableDiffusion, config, steps: int) -> str:
@@ -211,15 +251,3 @@ with {prior}. {steps} steps, learning rate
 
 The licence of the base model ({sd.licence or "see there"}) applies to these weights.
 {picture}"""
-
-
-def snapshots(run: Path) -> list[Path]:
-    """The folders checkpoint-N of a run, the newest last."""
-    found = [f for f in run.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda f: int(f.name.removeprefix("checkpoint-")))
-
-
-def remove_old_snapshots(run: Path, keep: int) -> None:
-    for folder in snapshots(run)[:-keep]:
-        # Under another name first: a snapshot that is half removed must not look like a whole one.
-        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))

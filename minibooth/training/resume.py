@@ -11,12 +11,19 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..common.errors import UserError, first_line
 from ..common.files import write_json
 from ..formats.tensor_files import read_tensors, write_safetensors
+from ..pipeline import StableDiffusion
+from . import report
+from .optimizer import Update
+from .photos import Photos
+from .settings import TrainConfig
 
 # Temporary names: of a snapshot, of a state, and files.atomic's with the number of its process.
 LEFTOVER = re.compile(r"\.(checkpoint-\d+|step-\d{8}|.+\.\d+)\.tmp")
@@ -51,14 +58,22 @@ def steps(run: Path) -> list[Path]:
     return sorted((f for f in found if re.fullmatch(r"step-\d{8}", f.name)), reverse=True)
 
 
-def load(run: Path) -> tuple[int, dict[str, Tensor], dict] | None:
-    """The newest whole state: (step, tensors, identity); None if there is none yet. The tensors
-    are read when they are used. Raises UserError if there are states but all are damaged."""
+class State(NamedTuple):
+    """Where a run stopped."""
+
+    step: int  # updates that were done
+    tensors: dict[str, Tensor]  # weights and optimizer; read when they are used
+    identity: dict  # of the run that wrote it
+
+
+def load(run: Path) -> State | None:
+    """The newest whole state; None if there is none yet. Raises UserError if there are states but
+    all are damaged."""
     for folder in steps(run):
         try:
             identity = json.loads((folder / "identity.json").read_text("utf-8"))
             tensors, _ = read_tensors(folder / "state.safetensors")
-            return int(folder.name.removeprefix("step-")), tensors, identity
+            return State(int(folder.name.removeprefix("step-")), tensors, identity)
         except (OSError, ValueError, UserError) as e:
             warnings.warn(f"{folder} is damaged ({first_line(e)})", stacklevel=2)
     if steps(run):
@@ -67,6 +82,49 @@ def load(run: Path) -> tuple[int, dict[str, Tensor], dict] | None:
             "--output_dir, or train its newest checkpoint further as --model"
         )
     return None
+
+
+def restore(saved: State | None, run: Path, weights: dict[str, Tensor], optimizer: Update) -> int:
+    """Take over weights, optimizer and loss.csv, if there is a state; the updates already done."""
+    losses = run / report.LOSSES
+    if saved is None:
+        losses.unlink(missing_ok=True)
+        return 0
+    with torch.no_grad():
+        for key, p in weights.items():
+            p.copy_(saved.tensors[key])
+    optimizer.load_state(saved.tensors)
+    keep_only(run, saved.step)
+    report.truncate_losses(losses, saved.step)
+    print(f"resumed {run} at step {saved.step}")
+    return saved.step
+
+
+def identify(
+    config: TrainConfig,
+    sd: StableDiffusion,
+    photos: Photos,
+    resolution: int,
+    precision: str,
+    device: torch.device,
+) -> dict:
+    """What must be the same when a run goes on, but for the class images."""
+    names = ("instance_prompt", "class_prompt", "prior_loss_weight", "seed", "learning_rate")
+    names += ("lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
+    names += ("train_batch_size", "gradient_accumulation_steps", "adam_weight_decay")
+    names += ("use_8bit_adam", "optimizer_in_backward", "max_grad_norm", "snr_gamma")
+    names += ("random_flip", "num_class_images")
+    names += ("class_sampler", "class_steps", "class_guidance_scale")
+    # 8-bit averages are in blocks of neighbours in memory, and a GPU lays out weights its way.
+    place = {"device": device.type} if config.use_8bit_adam else {}
+    return {
+        "model": sd.fingerprint()[:16],
+        "photographs": photos.content_hash(),
+        "resolution": resolution,
+        "mixed_precision": precision,
+        **{name: getattr(config, name) for name in names},
+        **place,
+    }
 
 
 def check(run: Path, saved: dict, now: dict) -> None:

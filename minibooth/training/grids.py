@@ -1,0 +1,90 @@
+"""What the model draws for fixed prompts and seeds: before, on the way and after."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from ..pipeline import StableDiffusion
+from . import graphs, memory, photos
+from .optimizer import Precision
+from .report import save_image
+from .settings import TrainConfig
+
+Rows = list[list[Image.Image]]  # a row of pictures per prompt
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The grids of a run, samples/step-N.png, from the same noises each time."""
+
+    folder: Path  # of the run
+    prompts: list[str]
+    count: int  # pictures per prompt; 0 for no grids
+    steps: int  # of the sampler
+    guidance_scale: float
+    seed: int
+    resolution: int  # in pixels
+    batch_size: int  # pictures drawn at once
+
+    @classmethod
+    def of(cls, folder: Path, config: TrainConfig, resolution: int) -> "Grids":
+        return cls(
+            folder,
+            config.grid_prompts,
+            config.num_validation_images,
+            config.validation_inference_steps,
+            config.validation_guidance_scale,
+            config.seed,
+            resolution,
+            config.grid_batch_size,
+        )
+
+    def draw(self, sd: StableDiffusion, idle: list[nn.Module], precision: Precision) -> Rows:
+        """`idle` networks, which training does not need, are on the device only meanwhile."""
+        if self.count == 0:
+            return []
+        batches = math.ceil(len(self.prompts) * self.count / self.batch_size)
+        bar = tqdm(total=batches * self.steps, desc="samples", unit="step", leave=False)
+        visiting = memory.visiting(idle, sd.device)
+        with bar, visiting, graphs.captured_unet(sd.unet), precision.autocast():
+            return self.draw_rows(sd, bar.update)
+
+    def draw_rows(self, sd: StableDiffusion, on_step: Callable[[], None]) -> Rows:
+        """The same noises in each row: what differs is the prompt."""
+        shape = sd.latent_shape(self.count, self.resolution, self.resolution, None)
+        noises = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + i))
+            for i in range(self.count)
+        ]
+        images = sd.generate(
+            [prompt for prompt in self.prompts for _ in range(self.count)],
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+            latents=torch.stack(noises * len(self.prompts)),
+            batch_size=self.batch_size,
+            on_step=on_step,
+        )
+        return [images[i : i + self.count] for i in range(0, len(images), self.count)]
+
+    def save(self, step: int, rows: Rows) -> None:
+        if rows:
+            grid = photos.grid(photos.enlarged(rows), labels=self.prompts)
+            save_image(grid, self.folder / "samples" / f"step-{step:05d}.png")
+
+    def save_before_after(self, before: Rows, after: Rows) -> None:
+        if before:
+            picture = before_after(self.prompts, before, after)
+            save_image(picture, self.folder / "before_after.png")
+
+
+def before_after(prompts: list[str], before: Rows, after: Rows) -> Image.Image:
+    rows = [b + a for b, a in zip(before, after, strict=True)]
+    headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
+    return photos.grid(photos.enlarged(rows), labels=prompts, headings=headings)

@@ -1,0 +1,156 @@
+"""Every setting of a run, as a dataclass that is also the command line, and which cannot work."""
+
+import math
+from dataclasses import dataclass
+
+from .. import ops, pipeline
+from ..common import cli
+from ..common.cli import option
+from ..common.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run. The defaults suit an object or an animal on SD 1.5."""
+
+    model: str | None = option(
+        None,
+        "base model: folder, single file (.safetensors, .ckpt), hub id, or toybox: the small one "
+        "that is shipped, which is trained on a subject of its own where nothing else is said",
+        aliases=("pretrained_model_name_or_path",),
+    )
+    instance_data_dir: str | None = option(None, "folder with 3 to 6 photographs of the subject")
+    instance_prompt: str | None = option(None, 'names the subject, say "a sks dog"')
+    class_prompt: str | None = option(None, 'names its class, say "a dog"')
+    output_dir: str = option("minibooth-out", "where the trained model and all the rest go")
+
+    prior_loss_weight: float = option(
+        1.0, "λ of Eq. 2; 0 is plain fine-tuning, without class images"
+    )
+    num_class_images: int = option(200, "class images to train with; your own in the folder count")
+    class_data_dir: str | None = option(None, "folder of class images [<output_dir>/class_images]")
+    class_sampler: str = option("ddim", "sampler that draws them", choices=pipeline.SAMPLERS)
+    class_steps: int = option(
+        50, "its steps; the paper's sampler is ddpm, which wants many, up to 1000"
+    )
+    class_guidance_scale: float = option(7.5, "its guidance")
+    sample_batch_size: int = option(4, "class images drawn at once")
+
+    resolution: int | None = option(None, "side of the training pictures in pixels [the model's]")
+    center_crop: bool = option(False, "take only the middle of photographs that are not square")
+    random_flip: bool = option(
+        False, "also train on mirrored photographs; not for lettering or faces"
+    )
+
+    max_train_steps: int = option(800, "updates of the weights")
+    learning_rate: float = option(5e-6, "of the UNet")
+    lr_warmup_steps: int = option(0, "updates over which the learning rates rise from 0")
+    train_text_encoder: bool = option(
+        False, "train the text encoder too: helps faces, needs memory"
+    )
+    text_encoder_learning_rate: float = option(2e-6, "of the text encoder, where it is trained")
+    train_batch_size: int = option(1, "photographs per step; as many class images come beside them")
+    gradient_accumulation_steps: int = option(1, "batches per update")
+    gradient_checkpointing: bool = option(False, "less memory, a third more to compute")
+    use_8bit_adam: bool = option(
+        False, "less memory: AdamW's averages in 8 bits, by bitsandbytes; no CUDA graph"
+    )
+    optimizer_in_backward: bool = option(
+        False, "less memory: each gradient is used and dropped at once, and none is clipped"
+    )
+    fit_memory: bool = option(
+        True,
+        "on a GPU, switch on as many of these three as its free memory asks for, and say so",
+    )
+    mixed_precision: str = option(
+        "auto",
+        "what the networks compute in: bf16 or fp16 on a GPU by its age, fp32 elsewhere",
+        choices=("auto", "no", "bf16", "fp16"),
+    )
+    adam_weight_decay: float = option(1e-2, "AdamW's pull on each weight towards 0")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    snr_gamma: float | None = option(None, "γ of Min-SNR loss weights; 5 is usual [plain loss]")
+    seed: int = option(0, "of every noise, timestep, order and picture")
+
+    validation_prompt: tuple[str, ...] = option(
+        (),
+        "for the sample grids; several times for several [class, instance, instance in the snow]",
+    )
+    num_validation_images: int = option(2, "pictures per prompt in the grids; 0 for no grids")
+    validation_steps: int = option(200, "updates between two grids")
+    validation_inference_steps: int = option(25, "sampler steps of the grids' pictures")
+    validation_guidance_scale: float = option(7.5, "their guidance")
+    checkpointing_steps: int = option(200, "updates between two snapshots and resume states")
+    checkpoints_total_limit: int | None = option(None, "newest snapshots to keep [all]")
+    resume_from_checkpoint: str | None = option(
+        None, "go on where the run in output_dir stopped", choices=("latest",)
+    )
+    explain: bool = option(False, "show the first step in explain.html: tensors, pictures, maps")
+
+    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
+    tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
+    prediction_type: str | None = option(
+        None, "overrides what the model says", choices=("epsilon", "v_prediction")
+    )
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    kernels: str | None = option(
+        None, "for attention and group norm [MINIBOOTH_KERNELS, or torch]", choices=ops.MODES
+    )
+    config: str | None = option(None, "a config.json of another run; flags override it")
+
+    @property
+    def uses_prior(self) -> bool:
+        return self.prior_loss_weight > 0
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of the terms of Eq. 2."""
+        return [self.instance_prompt] + [self.class_prompt] * self.uses_prior
+
+    @property
+    def grid_prompts(self) -> list[str]:
+        """Of the sample grids."""
+        if self.validation_prompt:
+            return list(self.validation_prompt)
+        subject = [self.instance_prompt, f"{self.instance_prompt} in the snow"]
+        return [self.class_prompt, *subject] if self.class_prompt else subject
+
+    @property
+    def grid_batch_size(self) -> int:
+        """Pictures of the grids that are drawn at once: fewer where memory is short."""
+        return min(8, self.sample_batch_size) if self.gradient_checkpointing else 8
+
+    def check(self) -> None:
+        """Raise UserError for settings that cannot work, before anything is read or written."""
+        if self.instance_data_dir is None or self.instance_prompt is None:
+            raise UserError(
+                'give --instance_data_dir (the photographs) and --instance_prompt ("a sks dog")'
+            )
+        if self.uses_prior and self.class_prompt is None:
+            raise UserError(
+                'give --class_prompt ("a dog"), or --prior_loss_weight 0 for plain fine-tuning'
+            )
+        if self.optimizer_in_backward and self.gradient_accumulation_steps > 1:
+            raise UserError(
+                "--optimizer_in_backward drops each gradient at once: it cannot go with "
+                "--gradient_accumulation_steps; give a larger --train_batch_size"
+            )
+        cli.check_choices(self)
+        at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        at_least_one += ("sample_batch_size", "validation_steps", "checkpointing_steps")
+        at_least_one += ("class_steps", "validation_inference_steps", "resolution")
+        at_least_one += ("checkpoints_total_limit",)
+        cli.check_at_least_one(self, at_least_one)
+        for name in ("num_class_images", "num_validation_images", "lr_warmup_steps", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise UserError(f"--{name} must be a number from 0 up")
+        for name in ("learning_rate", "text_encoder_learning_rate", "max_grad_norm", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise UserError(f"--{name} must be a positive number")
+        from_zero = ("prior_loss_weight", "adam_weight_decay")
+        from_zero += ("class_guidance_scale", "validation_guidance_scale")
+        for name in from_zero:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must be a number from 0 up")

@@ -1,0 +1,44 @@
+"""checkpoint-N: the model alone after N steps, in fp16, whole or not there."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..common.files import write_text
+from ..pipeline import StableDiffusion
+
+
+def is_model(folder: Path) -> bool:
+    return (folder / "model_index.json").exists()
+
+
+def found(run: Path) -> list[Path]:
+    """The folders checkpoint-N of a run, the newest last."""
+    folders = [f for f in run.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=lambda f: int(f.name.removeprefix("checkpoint-")))
+
+
+def save(run: Path, step: int, sd: StableDiffusion, card: str, keep: int | None) -> None:
+    """Write checkpoint-`step` with `card` as its README.md, unless it is there; then remove all but
+    the newest `keep`."""
+    final = run / f"checkpoint-{step}"
+    part = final.with_name(f".{final.name}.tmp")
+    if final.exists():
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        sd.save(part, torch.float16)
+        write_text(part / "README.md", card)
+        os.replace(part, final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if keep is not None:
+        remove_old(run, keep)
+
+
+def remove_old(run: Path, keep: int) -> None:
+    for folder in found(run)[:-keep]:
+        # Under another name first: a snapshot that is half removed must not look like a whole one.
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))

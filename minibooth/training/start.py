@@ -1,0 +1,177 @@
+"""What is refused and decided before the first file is written."""
+
+import textwrap
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import ops, pipeline, schedule
+from ..common import cli
+from ..common.errors import UserError
+from ..common.files import folder_size, require_space, write_json
+from ..pipeline import StableDiffusion
+from . import memory, photos, report, resume, snapshots
+from .optimizer import Precision, bitsandbytes
+from .photos import Photos
+from .resume import State
+from .settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can begin: its settings hold for its model, photographs, device and folder."""
+
+    config: TrainConfig  # with the modes that the device's memory asks for
+    sd: StableDiffusion  # on the CPU still, or where it was given
+    folder: Path
+    device: torch.device
+    resolution: int  # side of the training pictures in pixels
+    photos: Photos
+    precision: Precision
+    saved: State | None  # where an earlier run of the same settings stopped
+    identity: dict  # what must be the same when a run goes on, but for the class images
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks that are trained, by name."""
+        names = ["unet", "text_encoder"] if self.config.train_text_encoder else ["unet"]
+        return {name: self.sd.networks[name] for name in names}
+
+    @property
+    def idle(self) -> list[nn.Module]:
+        """Those that are not."""
+        return [net for name, net in self.sd.networks.items() if name not in self.trained]
+
+
+def check(config: TrainConfig, has_model: bool) -> torch.device:
+    """Refuse what can be refused before a model is loaded; the device to run on."""
+    if not has_model and config.model is None:
+        raise UserError(
+            "give --model: a folder, a single file, a hub id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
+        )
+    config.check()
+    device = cli.pick_device(config.device)
+    if config.use_8bit_adam:
+        bitsandbytes(device)
+    if config.kernels:
+        ops.use(config.kernels)
+    photos.image_files(config.instance_data_dir)
+    cli.check_folder("--output_dir", config.output_dir)
+    if config.class_data_dir and Path(config.class_data_dir).is_file():
+        raise UserError(f"--class_data_dir {config.class_data_dir} is a file: give a folder")
+    return device
+
+
+def load(config: TrainConfig) -> StableDiffusion:
+    return pipeline.load(
+        config.model,
+        tokenizer=config.tokenizer,
+        vae=config.vae,
+        prediction_type=config.prediction_type,
+        revision=config.revision,
+    )
+
+
+def check_folder(folder: Path, goes_on: bool) -> None:
+    """Raise UserError where `folder` holds a run, unless that one goes on."""
+    state = resume.steps(folder)
+    models = [f for f in (folder, *snapshots.found(folder)) if snapshots.is_model(f)]
+    if (state or models) and not goes_on:
+        raise UserError(
+            f"{folder} already holds a run: give --resume_from_checkpoint latest to go on with it, "
+            "or another --output_dir"
+        )
+    if models and not state:
+        raise UserError(
+            f"{folder} holds a model but no state to resume from: to train it further, give "
+            f"--model {models[0]} and another --output_dir"
+        )
+
+
+def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Run:
+    """Read the photographs and, for a run that goes on, its state. Raises UserError where the model
+    cannot be trained as `config` says, or another run is in its folder."""
+    folder = Path(config.output_dir)
+    resolution = config.resolution or sd.image_size
+    check_model(sd, resolution, (config.class_steps, config.validation_inference_steps))
+    pictures = photos.load_photos(config.instance_data_dir, resolution, config.center_crop)
+    saved = resume.load(folder) if config.resume_from_checkpoint else None
+    if config.resume_from_checkpoint and saved is None:
+        print(f"no state in {folder} yet: starting at the first step")
+    if config.fit_memory and device.type == "cuda":
+        config = fitted(config, sd, resolution, device, saved)
+    precision = Precision(config.mixed_precision, device, not config.gradient_checkpointing)
+    if config.optimizer_in_backward and precision.name == "fp16":
+        raise UserError(
+            "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
+            "be thrown away together: give --mixed_precision bf16 or no"
+        )
+    identity = resume.identify(config, sd, pictures, resolution, precision.name, device)
+    if saved is not None:
+        resume.check(folder, saved.identity, identity)
+        if saved.step > config.max_train_steps:
+            raise UserError(
+                f"{folder} is already at step {saved.step}: give --max_train_steps {saved.step} "
+                "or more"
+            )
+    memory.require(sd, config, device)
+    return Run(config, sd, folder, device, resolution, pictures, precision, saved, identity)
+
+
+def check_model(sd: StableDiffusion, resolution: int, sampler_steps: tuple[int, ...]) -> None:
+    if sd.configs["unet"]["in_channels"] != sd.configs["unet"]["out_channels"]:
+        raise UserError("an inpainting model cannot be trained here: give its base model")
+    if resolution % sd.vae.factor:
+        raise UserError(f"--resolution must be a multiple of {sd.vae.factor}")
+    for steps in sampler_steps:
+        schedule.timesteps(sd.schedule, steps)  # refuses what the model cannot do
+    for name, network in sd.networks.items():
+        for key, p in network.named_parameters():
+            if not p.isfinite().all():
+                raise UserError(
+                    f"the model is damaged: its {name}'s {key} is not finite; get it again"
+                )
+
+
+def fitted(
+    config: TrainConfig,
+    sd: StableDiffusion,
+    resolution: int,
+    device: torch.device,
+    saved: State | None,
+) -> TrainConfig:
+    """With the modes that the free memory asks for; a run that goes on keeps those it had."""
+    before = saved.identity if saved else {}
+    kept = {name: True for name in memory.LOSSY if before.get(name)}
+    precision = Precision(config.mixed_precision, device).name
+    pixels = (resolution // sd.vae.factor) ** 2
+    config, line = memory.fit(
+        sd, replace(config, **kept), pixels, precision, device, resumed=saved is not None
+    )
+    print(line)
+    return config
+
+
+def announce(run: Run) -> None:
+    """Take the folder: say and write what is about to run."""
+    config, folder = run.config, run.folder
+    resume.remove_leftovers(folder)
+    need = memory.disk_needed(run.sd, config)
+    require_space(folder, max(0, need - folder_size(folder)))
+    tokenizer = run.sd.tokenizer
+    print(report.describe_prompts(tokenizer, config.instance_prompt, config.class_prompt))
+    print(
+        f"{len(run.photos.files)} photographs, {len(run.photos)} crops of "
+        f"{run.resolution}² pixels; device {run.device}, precision {run.precision.name}"
+    )
+    given = {k: v for k, v in asdict(config).items() if v not in (None, ())}
+    text = "settings: " + ", ".join(f"{k} {v}" for k, v in given.items())
+    print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
+    settings = {k: v for k, v in asdict(config).items() if k != "config"}
+    settings["resume_from_checkpoint"] = None
+    write_json(folder / "config.json", settings)
+    sheet = photos.contact_sheet(run.photos)
+    report.save_image(sheet, folder / "samples" / "photographs.png")
