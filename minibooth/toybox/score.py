@@ -149,6 +149,7 @@ def after_run(sd: StableDiffusion, config) -> str:
 
 def applies(config) -> bool:
     """Whether a run is one on the toybox and on a subject of its world."""
-    if config.model != "toybox" or not config.class_prompt:
+    noun = (config.class_prompt or "").removeprefix("a ")
+    if config.model != "toybox" or noun not in world.DRAW:
         return False
     return (hub.toybox() / "subjects").resolve() in Path(config.instance_data_dir).resolve().parents
