@@ -99,7 +99,7 @@ def test_group_norm_of_a_constant_is_the_bias(both_ways):
 
 def test_group_norm_merges_the_partial_results_of_many_programs(monkeypatch):
     """One tile per program; the rows drift, so that every partial mean is another."""
-    monkeypatch.setattr(gn, "PROGRAMS", 10**9)
+    monkeypatch.setattr(gn.tiles, "PROGRAMS", 10**9)
     inputs, upstream = group_norm_case((1, 32, 40, 41), FP32, torch.channels_last)
     drift = torch.linspace(-50, 50, 40).view(1, 1, 40, 1)
     check_group_norm(((inputs[0] + drift), *inputs[1:]), 2, upstream, silu=True)
@@ -152,8 +152,8 @@ def check_attention(inputs, upstream, scale=None):
 @pytest.fixture
 def short_kernels_in_fp32(monkeypatch):
     """On a card fp32 does not use them (no registers for it); their logic is the same."""
-    short = {kernel: row for kernel, row in at.AMPERE.items() if kernel.startswith("short")}
-    monkeypatch.setattr(at, "FLOAT32", at.FLOAT32 | short)
+    short = {kernel: row for kernel, row in at.tiles.AMPERE.items() if kernel.startswith("short")}
+    monkeypatch.setattr(at.tiles, "FLOAT32", at.tiles.FLOAT32 | short)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16])
@@ -313,6 +313,16 @@ def test_ops_choose_the_kernels_when_asked():
         finally:
             ops.use("auto")
     assert calls == [FP32, FP32, FP16]
+
+
+def test_the_formula_of_the_backward_is_the_derivative_of_the_forwards():
+    g = torch.Generator().manual_seed(0)
+    q, do = torch.randn(2, 2, 3, 11, 8, generator=g, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 3, 7, 8, generator=g, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(at.reference(*inputs, scale=0.3), inputs, do)
+    for mine, theirs in zip(at.reference_backward(q, k, v, do, scale=0.3), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):

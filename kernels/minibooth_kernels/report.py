@@ -113,7 +113,7 @@ def problems(line: dict) -> list[str]:
         found.append(f"spills: {line['stack']} bytes of stack, {line['local_memory']} accesses")
     if line["shared"] > SHARED_MEMORY[line["capability"]]:
         found.append(f"{line['shared']} bytes of shared memory, more than the card has")
-    attends = line["kernel"] in attention.AMPERE
+    attends = line["kernel"] in attention.tiles.AMPERE
     if attends and line["dtype"] != "fp32" and not line["tensor_core"]:
         found.append("no tensor-core instruction")
     if line["instructions"] < 100:  # what ptxas leaves of a kernel that cannot run

@@ -1,0 +1,92 @@
+"""A group that fits in registers: one program per sample and group, read once, write once."""
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .parts import _affine, _offsets, _silu_backward
+
+
+def reference(x, num_groups, weight, bias, eps, silu=False):
+    """The same in PyTorch, what the kernels are compared with."""
+    y = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+@triton.jit
+def _group(g, group_channels, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows and channels of a group's tile. Groups start at multiples of UNIT: wider loads."""
+    first = tl.multiple_of(g * group_channels, UNIT)
+    last = tl.multiple_of((g + 1) * group_channels, UNIT)
+    channels = first + tl.arange(0, BLOCK_C)
+    return tl.arange(0, BLOCK_R), channels, channels < last
+
+
+@triton.jit
+def _forward_one_pass(
+    X,  # (N, R, C) in
+    Weight,  # (C,) γ
+    Bias,  # (C,) β
+    Y,  # (N, R, C) out
+    Mean,  # (N, G) fp32 out
+    Rstd,  # (N, G) fp32 out
+    R, C, group_channels, eps,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
+    mask = (rows < R)[:, None] & channel_mask[None, :]
+    offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
+    sample = n.to(tl.int64) * R * C
+    x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
+
+    size = R * group_channels
+    mean = tl.sum(x) / size
+    centered = tl.where(mask, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered) / size + eps)
+    z, _ = _affine(centered * rstd, channels, channel_mask, Weight, Bias)
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(Y + sample + offsets, z, mask=mask)
+    tl.store(Mean + n * G + g, mean)
+    tl.store(Rstd + n * G + g, rstd)
+
+
+@triton.jit
+def _backward_one_pass(
+    dY,  # (N, R, C) in
+    X,  # (N, R, C)
+    Weight,  # (C,)
+    Bias,  # (C,)
+    Mean,  # (N, G) fp32
+    Rstd,  # (N, G) fp32
+    dX,  # (N, R, C) out
+    Sums,  # (2, N, C) fp32 out: Σ dz·x̂ and Σ dz over the rows, which sum over n to dγ and dβ
+    R, C, group_channels,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
+    mask = (rows < R)[:, None] & channel_mask[None, :]
+    offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
+    sample = n.to(tl.int64) * R * C
+    mean, rstd = tl.load(Mean + n * G + g), tl.load(Rstd + n * G + g)
+
+    x_hat = (tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+    dz = tl.load(dY + sample + offsets, mask=mask, other=0.0).to(tl.float32)
+    z, weight = _affine(x_hat, channels, channel_mask, Weight, Bias)
+    if SILU:
+        dz = _silu_backward(z, dz)
+    sum_dz_x = tl.sum(dz * x_hat, axis=0)
+    sum_dz = tl.sum(dz, axis=0)
+    tl.store(Sums + n * C + channels, sum_dz_x, mask=channel_mask)
+    tl.store(Sums + (tl.num_programs(1) + n) * C + channels, sum_dz, mask=channel_mask)
+
+    size = R * group_channels
+    # dx = rstd (γ dz − a x̂ − b), a and b the group's means of γ dz x̂ and of γ dz.
+    a = tl.sum(weight * sum_dz_x) / size
+    b = tl.sum(weight * sum_dz) / size
+    dx = rstd * (weight[None, :] * dz - a * x_hat - b)
+    tl.store(dX + sample + offsets, dx, mask=mask)

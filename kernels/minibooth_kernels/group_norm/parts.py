@@ -1,0 +1,34 @@
+"""What the group norm kernels share: where a tile lies, and the affine map behind the norm."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _offsets(rows, channels, R, C, CHANNELS_LAST: tl.constexpr):
+    if CHANNELS_LAST:
+        offsets = rows[:, None] * C + channels[None, :]
+    else:
+        offsets = rows[:, None] + channels[None, :] * R
+    return offsets
+
+
+@triton.jit
+def _affine(x_hat, channels, mask, Weight, Bias):
+    weight = tl.load(Weight + channels, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(Bias + channels, mask=mask, other=0.0).to(tl.float32)
+    return x_hat * weight[None, :] + bias[None, :], weight
+
+
+@triton.jit
+def _per_channel(Groups, n, channels, C, group_channels):
+    """Values of the groups of sample n, spread over their channels."""
+    groups = n * (C // group_channels) + channels // group_channels
+    return tl.load(Groups + groups, mask=channels < C, other=0.0)
+
+
+@triton.jit
+def _silu_backward(z, dy):
+    """d(z·σ(z))/dz = σ(z) (1 + z (1 − σ(z)))."""
+    sigma = tl.sigmoid(z)
+    return dy * sigma * (1 + z * (1 - sigma))
