@@ -16,7 +16,7 @@ from minibooth import ops
 from minibooth.bench import kernels
 from minibooth.common.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 

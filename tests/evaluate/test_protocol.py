@@ -1,0 +1,236 @@
+"""The whole protocol on a toybox with random weights, killed and resumed."""
+
+import json
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import child
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+from small_judges import (
+    clip_folder,
+    cosine,
+    dino_folder,
+    options,
+    peer_features,
+    peer_texts,
+    read_csv,
+    run,
+)
+
+from minibooth import train
+from minibooth.evaluate import __main__ as program
+from minibooth.evaluate import drawing, judges, metrics, protocol
+from minibooth.formats import hub
+from minibooth.toybox import world
+
+CHOSEN = "spotted_dog,snail"
+ARMS = ("with_prior", "without_prior", "no_noun", "wrong_noun")
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """Settings of a run of two steps, for --train_config."""
+    path = tmp_path_factory.mktemp("training") / "config.json"
+    settings = {"max_train_steps": 2, "checkpointing_steps": 1, "learning_rate": 1e-3}
+    settings |= {"num_class_images": 2, "class_steps": 1, "sample_batch_size": 2}
+    path.write_text(json.dumps(settings | {"train_batch_size": 1}))
+    return path
+
+
+def command(training, out, *more):
+    given = ["dataset", "--model", "toybox", "--subjects", CHOSEN, "--prompts", 2, "--images", 2]
+    given += ["--class_images", 2, "--steps", 1, "--device", "cpu", "--train_config", training]
+    return [str(x) for x in (*given, "--output_dir", out, *more)]
+
+
+@pytest.fixture(scope="module")
+def whole(toybox_folder, training, tmp_path_factory):
+    """The protocol in one go, and the training of each subject as it was asked for."""
+    folder, asked = tmp_path_factory.mktemp("whole"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "toybox", lambda: toybox_folder)
+        patch.setattr(sys, "argv", ["minibooth.evaluate", *command(training, folder)])
+        patch.setattr(protocol, "train", lambda c: asked.append(c) or train.train(c))
+        program.main()
+    return folder, asked
+
+
+def test_the_protocol_trains_every_subject_in_every_way(whole, toybox_folder):
+    folder, asked = whole
+    assert len(asked) == 8
+    by_arm = {arm: asked[2 * i : 2 * i + 2] for i, arm in enumerate(ARMS)}
+    for arm in ARMS:
+        dog, snail = by_arm[arm]
+        assert Path(dog.instance_data_dir) == toybox_folder / "subjects" / "spotted_dog"
+        assert Path(snail.instance_data_dir) == toybox_folder / "subjects" / "snail"
+        assert dog.uses_prior == (arm == "with_prior") and dog.max_train_steps == 2
+    assert by_arm["with_prior"][0].instance_prompt == "a sks dog"
+    assert by_arm["with_prior"][0].class_prompt == "a dog"
+    assert by_arm["no_noun"][1].instance_prompt == "a sks"
+    nouns = {s.kind for s in world.SUBJECTS.values()}
+    wrong = by_arm["wrong_noun"][0].instance_prompt.removeprefix("a sks ")
+    assert wrong in nouns - {"dog"}
+    names = {f.name for f in (folder / "wrong_noun" / "spotted_dog" / "pictures").iterdir()}
+    assert f"a-sks-{wrong}-on-the-grass-0.png" in names
+    assert not list(folder.rglob("model"))  # a trained model is not kept
+
+
+def test_the_protocol_writes_scores_tables_and_grids(whole, toybox):
+    folder, _ = whole
+    judge = judges.load(options(judge="toybox"))
+    rows = read_csv(folder / "subjects.csv")
+    assert len(rows) == 2 * (2 + len(ARMS))
+    table = (folder / "tables.md").read_text()
+    for arm in ARMS:
+        dino = []
+        for name in CHOSEN.split(","):
+            place = folder / arm / name
+            pictures = sorted((place / "pictures").iterdir())
+            assert len(pictures) == 4 and len(list((place / "class").iterdir())) == 2
+            seen = judge.image_features([Image.open(f) for f in pictures], "dino")
+            real = sorted((toybox / "subjects" / name).iterdir())
+            truth = judge.image_features([Image.open(f) for f in real], "dino")
+            dino.append(np.mean([cosine(a, b) for a in seen for b in truth]))
+            [row] = [r for r in rows if (r["row"], r["subject"]) == (arm, name)]
+            assert float(row["DINO"]) == pytest.approx(dino[-1], abs=1e-5)
+            assert all(row[metric] for metric in metrics.METRICS)
+            with Image.open(place / "grid.png") as grid:
+                assert grid.size[0] > 5 * drawing.CELL and grid.size[1] > 3 * drawing.CELL
+        assert f"| {np.mean(dino):.3f} |" in table
+    for line in (
+        "## Table 1: fidelity (2 of 5 subjects, 2 prompts, 2 pictures of each)",
+        "DreamBooth (paper: SD)",
+        "## Table 3",
+        "0.493 |",
+        "## Table 4",
+        "class noun: wrong",
+        "not the paper's numbers",
+    ):
+        assert line in table
+    assert re.search(r"0\.668 \| +0\.803 \| +0\.305 \|\n", table)
+
+
+MOMENTS = [
+    "step 2",  # in the training of the first subject
+    "before a-sks-dog-on-the-beach-1.png",
+    "remove .model.tmp",
+    "before scores.json",
+    "after grid.png",
+    "before tables.md",
+]
+
+
+def kill(folder, moment, given, toybox):
+    """Start the program and let it kill itself; what it said."""
+    log = folder.parent / f"{folder.name}.log"
+    process = child.start(given, moment, log, "minibooth.evaluate", toybox)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (moment, log.read_text())
+    return log.read_text()
+
+
+def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(
+    whole, toybox, training, tmp_path, monkeypatch, capsys
+):
+    folder, kept, said = tmp_path / "killed", {}, []
+    given = command(training, folder, "--tables", "1")
+    for moment in MOMENTS:
+        said.append(kill(folder, moment, given, toybox))
+        now = {f: f.stat().st_mtime_ns for f in folder.rglob("[a-z]*-*.png")}
+        assert all(now[f] == kept[f] for f in kept), moment
+        kept = now
+    assert re.search(r"training: +50%", said[1])  # it went on where it was killed
+    assert re.search(r"training: +0%", said[0]) and not re.search(r"training: +0%", said[1])
+    assert not any("training:" in log for log in said[2:5])  # and was not done again
+
+    def never(*args, **kwargs):
+        raise AssertionError("this was done already")
+
+    monkeypatch.setattr(protocol, "train", never)
+    monkeypatch.setattr(protocol, "score", never)
+    monkeypatch.setattr(drawing, "draw", never)
+    assert run(monkeypatch, capsys, *given)[0] == 0
+    of_table_1 = ("with_prior", "class_images", "settings.json")
+    expected = {f for f in runs.files(whole[0]) if f.startswith(of_table_1)}
+    assert runs.files(folder) == expected | {"subjects.csv", "tables.md"}
+    for name in sorted(expected):
+        assert (folder / name).read_bytes() == (whole[0] / name).read_bytes(), name
+    rows = read_csv(whole[0] / "subjects.csv")
+    rows = [r for r in rows if r["row"].startswith(("real", "with_prior"))]
+    assert read_csv(folder / "subjects.csv") == rows
+
+
+def test_more_pictures_need_a_model_again_and_other_settings_another_folder(
+    whole, toybox, training, tmp_path, monkeypatch, capsys
+):
+    folder, asked = tmp_path / "out", []
+    shutil.copytree(whole[0], folder)
+    old = {f: f.stat().st_mtime_ns for f in folder.rglob("[a-z]*-*.png")}
+    monkeypatch.setattr(protocol, "train", lambda c: asked.append(c) or train.train(c))
+    more = ["--subjects", "snail", "--tables", "1", "--images", 3]
+    status, out, err = run(monkeypatch, capsys, *command(training, folder, *more))
+    assert status == 0, err
+    assert len(asked) == 1 and "1 of 5 subjects, 2 prompts, 3 pictures" in out
+    assert "Table 3" not in out
+    assert all(f.stat().st_mtime_ns == time for f, time in old.items())
+    assert len(list((folder / "with_prior" / "snail" / "pictures").iterdir())) == 6
+
+    slower = tmp_path / "slower.json"
+    slower.write_text(training.read_text().replace("0.001", "0.0001"))
+    for change, said in (
+        (["--steps", 2], "steps was 1 and is 2"),
+        (["--identifier", "zwx"], "identifier was 'sks' and is 'zwx'"),
+        (["--train_config", slower], "training's learning_rate was 0.001 and is 0.0001"),
+    ):
+        status, _, err = run(monkeypatch, capsys, *command(training, folder, *change))
+        assert status == 2 and said in err and err.count("\n") == 1
+    (folder / "with_prior" / "snail" / "scores.json").write_text("{")
+    status, _, err = run(monkeypatch, capsys, *command(training, folder, *more))
+    assert status == 0 and len(asked) == 1, err  # measured again, not trained again
+
+
+def test_another_judge_measures_the_pictures_that_are_there(
+    whole, toybox, training, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    monkeypatch.setattr(protocol, "train", lambda c: pytest.fail("nothing is to be trained"))
+    public = ["--judge", "public", "--clip", clip_folder(), "--dino", dino_folder()]
+    public += ["--tables", "1"]
+    status, _, err = run(monkeypatch, capsys, *command(training, folder, *public))
+    assert status == 0, err
+    rows = read_csv(folder / "subjects.csv")
+    [row] = [r for r in rows if (r["row"], r["subject"]) == ("with_prior", "snail")]
+    real = sorted((toybox / "subjects" / "snail").iterdir())
+    drawn = sorted((folder / "with_prior" / "snail" / "pictures").iterdir())
+    seen, truth = (peer_features([Image.open(f) for f in x], "clip") for x in (drawn, real))
+    want = np.mean([cosine(a, b) for a in seen for b in truth])
+    assert float(row["CLIP-I"]) == pytest.approx(want, abs=1e-5)
+    texts = peer_texts(["a snail on the grass"] * 2 + ["a snail on the beach"] * 2)
+    order = sorted(range(4), key=lambda i: "beach" in drawn[i].name)
+    want = np.mean([cosine(seen[i], text) for i, text in zip(order, texts, strict=True)])
+    assert float(row["CLIP-T"]) == pytest.approx(want, abs=1e-5)
+
+
+def test_the_settings_of_the_toybox_are_its_own(toybox, monkeypatch, capsys, training, tmp_path):
+    given = {"model": "toybox"}
+    assert program.toybox_settings(given) == {
+        **{"judge": "toybox", "steps": 25, "guidance_scale": 4.0, "batch_size": 16},
+        "data": str(toybox / "subjects"),
+    }
+    assert program.toybox_settings({"model": "x"}) == {}
+    assert "data" not in program.toybox_settings({"generated": "toybox"})
+    config = protocol.DatasetConfig(model="toybox", data=str(toybox / "subjects"))
+    settings = protocol.training_settings(config)
+    assert settings["max_train_steps"] == 200 and settings["train_batch_size"] == 4
+    assert settings["model"] == str(toybox) and settings["num_validation_images"] == 0
+    (tmp_path / "c.json").write_text('{"prior_loss_weight": 0.0}')
+    changed = [*command(training, tmp_path / "x"), "--train_config", str(tmp_path / "c.json")]
+    status, _, err = run(monkeypatch, capsys, *changed)
+    assert status == 2 and "prior_loss_weight must be above 0" in err

@@ -1,0 +1,193 @@
+"""The hub: exact names, its cache, and what can be wrong."""
+
+import os
+import shutil
+import socket
+import time
+
+import huggingface_hub
+import peers
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file
+from weight_files import (
+    TEXT_FILE,
+    UNET_FILE,
+    VAE_FILE,
+    assert_same,
+    assert_same_state,
+    copy,
+    one_line,
+    rewrite,
+    zipped,
+)
+
+import minibooth
+from minibooth.common.errors import UserError
+
+FETCHED = [
+    "model_index.json",
+    "unet/config.json",
+    UNET_FILE,
+    "vae/config.json",
+    VAE_FILE,
+    "text_encoder/config.json",
+    TEXT_FILE,
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "README.md",
+]
+
+
+ASKED_FOR = ["LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE-MODEL"]
+
+
+class FakeHub:
+    """hf_hub_download from a local folder; keeps the names it was asked for."""
+
+    def __init__(self, monkeypatch, tmp_path, folder, error=None):
+        self.asked, self.folder, self.error = [], folder, error
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "no-cache"))
+
+    def download(self, repo_id, name, revision=None):
+        self.asked.append(name)
+        if self.error:
+            raise self.error
+        if not (self.folder / name).is_file():
+            raise response_error(hub_errors.EntryNotFoundError, "404")
+        return str(self.folder / name)
+
+
+def response_error(kind, message):
+    """These errors want the HTTP response they come from, which no test has."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error
+
+
+def test_a_model_is_downloaded_by_exact_names(tmp_path, monkeypatch):
+    folder, pipe = copy("sd1", tmp_path)
+    (folder / "README.md").write_text("---\nlicense: openrail\n---\n")
+    (folder / "safety_checker").mkdir()
+    for name in (UNET_FILE, VAE_FILE, TEXT_FILE):
+        shutil.copy(folder / name, folder / name.replace(".safetensors", ".fp16.safetensors"))
+        shutil.copy(folder / name, folder / name.replace(".safetensors", ".non_ema.safetensors"))
+    fake = FakeHub(monkeypatch, tmp_path, folder)
+    sd = minibooth.load("someone/some-model")
+    assert_same(sd, pipe)
+    assert fake.asked == FETCHED + ASKED_FOR
+    assert sd.licence == "openrail"
+
+
+def test_older_repositories_with_bin_files_only(tmp_path, monkeypatch):
+    folder, pipe = copy("sd1", tmp_path)
+    zipped(load_file(folder / TEXT_FILE), folder / "text_encoder/pytorch_model.bin")
+    (folder / TEXT_FILE).unlink()
+    fake = FakeHub(monkeypatch, tmp_path, folder)
+    assert_same(minibooth.load("someone/some-model"), pipe)
+    assert [n for n in fake.asked if n.startswith("text_encoder/")][-1].endswith("model.bin")
+
+
+def test_a_vae_of_its_own_repository_is_downloaded_by_exact_names(tmp_path, monkeypatch, other_vae):
+    other_vae.save_pretrained(tmp_path / "vae-repo")
+    fake = FakeHub(monkeypatch, tmp_path, tmp_path / "vae-repo")
+    sd = minibooth.load(peers.model("sd1")[0], vae="someone/sd-vae")
+    assert_same_state(sd.vae.state_dict(), peers.tensors(other_vae))
+    names = ["vae/config.json", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert fake.asked == names
+
+
+@pytest.mark.parametrize("pad, kind", [("<|endoftext|>", "sd1"), ("!", "sd2")])
+def test_a_single_file_fetches_its_vocabulary(pad, kind, tmp_path, monkeypatch):
+    folder, pipe = peers.model(kind)
+    peers.write_tokenizer(tmp_path / "clip")  # the hub's pads with the end token
+    minibooth.load(folder).save_single_file(tmp_path / "x.safetensors")
+    fake = FakeHub(monkeypatch, tmp_path, tmp_path / "clip")
+    sd = minibooth.load(tmp_path / "x.safetensors")
+    assert sd.tokenizer.pad == pad
+    assert fake.asked == [
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    ]
+    want = pipe.tokenizer(["a sks dog!"], padding="max_length", max_length=77).input_ids
+    assert sd.tokenizer(["a sks dog!"]).tolist() == want
+
+
+def test_a_single_file_without_network_asks_for_a_tokenizer(tmp_path, monkeypatch):
+    minibooth.load(peers.model("sd1")[0]).save_single_file(tmp_path / "x.safetensors")
+    FakeHub(monkeypatch, tmp_path, tmp_path, hub_errors.LocalEntryNotFoundError("no network"))
+    with pytest.raises(UserError, match="--tokenizer") as error:
+        minibooth.load(tmp_path / "x.safetensors")
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (hub_errors.RepositoryNotFoundError, "neither a folder here nor a public model"),
+        (hub_errors.GatedRepoError, "gated: accept its licence"),
+        (hub_errors.RevisionNotFoundError, "no revision 'v9'"),
+        (hub_errors.LocalEntryNotFoundError, "the hub cannot be reached"),
+        (hub_errors.HfHubHTTPError, "cannot download model_index.json of some/model: 500"),
+        (OSError, "cannot download model_index.json of some/model: 500"),
+        (TimeoutError, "cannot download model_index.json of some/model: 500"),
+        (hub_errors.EntryNotFoundError, "no model_index.json"),
+    ],
+)
+def test_what_can_be_wrong_with_a_repository(error, words, tmp_path, monkeypatch):
+    FakeHub(monkeypatch, tmp_path, tmp_path, response_error(error, "500\nTraceback …"))
+    with pytest.raises(UserError, match=words) as caught:
+        minibooth.load("some/model", revision="v9")
+    one_line(caught)
+
+
+def test_a_cached_model_needs_no_network(tmp_path, monkeypatch, no_warnings):
+    folder, pipe = peers.model("sd1")
+    repo = tmp_path / "cache" / "models--someone--some-model"
+    snapshot = repo / "snapshots" / "0123abc"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text("0123abc")
+    (repo / "refs/old").write_text("9876fed")
+    for i, file in enumerate(f for f in folder.rglob("*") if f.is_file()):
+        blob, link = repo / "blobs" / f"blob{i}", snapshot / file.relative_to(folder)
+        blob.parent.mkdir(exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (snapshot / "README.md").write_text("---\nlicense: openrail\n---\n")
+
+    shutil.copytree(snapshot, repo / "snapshots" / "9876fed")
+    bias = torch.arange(4.0)
+    rewrite(repo / "snapshots" / "9876fed" / UNET_FILE, lambda t: t | {"conv_out.bias": bias})
+
+    asked = []
+
+    def no_route(*args, **kwargs):
+        asked.append(args)
+        raise OSError("no network in this test")
+
+    monkeypatch.undo()  # the real hf_hub_download, but no sockets
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, no_route)
+    monkeypatch.setattr(socket.socket, "connect", no_route)
+
+    started = time.monotonic()
+    sd = minibooth.load("someone/some-model")
+    assert_same(sd, pipe)
+    assert sd.licence == "openrail"
+    old = minibooth.load("someone/some-model", revision="old")
+    assert torch.equal(old.unet.conv_out.bias, bias)
+    assert_same_state(
+        minibooth.load(folder, vae="someone/some-model").vae.state_dict(), peers.tensors(pipe.vae)
+    )
+    assert asked == [] and time.monotonic() - started < 10
+    sd.save(tmp_path / "out")
+    assert_same(minibooth.load(tmp_path / "out"), pipe)
