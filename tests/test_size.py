@@ -27,6 +27,7 @@ INSIDE = {  # the same within a room
         *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
         *("resume", "snapshots", "start", "loss", "grids", "finite"),
     ],
+    "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],
     "explain": ["microscope", "page", "first_step"],
 }
 READ = [*CORE, "tokenizer", "ops", "pipeline"]  # imports no room but these

@@ -1,9 +1,62 @@
-"""python -m minibooth.bench: kernels, training and sampling measured against others'."""
+"""Measures the Triton kernels against PyTorch, on a GPU, and all of it against diffusers:
 
+python -m minibooth.bench train                                a training step
+python -m minibooth.bench sample                               drawing pictures
+python -m minibooth.bench run                                  a whole run by phases
+python -m minibooth.bench memory                               ways to save memory
+python -m minibooth.bench kernels --output results             the benchmark
+python -m minibooth.bench kernels --check --output results     correctness first, then the same
+"""
+
+import argparse
 import sys
+import warnings
+from pathlib import Path
 
+import torch
+
+from .. import ops
 from ..common import cli
-from .kernels import main
+from . import check, kernels, memory, peers, run
+
+BENCHES = {
+    "train": peers.benchmark,
+    "sample": peers.benchmark,
+    "run": run.benchmark,
+    "memory": memory.benchmark,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m minibooth.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=["kernels", *BENCHES])
+    parser.add_argument("--output", type=Path, default=Path("bench-out"), help="a folder")
+    parser.add_argument("--minutes", type=float, default=4.5, help="for the benchmark")
+    parser.add_argument("--check", action="store_true", help="correctness first")
+    args = parser.parse_args(argv)
+    if args.what != "kernels":
+        BENCHES[args.what](args.what, args.minutes, args.output)
+        return 0
+    if not torch.cuda.is_available() or ops.attention_kernels is None:
+        missing = "Triton" if torch.cuda.is_available() else "a CUDA card"
+        print(f"the benchmark of the kernels needs {missing}", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore")  # SDPA explains every backend that refuses a shape
+    extra = {}
+    if args.check:
+        dtypes = (torch.float32, torch.float16, torch.bfloat16)
+        failures = [failure for dtype in dtypes for failure in check.check(dtype)]
+        print("\n".join(failures) or "all correct", flush=True)
+        extra = {"check": failures, "sanitizer": check.sanitize()}
+        print(extra["sanitizer"], flush=True)
+    kernels.benchmark(args.minutes, args.output, extra)
+    return 1 if extra.get("check") else 0
+
 
 if __name__ == "__main__":
     cli.run("minibooth.bench", lambda: sys.exit(main()))

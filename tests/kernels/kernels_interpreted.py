@@ -12,7 +12,7 @@ from minibooth_kernels import attention as at
 from minibooth_kernels import group_norm as gn
 
 from minibooth import ops
-from minibooth.bench import kernels
+from minibooth.bench import check, kernels
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -327,12 +327,14 @@ def test_the_formula_of_the_backward_is_the_derivative_of_the_forwards():
 
 def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     """Everything of the GPU command but the clock: the checks, every row, the JSON, the chart."""
-    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(check, "DEVICE", "cpu")
     attention = {"SD 1.5 cross": (2, 20, 7, 8), "VAE 4096": (1, 6, 9, 512)}
+    monkeypatch.setattr(check, "ATTENTION", attention)
+    monkeypatch.setattr(check, "NORMS", {"UNet": (64, 3)})
     monkeypatch.setattr(kernels, "ATTENTION", attention)
     monkeypatch.setattr(kernels, "NORMS", {"UNet": (64, 3)})
-    monkeypatch.setattr(kernels, "ODD_ATTENTION", {"tiny": (1, 5, 3, 8)})
-    monkeypatch.setattr(kernels, "ODD_NORMS", {})
+    monkeypatch.setattr(check, "ODD_ATTENTION", {"tiny": (1, 5, 3, 8)})
+    monkeypatch.setattr(check, "ODD_NORMS", {})
     monkeypatch.setattr(kernels, "BATCH_SIZES", (1,))
     monkeypatch.setattr(kernels, "L2_BYTES", 2)
     monkeypatch.setattr(kernels, "forward_variants", lambda bound: [])
@@ -347,10 +349,10 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(kernels, "graph_time", once)
     monkeypatch.setattr(kernels, "bounds", lambda dtype: {"flops": 1e12, "bytes": 1e12})
-    assert kernels.check(FP16) == []
+    assert check.check(FP16) == []
     wrong = [lambda q, k, v: at.attention(q, k, v) * 1.01, at.reference, at.reference]
-    make = lambda: kernels.attention_inputs(1, 1, 5, 6, 8, FP16)  # noqa: E731
-    assert "allowed" in kernels.check_one("wrong", *wrong, make, backward=True)[0]
+    make = lambda: check.attention_inputs(1, 1, 5, 6, 8, FP16)  # noqa: E731
+    assert "allowed" in check.check_one("wrong", *wrong, make, backward=True)[0]
 
     kernels.benchmark(1.0, tmp_path, {})
     report = json.loads((tmp_path / "kernels.json").read_text())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minibooth import ops
-from minibooth.bench import kernels
+from minibooth.bench import check
 from minibooth.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -185,5 +185,5 @@ def test_the_benchmark_without_a_gpu_is_one_line_and_status_2():
 @on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_kernels_on_the_gpu(dtype):
-    failures = kernels.check(dtype)
+    failures = check.check(dtype)
     assert not failures, "\n".join(failures)

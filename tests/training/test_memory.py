@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minibooth import UserError, ops, train
-from minibooth.bench import peers
+from minibooth.bench import models
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.train import TrainConfig
 from minibooth.training import graphs, memory, optimizer, start
@@ -208,7 +208,7 @@ UNET_SIZE, VAE_SIZE, TEXT_SIZE = 859_520_964, 83_653_863, 123_060_480  # weights
 
 @functools.cache
 def sd15():
-    return peers.model("SD 1.5", torch.device("meta"))
+    return models.model("SD 1.5", torch.device("meta"))
 
 
 def config(**changes):
