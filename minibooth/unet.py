@@ -109,6 +109,16 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class Pointwise(nn.Conv2d):
+    """A linear layer over the channels that is stored as a 1×1 convolution. x: (B, N, C)."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class Transformer(nn.Module):
     """A transformer block over the pixels of a feature map, as a residual."""
 
@@ -116,17 +126,17 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         # The same matrix either way; SD 1.x stores it as a 1×1 convolution, SD 2.x as a linear.
-        project = nn.Linear if linear else lambda c, d: nn.Conv2d(c, d, 1)
+        project = nn.Linear if linear else Pointwise
         self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, c_context, heads)])
         self.proj_out = project(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
-        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        h = self.proj_out(h)
         return x + h.transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
 
 
