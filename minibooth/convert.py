@@ -1,15 +1,21 @@
-"""python -m minibooth.convert: any form of a model → a diffusers folder or one .safetensors."""
+"""python -m minibooth.convert: any form of a model → a diffusers folder or one .safetensors.
 
+Also into a LoRA: what training changed, at low rank.
+"""
+
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from . import pipeline
+from . import lora, pipeline
 from .common import cli
 from .common.cli import option
 from .common.errors import UserError
 from .common.files import gigabytes, require_space
+from .formats import adapters
+from .pipeline import StableDiffusion
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,13 @@ class ConvertConfig:
         "of the weights written [fp16 for a file, fp32 for a folder]",
         choices=("fp32", "fp16", "bf16"),
     )
+    merge_lora: tuple[str, ...] = option(
+        (), "LoRA file to add to the weights, or FILE:STRENGTH; several as well [:1]"
+    )
+    extract_lora: int | None = option(
+        None, "write not the model but, as a LoRA of this rank, how it differs from --base"
+    )
+    base: str | None = option(None, "the model that --model was trained from")
     vae: str | None = option(None, "folder, file or hub id of a VAE to put in")
     tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
     prediction_type: str | None = option(
@@ -45,14 +58,13 @@ def convert(config: ConvertConfig) -> Path:
     if single == out.is_dir() and out.exists():
         raise UserError(f"{out} is there already and is not a {'file' if single else 'folder'}")
     cli.check_folder("--output", out.parent if single else out)
-    sd = pipeline.load(
-        config.model,
-        tokenizer=config.tokenizer,
-        vae=config.vae,
-        prediction_type=config.prediction_type,
-        revision=config.revision,
-    )
+    check_lora(config)
+    sd = load(config, config.model)
     dtype = cli.DTYPES[config.dtype] if config.dtype else (torch.float16 if single else None)
+    if config.extract_lora:
+        return extract(config, sd, out, dtype)
+    adapters.merge_files(sd.networks, config.merge_lora)
+    sd.source = " + ".join([sd.source, *config.merge_lora])
     weights = sum(p.numel() for network in sd.networks.values() for p in network.parameters())
     require_space(out, weights * (dtype.itemsize if dtype else 4))
     if single:
@@ -60,6 +72,52 @@ def convert(config: ConvertConfig) -> Path:
     else:
         sd.save(out, dtype)
     return out
+
+
+def load(config: ConvertConfig, source: str) -> StableDiffusion:
+    return pipeline.load(
+        source,
+        tokenizer=config.tokenizer,
+        vae=config.vae,
+        prediction_type=config.prediction_type,
+        revision=config.revision,
+    )
+
+
+def check_lora(config: ConvertConfig) -> None:
+    cli.check_at_least_one(config, ("extract_lora",))
+    if (config.extract_lora is None) != (config.base is None):
+        raise UserError("give --extract_lora and --base together: a rank, and what to compare with")
+    if config.extract_lora and config.merge_lora:
+        raise UserError("--merge_lora and --extract_lora exclude each other: merge first")
+
+
+def extract(
+    config: ConvertConfig, tuned: StableDiffusion, out: Path, dtype: torch.dtype | None
+) -> Path:
+    """Write a LoRA: kohya's form where `out` is a file, diffusers' where it is a folder."""
+    base, found, squares = load(config, config.base), {}, []
+    for name in ("unet", "text_encoder"):
+        networks = base.networks[name], tuned.networks[name]
+        ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in networks)
+        if other := sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k)):
+            raise UserError(f"--base is no base of --model: they differ in the {name}'s {other[0]}")
+        extracted = lora.extract(*networks, config.extract_lora)
+        squares.append(extracted[1:])
+        if extracted.adapters:
+            found[name] = extracted.adapters
+    if not found:
+        raise UserError("--model and --base differ in no layer: there is nothing to extract")
+    kept, of_layers, of_all = (math.sqrt(sum(of_both)) for of_both in zip(*squares, strict=True))
+    print(
+        f"rank {config.extract_lora} keeps {kept / of_layers:.1%} of the norm of what changed in "
+        f"{sum(map(len, found.values()))} linear layers and 1×1 convolutions, {kept / of_all:.1%} "
+        "of all that changed"
+    )
+    if out.suffix == ".safetensors":
+        adapters.write_kohya_lora(out, base.networks, found, dtype)
+        return out
+    return adapters.write_diffusers_lora(out, base.networks, found, dtype)
 
 
 def main() -> None:

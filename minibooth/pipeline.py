@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from warnings import warn
 
 import torch
 from PIL import Image
@@ -209,17 +210,26 @@ class StableDiffusion:
     ) -> None:
         """Write one .safetensors in LDM layout, for A1111, ComfyUI and from_single_file.
 
-        `metadata` goes into its header as well. Raises UserError if the disk is too full.
+        `metadata` goes into its header as well. Words that were added stay out: a single file holds
+        no tokenizer. Raises UserError if the disk is too full.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: a single file is named .safetensors")
+        configs, tensors = self.configs, self.tensors()
+        if self.tokenizer.added:
+            known, key = min(self.tokenizer.added.values()), "embeddings.token_embedding.weight"
+            text = configs["text_encoder"] | {"vocab_size": known}
+            configs = configs | {"text_encoder": text}
+            tensors["text_encoder"][key] = tensors["text_encoder"][key][:known]
+            words = ", ".join(self.tokenizer.added)
+            warn(f"{words}: a single file has no place for added words", stacklevel=2)
         about = {
             "modelspec.license": self.licence or "unknown",
             "minibooth.licence_files": json.dumps(self.licence_files),
             **(metadata or {}),
         }
-        checkpoint.write_single_file(path, self.configs, self.tensors(), dtype, about)
+        checkpoint.write_single_file(path, configs, tensors, dtype, about)
 
 
 @contextmanager
@@ -341,7 +351,7 @@ def check_fit(source: str | Path, found: checkpoint.Checkpoint) -> None:
         raise UserError(
             f"{misfit}: latents of {vae['latent_channels']} and of {unet['out_channels']} channels"
         )
-    token = max(found.tokenizer.vocab.values())
+    token = max([*found.tokenizer.vocab.values(), *found.tokenizer.added.values()])
     if token >= text["vocab_size"]:
         raise UserError(f"{misfit}: token {token}, text encoder for {text['vocab_size']}")
 

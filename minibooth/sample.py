@@ -8,11 +8,12 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from . import ops, pipeline
+from . import ops, pipeline, textual_inversion
 from .common import cli
 from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic
+from .formats import adapters
 from .training import graphs, photos
 
 
@@ -41,6 +42,12 @@ class SampleConfig:
     device: str = option("auto", "auto, cuda, mps or cpu")
     kernels: str | None = option(
         None, "for attention and group norm [MINIBOOTH_KERNELS, or torch]", choices=ops.MODES
+    )
+    lora: tuple[str, ...] = option(
+        (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]"
+    )
+    embedding: tuple[str, ...] = option(
+        (), "Textual Inversion file, whose word prompts can then use; several as well"
     )
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
     tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
@@ -81,6 +88,11 @@ def sample(config: SampleConfig) -> list[Path]:
         prediction_type=config.prediction_type,
         revision=config.revision,
     )
+    adapters.merge_files(sd.networks, config.lora)
+    for file in config.embedding:
+        word, vectors = adapters.read_embedding(file)
+        textual_inversion.add_word(sd, word, vectors)
+        print(f"{file}: {word} in a prompt is now {len(vectors)} vectors")
     out, written, rows = Path(config.output_dir), [], []
     batches = -(-config.num_images // config.batch_size)
     bar = tqdm(total=len(config.prompt) * batches * config.steps, unit="step")
@@ -112,7 +124,9 @@ def sample(config: SampleConfig) -> list[Path]:
 def settings(config: SampleConfig, prompt: str, seed: int) -> dict[str, str]:
     """What it takes to draw a picture again, for its metadata."""
     names = ("model", "negative_prompt", "steps", "guidance_scale", "sampler", "eta")
-    return {"prompt": prompt, "seed": str(seed)} | {n: str(getattr(config, n)) for n in names}
+    small = {n: ", ".join(getattr(config, n)) for n in ("lora", "embedding") if getattr(config, n)}
+    settings = {n: str(getattr(config, n)) for n in names}
+    return {"prompt": prompt, "seed": str(seed)} | settings | small
 
 
 def slug(prompt: str) -> str:

@@ -27,6 +27,9 @@ class Tokenizer:
 
     SD 1.x pads with the end token. SD 2.x pads with "!" (id 0), and since that makes "!" a special
     token, every "!" in an SD 2.x prompt becomes id 0 as well, as in the reference.
+
+    added: words of Textual Inversion → id. Where there are also "<dog>_1", "<dog>_2" … the word
+    has several vectors: "<dog>" in a prompt becomes the ids of all, as in diffusers.
     """
 
     def __init__(
@@ -35,14 +38,17 @@ class Tokenizer:
         merges: list[tuple[str, str]],
         max_length: int = 77,
         pad: str = EOS,
+        added: dict[str, int] | None = None,
     ):
         for token in (BOS, EOS, pad):
             if token not in vocab:
                 raise UserError(f"the tokenizer's vocabulary has no {token!r}")
         self.vocab, self.merges, self.max_length, self.pad = vocab, merges, max_length, pad
+        self.added = added or {}
+        self.runs = {id: self.ids_of(word) for word, id in self.added.items()}
         bpe = hf.Tokenizer(
             models.BPE(
-                vocab,
+                vocab | self.added,
                 merges,
                 continuing_subword_prefix="",
                 end_of_word_suffix="</w>",
@@ -64,6 +70,8 @@ class Tokenizer:
             ]
         )
         bpe.add_special_tokens(list(dict.fromkeys([BOS, EOS, pad])))
+        # A bare word, as A1111 has them, must not be found inside another one.
+        bpe.add_tokens([hf.AddedToken(w, single_word=w.isalnum()) for w in self.added])
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A {EOS}", special_tokens=[(BOS, vocab[BOS]), (EOS, vocab[EOS])]
         )
@@ -85,7 +93,8 @@ class Tokenizer:
                 model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
                 vocab, lines = model["vocab"], model["merges"]
             merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in lines]
-            return cls(vocab, merges, max_length, pad=pad_token(folder))
+            added = {w: i for w, i in added_words(folder).items() if w not in vocab}
+            return cls(vocab, merges, max_length, pad_token(folder), added)
         except FileNotFoundError as e:
             raise UserError(
                 f"{folder} is not a tokenizer: {Path(e.filename).name} is missing"
@@ -95,8 +104,31 @@ class Tokenizer:
         except Exception as e:  # whatever json and tokenizers say of a damaged file
             raise UserError(f"{folder} cannot be read as a tokenizer: {first_line(e)}") from None
 
+    def with_word(self, word: str, ids: list[int]) -> "Tokenizer":
+        """A tokenizer that knows one word more, with an id for each of its vectors.
+
+        Raises UserError for a word that is known already, or cannot be found in a prompt.
+        """
+        word = self.bpe.normalizer.normalize_str(word)
+        if not word or " " in word:
+            raise UserError(f"{word!r} is not one word: give one such as <sks>")
+        if {word, word + "</w>"} & {*self.vocab, *self.added}:
+            raise UserError(
+                f"the tokenizer knows {word!r} already: give another word, say <{word}>"
+            )
+        names = [word, *(f"{word}_{i}" for i in range(1, len(ids)))]
+        added = self.added | dict(zip(names, ids, strict=True))
+        return Tokenizer(self.vocab, self.merges, self.max_length, self.pad, added)
+
+    def ids_of(self, word: str) -> list[int]:
+        """Of an added word: one id for each of its vectors."""
+        ids = [self.added[word]]
+        while (more := f"{word}_{len(ids)}") in self.added:
+            ids.append(self.added[more])
+        return ids
+
     def save(self, folder: str | Path) -> None:
-        """Write the four files that every reader of Stable Diffusion folders knows."""
+        """Write the files that every reader of Stable Diffusion folders knows."""
         special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad}
         config = {
             **special,
@@ -113,19 +145,22 @@ class Tokenizer:
             "special_tokens_map.json": json.dumps(special, indent=2),
             "tokenizer_config.json": json.dumps(config, indent=2),
         }
+        if self.added:
+            texts["added_tokens.json"] = json.dumps(self.added, indent=2, ensure_ascii=False)
         for name, text in texts.items():
             write_text(Path(folder) / name, text)
 
     def pieces(self, text: str) -> list[tuple[str, int]]:
         """The tokens of a text with their ids, without bos, eos and padding."""
         encoding = self.bpe.encode(text, add_special_tokens=False)
-        return list(zip(encoding.tokens, encoding.ids, strict=True))
+        pairs = zip(encoding.tokens, encoding.ids, strict=True)
+        return [(token, i) for token, id in pairs for i in self.runs.get(id, [id])]
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts → (B, 77) int64: bos, at most 75 tokens, eos, padding. Warns where it cuts."""
         rows = []
         for text in texts:
-            ids = self.bpe.encode(text).ids
+            ids = [i for id in self.bpe.encode(text).ids for i in self.runs.get(id, [id])]
             if len(ids) > self.max_length:
                 shown = text if len(text) <= 60 else text[:57] + "…"
                 message = (
@@ -145,3 +180,18 @@ def pad_token(folder: Path) -> str:
             if pad:
                 return pad["content"] if isinstance(pad, dict) else pad
     return EOS
+
+
+def added_words(folder: Path) -> dict[str, int]:
+    """From whichever file they stand in: tools have changed their minds about it."""
+    found = {}
+    for name in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text("utf-8"))
+            if name == "added_tokens.json":
+                found |= content
+            for token in content.get("added_tokens", []):
+                found[token["content"]] = token["id"]
+            for id, token in content.get("added_tokens_decoder", {}).items():
+                found[token["content"]] = int(id)
+    return found

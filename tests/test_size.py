@@ -13,16 +13,16 @@ CORE = ["schedule", "text_encoder", "vae", "unet", "dreambooth"]
 # From what stands alone to what uses all of it: a module or room imports only from those above it.
 ORDER = [
     "common",
-    *("schedule", "tokenizer", "ops", "text_encoder", "vae", "unet"),
+    *("schedule", "tokenizer", "ops", "text_encoder", "vae", "unet", "lora"),
     "formats",
-    *("pipeline", "dreambooth"),
+    *("pipeline", "dreambooth", "textual_inversion"),
     *("training", "explain", "toybox"),
     *("train", "sample", "convert"),
     *("evaluate", "bench", "__init__"),
 ]
 INSIDE = {  # the same within a room
     "common": ["errors", "files", "cli"],
-    "formats": ["tensor_files", "configs", "hub", "ldm", "checkpoint"],
+    "formats": ["tensor_files", "configs", "hub", "ldm", "checkpoint", "adapters"],
     "training": [
         *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
         *("resume", "snapshots", "start", "loss", "grids", "finite"),
@@ -30,7 +30,14 @@ INSIDE = {  # the same within a room
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],
     "explain": ["microscope", "page", "first_step"],
 }
-READ = [*CORE, "tokenizer", "ops", "pipeline"]  # imports no room but these
+READ = [
+    *CORE,
+    "tokenizer",
+    "ops",
+    "pipeline",
+    "lora",
+    "textual_inversion",
+]  # imports no room but these
 ROOMS_READ = {"common", "formats"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

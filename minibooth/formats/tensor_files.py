@@ -85,6 +85,7 @@ INERT = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|typing|collections|numpy)\..*"
     r"|(__builtin__|builtins)\.(int|float|str|bool|dict|list|set|tuple|object)"
 )
+NESTED = ("state_dict", "string_to_param")  # the latter in A1111's embeddings
 MOST_NESTED = 10  # state_dict within state_dict; a pickle can also hold itself, without end
 
 
@@ -97,9 +98,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         shells = [(type(name.rpartition(".")[2], (Shell,), {}), name) for name in foreign]
     with torch.serialization.safe_globals(shells):
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    for _ in range(MOST_NESTED):
-        if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-            value = value["state_dict"]
+    for key in NESTED * MOST_NESTED:
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no dictionary of weights")
     return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}

@@ -1,0 +1,210 @@
+"""LoRA and Textual Inversion files, in and out: diffusers' form, and kohya's for A1111 and ComfyUI.
+
+LoRA: the two matrices of each layer, with the layer's name. kohya's says α beside them. diffusers'
+has no place for it that all its versions read: α = r for most, so α/r is multiplied into B there.
+Textual Inversion: one tensor, the vectors of one word.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import lora
+from ..common.errors import UserError
+from .tensor_files import read_tensors, write_safetensors
+
+DIFFUSERS_LORA, DIFFUSERS_EMBEDDING = (
+    "pytorch_lora_weights.safetensors",
+    "learned_embeds.safetensors",
+)
+DIFFUSERS = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+A1111_EMBEDDING = ("emb_params", "*")  # the tensor's name where the file's name is the word
+SPELLINGS = (  # older and other ones → peft's, which diffusers has today
+    (r"\.processor\.", "."),
+    (r"\.self_attn\.to_(q|k|v|out)_lora\.", r".self_attn.\1_proj.lora."),
+    (r"\.to_([qkv])_lora\.", r".to_\1.lora."),
+    (r"\.to_out_lora\.", ".to_out.0.lora."),
+    (r"\.lora(_linear_layer)?[._]down\.", ".lora_A."),
+    (r"\.lora(_linear_layer)?[._]up\.", ".lora_B."),
+    (r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model."),
+    (r"^lora_te1_", "lora_te_"),
+)
+
+# ---- LoRA in -----------------------------------------------------------------------------------
+
+
+def read_lora(path: str | Path, networks: dict[str, nn.Module]) -> dict[str, nn.ModuleDict]:
+    """The adapters that a file, or a folder with one of diffusers' name, has for each network.
+
+    They are fp32, not attached. Raises UserError naming the first key or shape that does not fit.
+    """
+    path = inside(path, DIFFUSERS_LORA)
+    tensors, metadata = read_tensors(path)
+    known = {}  # a layer's name in either form → its network and its own name
+    for network in KOHYA:
+        for layer in lora.layers(networks[network]):
+            known[DIFFUSERS[network] + layer] = network, layer
+            known[KOHYA[network] + layer.replace(".", "_")] = network, layer
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        spelled = key
+        for pattern, replacement in SPELLINGS:
+            spelled = re.sub(pattern, replacement, spelled)
+        part = re.fullmatch(r"(.+)\.(?:(lora_[AB])\.weight|(alpha))", spelled)
+        if part is None:
+            raise UserError(f"{path}: {key} is of no LoRA, or of a kind that is not read here")
+        if part[1] not in known:
+            raise UserError(
+                f"{path} is for another model: this one has no linear layer or 1×1 convolution "
+                f"for {key}"
+            )
+        found.setdefault(known[part[1]], {})[part[2] or part[3]] = tensor
+    if not found:
+        raise UserError(f"{path} holds no LoRA")
+    stated = stated_alphas(path, metadata)
+    adapters: dict[str, list[lora.Adapter]] = {}
+    for (network, layer), parts in found.items():
+        A, B = check_parts(path, layer, parts, networks[network].get_submodule(layer))
+        alpha = parts.get("alpha", stated.get(network, torch.tensor(len(A))))
+        adapters.setdefault(network, []).append(lora.Adapter(layer, A, B, float(alpha)))
+    return {network: lora.collect(of_it) for network, of_it in adapters.items()}
+
+
+def check_parts(
+    path: Path, layer: str, parts: dict[str, Tensor], module: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """A: (r, c_in) and B: (c_out, r) for that layer, if they are."""
+    if not {"lora_A", "lora_B"} <= parts.keys():
+        raise UserError(f"{path} is damaged: it lacks one of the two matrices for {layer}")
+    A, B = (parts[name].float() for name in ("lora_A", "lora_B"))
+    c_out, c_in = lora.matrix(module).shape
+    shapes = [list(x.shape) + [1] * (4 - x.ndim) for x in (A, B)]
+    if shapes != [[len(A), c_in, 1, 1], [c_out, len(A), 1, 1]] or len(A) < 1:
+        raise UserError(
+            f"{path} is for another model: its matrices for {layer} are {list(A.shape)} and "
+            f"{list(B.shape)}, the layer is {c_in} → {c_out}"
+        )
+    if parts.get("alpha", A[0, 0]).numel() != 1:
+        raise UserError(f"{path} is damaged: alpha of {layer} is not one number")
+    return A.flatten(1), B.flatten(1)
+
+
+def stated_alphas(path: Path, metadata: dict[str, str]) -> dict[str, float]:
+    """α per network, from the peft settings that diffusers since 0.35 puts into the metadata."""
+    try:
+        stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        for network in DIFFUSERS:
+            for setting in ("alpha_pattern", "use_rslora", "use_dora"):
+                if stated.get(f"{network}.{setting}"):
+                    raise UserError(f"{path} was made with peft's {setting}: that is not read here")
+        return {
+            n: float(stated[f"{n}.lora_alpha"]) for n in DIFFUSERS if f"{n}.lora_alpha" in stated
+        }
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} has damaged metadata (lora_adapter_metadata)") from None
+
+
+def inside(path: str | Path, name: str) -> Path:
+    """The file itself, or the one of that name if `path` is a folder. Raises UserError."""
+    path = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    return path
+
+
+def file_and_strength(given: str) -> tuple[str, float]:
+    """ "x.safetensors:0.5" → its two parts; without a colon the strength is 1. Raises UserError."""
+    file, colon, strength = given.rpartition(":")
+    if not colon or Path(given).exists():
+        return given, 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{given}: {strength!r} is no strength; give FILE or FILE:NUMBER")
+    return file, value
+
+
+def merge_files(networks: dict[str, nn.Module], given: Iterable[str]) -> None:
+    """Merge LoRA files, each FILE or FILE:STRENGTH, into the networks. Raises UserError."""
+    for file, strength in map(file_and_strength, given):
+        for network, adapters in read_lora(file, networks).items():
+            lora.merge(networks[network], adapters, strength)
+
+
+# ---- LoRA out ----------------------------------------------------------------------------------
+
+
+def stored(
+    networks: dict[str, nn.Module], adapters: dict[str, nn.ModuleDict]
+) -> Iterator[tuple[str, lora.Adapter, Tensor, Tensor]]:
+    """(network, adapter, A, B): the matrices 4-D where their layer is a convolution."""
+    for network, of_it in adapters.items():
+        for a in of_it.values():
+            ones = (1,) * (networks[network].get_submodule(a.layer).weight.ndim - 2)
+            yield network, a, a.A.view(*a.A.shape, *ones), a.B.view(*a.B.shape, *ones)
+
+
+def write_diffusers_lora(
+    folder: str | Path,
+    networks: dict[str, nn.Module],
+    adapters: dict[str, nn.ModuleDict],
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write <folder>/pytorch_lora_weights.safetensors, for load_lora_weights; its path."""
+    tensors, path = {}, Path(folder) / DIFFUSERS_LORA
+    for network, a, A, B in stored(networks, adapters):
+        tensors[f"{DIFFUSERS[network]}{a.layer}.lora_A.weight"] = A
+        tensors[f"{DIFFUSERS[network]}{a.layer}.lora_B.weight"] = a.scale * B
+    write_safetensors(path, tensors, dtype)
+    return path
+
+
+def write_kohya_lora(
+    path: str | Path,
+    networks: dict[str, nn.Module],
+    adapters: dict[str, nn.ModuleDict],
+    dtype: torch.dtype | None = torch.float16,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write one .safetensors as kohya's sd-scripts do, for A1111, ComfyUI and diffusers."""
+    tensors = {}
+    for network, a, A, B in stored(networks, adapters):
+        name = KOHYA[network] + a.layer.replace(".", "_")
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = A, B
+        tensors[f"{name}.alpha"] = torch.tensor(float(a.alpha))
+    sd2 = networks["text_encoder"].final_layer_norm.weight.shape == (1024,)
+    about = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(len(a.A)),
+        "ss_network_alpha": str(a.alpha),
+        "ss_v2": str(sd2),
+    }
+    write_safetensors(path, tensors, dtype, about | (metadata or {}))
+
+
+# ---- Textual Inversion -------------------------------------------------------------------------
+
+
+def read_embedding(path: str | Path) -> tuple[str, Tensor]:
+    """A word and its vectors, (n, D) fp32: of a file in diffusers' form or A1111's, of which the
+    file's name is the word, or of a folder with learned_embeds.safetensors. Raises UserError."""
+    path = inside(path, DIFFUSERS_EMBEDDING)
+    tensors, _ = read_tensors(path)
+    word, vectors = next(iter(tensors.items()), ("", torch.empty(0)))
+    if len(tensors) != 1 or vectors.ndim not in (1, 2) or vectors.numel() == 0:
+        raise UserError(f"{path} does not hold the vectors of one word, and nothing else")
+    return path.stem if word in A1111_EMBEDDING else word, torch.atleast_2d(vectors).float()
+
+
+def write_embedding(path: str | Path, word: str, vectors: Tensor) -> None:
+    """Write the vectors, (n, D), of a word: diffusers' form. With "emb_params" in the word's place
+    it is A1111's and ComfyUI's, for which the file's name is the word."""
+    write_safetensors(path, {word: vectors})
