@@ -1,0 +1,344 @@
+"""LoRA and Textual Inversion files: what diffusers draws with ours, and we with others'."""
+
+import diffusers
+import peers
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from minibooth import UserError, load, lora
+from minibooth.formats import adapters
+from minibooth.text_encoder import TextEncoder
+from minibooth.textual_inversion import add_word
+from minibooth.unet import UNet
+
+SETTINGS = dict(num_inference_steps=3, output_type="latent", guidance_scale=5.0)
+
+
+def trained(sd, targets="all", rank=3, alpha=5.0):
+    found = {}
+    for name in ("unet", "text_encoder"):
+        found[name] = lora.create(sd.networks[name], rank, alpha, targets)
+        for i, a in enumerate(found[name].values()):
+            a.B.data = 0.3 * tiny.randn(*a.B.shape, seed=i)
+    return found
+
+
+def theirs(kind):
+    folder, pipe = peers.model(kind)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, tokenizer=pipe.tokenizer, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(sd, prompt="a photo of a sks dog"):
+    latents = tiny.randn(1, 4, 8, 8)
+    return sd.generate(prompt, steps=3, guidance_scale=5.0, latents=latents, output="latent")
+
+
+def draw_theirs(pipe, prompt="a photo of a sks dog", **options):
+    return pipe(prompt, latents=tiny.randn(1, 4, 8, 8), **SETTINGS, **options).images
+
+
+def merged(kind, found):
+    sd = load(peers.model(kind)[0])
+    for name, of_it in found.items():
+        lora.merge(sd.networks[name], of_it)
+    return sd
+
+
+def write(form, path, sd, found, dtype=torch.float32):
+    if form == "diffusers":
+        return adapters.write_diffusers_lora(path / "lora", sd.networks, found, dtype)
+    adapters.write_kohya_lora(path / "lora.safetensors", sd.networks, found, dtype)
+    return path / "lora.safetensors"
+
+
+# ---- LoRA out ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", lora.TARGETS)
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_diffusers_draws_with_our_file_what_we_draw(kind, form, targets, tmp_path):
+    """α = 5 at rank 3: neither form may lose it."""
+    sd = load(peers.model(kind)[0])
+    base, found = draw(sd), trained(sd, targets)
+    path = write(form, tmp_path, sd, found)
+    pipe = theirs(kind)
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
+    want = draw_theirs(pipe)
+    got = draw(merged(kind, found))
+    assert tiny.rel(got, want) < 1e-4
+    assert tiny.rel(got, base) > 1e-2
+    again = adapters.read_lora(path, sd.networks)
+    for name, of_it in found.items():
+        assert again[name].keys() == of_it.keys()
+        for key, a in of_it.items():
+            assert torch.allclose(again[name][key].delta(), a.delta(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_stands_for_the_file_in_it(tmp_path):
+    sd = load(peers.model()[0])
+    found = {"unet": trained(sd, "attention")["unet"]}
+    path = adapters.write_diffusers_lora(tmp_path, sd.networks, found)
+    assert path == tmp_path / "pytorch_lora_weights.safetensors"
+    assert adapters.read_lora(tmp_path, sd.networks).keys() == {"unet"}
+
+
+# Of a published LoRA for SD 1.5, made by kohya's sd-scripts at rank 4: names and shapes.
+ATTENTION = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
+TEXT = "lora_te_text_model_encoder_layers_"
+PUBLISHED = {
+    ATTENTION + "attn1_to_q.alpha": [],
+    ATTENTION + "attn1_to_q.lora_down.weight": [4, 320],
+    ATTENTION + "attn1_to_q.lora_up.weight": [320, 4],
+    ATTENTION + "attn2_to_k.lora_down.weight": [4, 768],
+    ATTENTION + "attn2_to_v.lora_up.weight": [320, 4],
+    ATTENTION + "attn2_to_out_0.lora_down.weight": [4, 320],
+    ATTENTION + "ff_net_0_proj.lora_up.weight": [2560, 4],
+    ATTENTION + "ff_net_2.lora_down.weight": [4, 1280],
+    "lora_unet_down_blocks_2_attentions_1_proj_in.lora_down.weight": [4, 1280, 1, 1],
+    "lora_unet_down_blocks_2_attentions_1_proj_in.lora_up.weight": [1280, 4, 1, 1],
+    "lora_unet_mid_block_attentions_0_proj_out.alpha": [],
+    "lora_unet_mid_block_attentions_0_proj_out.lora_up.weight": [1280, 4, 1, 1],
+    "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0.alpha": [],
+    TEXT + "0_self_attn_q_proj.lora_down.weight": [4, 768],
+    TEXT + "0_self_attn_out_proj.alpha": [],
+    TEXT + "11_mlp_fc1.lora_up.weight": [3072, 4],
+    TEXT + "11_mlp_fc2.lora_down.weight": [4, 3072],
+}
+
+
+@pytest.mark.parametrize("targets, modules", [("transformers", 192 + 72), ("attention", 128 + 48)])
+def test_kohyas_keys_and_shapes_at_full_size(targets, modules, tmp_path):
+    with torch.device("meta"):
+        unet, text = UNet(tiny.unet_config("SD 1.5")), TextEncoder(tiny.text_config("SD 1.5"))
+    networks, found = {"unet": unet, "text_encoder": text}, {}
+    for name, network in networks.items():
+        found[name] = lora.collect(
+            [
+                lora.Adapter(n, torch.zeros(4, c_in), torch.zeros(c_out, 4), 1.0)
+                for n, layer in lora.layers(network, targets).items()
+                for c_out, c_in in [lora.matrix(layer).shape]
+            ]
+        )
+    adapters.write_kohya_lora(tmp_path / "x.safetensors", networks, found)
+    written = load_file(tmp_path / "x.safetensors")
+    assert len(written) == 3 * modules
+    assert {key.rpartition(".")[2] for key in written} == {"weight", "alpha"}
+    for key, shape in PUBLISHED.items():
+        if targets == "transformers" or ("attn" in key and "_proj_" not in key):
+            assert list(written[key].shape) == shape, key
+    assert all(v.dtype == torch.float16 for v in written.values())
+    assert adapters.read_lora(tmp_path / "x.safetensors", networks).keys() == networks.keys()
+    with safe_open(tmp_path / "x.safetensors", "pt") as f:
+        about = f.metadata()
+    assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("4", "1.0")
+    assert about["ss_network_module"] == "networks.lora" and about["ss_v2"] == "False"
+
+
+# ---- LoRA in -----------------------------------------------------------------------------------
+
+
+def peft_pipeline(**config):
+    """diffusers' model as its training script makes it, with adapters that do something."""
+    pipe = theirs("sd1")
+    names = {"unet": ["to_q", "to_k", "to_v", "to_out.0"], "text_encoder": ["q_proj", "out_proj"]}
+    for name, targets in names.items():
+        network = getattr(pipe, name)
+        network.add_adapter(LoraConfig(r=3, target_modules=targets, **config))
+        for i, (key, p) in enumerate(network.named_parameters()):
+            if "lora_B" in key:
+                p.data = 0.3 * tiny.randn(*p.shape, seed=i)
+    return pipe
+
+
+@pytest.mark.parametrize("spelling", ["peft", "diffusers"])
+@pytest.mark.parametrize("alpha", [3, 6])
+def test_what_diffusers_saves_we_draw_with(spelling, alpha, tmp_path):
+    pipe = peft_pipeline(lora_alpha=alpha)
+    layers = {n: get_peft_model_state_dict(getattr(pipe, n)) for n in ("unet", "text_encoder")}
+    if spelling == "diffusers":
+        convert = diffusers.utils.convert_state_dict_to_diffusers
+        layers = {name: convert(state) for name, state in layers.items()}
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=layers["unet"],
+        text_encoder_lora_layers=layers["text_encoder"],
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+        text_encoder_lora_adapter_metadata=pipe.text_encoder.peft_config["default"].to_dict(),
+    )
+    sd = load(peers.model()[0])
+    adapters.merge_files(sd.networks, [str(tmp_path)])
+    assert tiny.rel(draw(sd), draw_theirs(pipe)) < 1e-4
+
+
+def test_old_spellings_are_read(tmp_path):
+    """The UNet's attention processors of 2023, the text encoder's linear layers, kohya's lora_te1."""
+    sd = load(peers.model()[0])
+    found = trained(sd, "attention")
+    path = write("diffusers", tmp_path, sd, found)
+    old = {}
+    for key, value in load_file(path).items():
+        key = key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+        if key.startswith("unet."):
+            for new in ("to_q", "to_k", "to_v", "to_out.0"):
+                key = key.replace(f".{new}.lora.", f".processor.{new.removesuffix('.0')}_lora.")
+        else:
+            key = key.replace(".lora.", ".lora_linear_layer.").replace("text_model.", "")
+        old[key] = value
+    save_file(old, tmp_path / "old.safetensors")
+    kohya = load_file(write("kohya", tmp_path, sd, found))
+    save_file({k.replace("lora_te_", "lora_te1_"): v for k, v in kohya.items()}, tmp_path / "k.bin")
+    (tmp_path / "k.bin").rename(tmp_path / "te1.safetensors")
+    for name in ("old.safetensors", "te1.safetensors"):
+        again = adapters.read_lora(tmp_path / name, sd.networks)
+        for network, of_it in found.items():
+            assert again[network].keys() == of_it.keys()
+            for key, a in of_it.items():
+                assert torch.allclose(again[network][key].delta(), a.delta(), atol=1e-5)
+
+
+def test_without_alpha_it_is_the_rank(tmp_path):
+    sd = load(peers.model()[0])
+    tensors = load_file(write("kohya", tmp_path, sd, trained(sd, rank=3, alpha=5)))
+    save_file({k: v for k, v in tensors.items() if "alpha" not in k}, tmp_path / "x.safetensors")
+    for of_it in adapters.read_lora(tmp_path / "x.safetensors", sd.networks).values():
+        assert {a.scale for a in of_it.values()} == {1.0}
+
+
+def test_strengths_stand_behind_a_colon(tmp_path):
+    split = adapters.file_and_strength
+    assert split("a.safetensors") == ("a.safetensors", 1)
+    assert split("a.safetensors:0.5") == ("a.safetensors", 0.5)
+    assert split("C:\\a.safetensors:-1") == ("C:\\a.safetensors", -1)
+    (tmp_path / "a:1").touch()
+    assert split(f"{tmp_path}/a:1") == (f"{tmp_path}/a:1", 1)
+    for wrong in ("a:b", "a:", "a:nan", "a:inf"):
+        with pytest.raises(UserError, match="no strength"):
+            split(wrong)
+
+
+def broken(tmp_path, change):
+    """Our file of the kohya form with something done to it, and the networks."""
+    sd = load(peers.model()[0])
+    tensors = change(load_file(write("kohya", tmp_path, sd, trained(sd, "attention"))))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors", sd.networks
+
+
+Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: {}, "holds no LoRA"),
+        (lambda t: {"conv_in.weight": t[f"{Q}.alpha"]}, "conv_in.weight is of no LoRA"),
+        (lambda t: {f"{Q}.hada_w1_a": t[f"{Q}.alpha"]}, "hada_w1_a is of no LoRA"),
+        (lambda t: {k.replace("lora_te_", "lora_te2_"): v for k, v in t.items()}, "lora_te2_text"),
+        (lambda t: {k.replace("blocks_0", "blocks_7"): v for k, v in t.items()}, "another model"),
+        (lambda t: {k.replace("to_q", "norm"): v for k, v in t.items()}, "linear layer"),
+        (lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_up.weight"}, "lacks one"),
+        (lambda t: {k: v[:, :-1] if "_down" in k else v for k, v in t.items()}, r"layer is \d+ →"),
+        (lambda t: {k: v[:-1] if "_up" in k else v for k, v in t.items()}, "another model"),
+        (lambda t: {k: v[:0] if "_down" in k else v for k, v in t.items()}, "another model"),
+        (lambda t: t | {f"{Q}.alpha": torch.ones(2)}, "alpha of .* is not one number"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused_in_one_line(change, said, tmp_path):
+    path, networks = broken(tmp_path, change)
+    with pytest.raises(UserError, match=said) as e:
+        adapters.read_lora(path, networks)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_files_that_are_missing_damaged_or_of_other_methods_are_refused(tmp_path):
+    sd = load(peers.model()[0])
+    with pytest.raises(UserError, match="no such file"):
+        adapters.read_lora(tmp_path / "none.safetensors", sd.networks)
+    with pytest.raises(UserError, match=r"pytorch_lora_weights.safetensors: there is no such file"):
+        adapters.read_lora(tmp_path, sd.networks)
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="damaged"):
+        adapters.read_lora(tmp_path / "x.safetensors", sd.networks)
+    tensors = load_file(write("diffusers", tmp_path, sd, trained(sd)))
+    for stated, said in (
+        ('{"unet.use_dora": true}', "use_dora"),
+        ('{"unet.lora_alpha": "x"}', "damaged metadata"),
+        ("[]", "damaged metadata"),
+        ("{", "damaged metadata"),
+    ):
+        save_file(tensors, tmp_path / "y.safetensors", {"lora_adapter_metadata": stated})
+        with pytest.raises(UserError, match=said):
+            adapters.read_lora(tmp_path / "y.safetensors", sd.networks)
+
+
+# ---- Textual Inversion -------------------------------------------------------------------------
+
+VECTORS = {n: 0.5 * tiny.randn(n, 32, seed=n) for n in (1, 3)}
+
+
+def with_word(vectors, word="<toy>", kind="sd1"):
+    sd = load(peers.model(kind)[0])
+    add_word(sd, word, vectors)
+    return sd
+
+
+@pytest.mark.parametrize("n", VECTORS)
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_diffusers_draws_with_our_word_what_we_draw(kind, n, tmp_path):
+    file = tmp_path / "learned_embeds.safetensors"
+    adapters.write_embedding(file, "<toy>", VECTORS[n])
+    assert load_file(file)["<toy>"].shape == (n, 32)
+    pipe = theirs(kind)
+    pipe.tokenizer = type(pipe.tokenizer).from_pretrained(peers.model(kind)[0] / "tokenizer")
+    pipe.load_textual_inversion(tmp_path)
+    sd = with_word(VECTORS[n], kind=kind)
+    prompt = "a photo of <toy> in the snow, dog"
+    assert tiny.rel(draw(sd, prompt), draw_theirs(pipe, prompt)) < 1e-4
+    assert tiny.rel(draw(sd, prompt), draw(sd, "a photo of dog in the snow, dog")) > 1e-3
+
+
+@pytest.mark.parametrize("n", VECTORS)
+def test_every_form_of_an_embedding_is_read(n, tmp_path):
+    v = VECTORS[n]
+    adapters.write_embedding(tmp_path / "learned_embeds.safetensors", "<toy>", v)
+    adapters.write_embedding(tmp_path / "toy.safetensors", "emb_params", v)
+    torch.save({"<toy>": v[0] if n == 1 else v}, tmp_path / "learned_embeds.bin")
+    a1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": v}, "name": "x", "step": 9}
+    torch.save(a1111 | {"sd_checkpoint": None}, tmp_path / "old.pt")
+    for name, word in {
+        "learned_embeds.safetensors": "<toy>",
+        "": "<toy>",  # the folder: the first of these in it
+        "toy.safetensors": "toy",
+        "learned_embeds.bin": "<toy>",
+        "old.pt": "old",
+    }.items():
+        said, vectors = adapters.read_embedding(tmp_path / name)
+        assert said == word and torch.equal(vectors, v), name
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{}, {"a": torch.ones(1, 8), "b": torch.ones(1, 8)}, {"a": torch.ones(1, 2, 8)}],
+    ids=["none", "two", "of three dimensions"],
+)
+def test_what_is_not_one_words_vectors_is_refused(tensors, tmp_path):
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x.safetensors does not hold the vectors of one word"):
+        adapters.read_embedding(tmp_path / "x.safetensors")
+
+
+def test_a_missing_embedding_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        adapters.read_embedding(tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"learned_embeds.safetensors: there is no such file"):
+        adapters.read_embedding(tmp_path)
