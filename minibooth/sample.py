@@ -13,7 +13,7 @@ from .common import cli
 from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic
-from .training import graphs, photos
+from .training import graphs, photos, settle
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class SampleConfig:
     )
     device: str = option("auto", "auto, cuda, mps or cpu")
     kernels: str | None = option(
-        None, "for attention and group norm [MINIBOOTH_KERNELS, or torch]", choices=ops.MODES
+        None,
+        "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
+        choices=ops.MODES,
     )
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
     tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
@@ -81,6 +83,9 @@ def sample(config: SampleConfig) -> list[Path]:
         prediction_type=config.prediction_type,
         revision=config.revision,
     )
+    if settle.wanted(device):
+        size = (config.height or sd.image_size, config.width or sd.image_size)
+        settle.settle(settle.met(sd, *size, drawing=(config.batch_size,)), device)
     out, written, rows = Path(config.output_dir), [], []
     batches = -(-config.num_images // config.batch_size)
     bar = tqdm(total=len(config.prompt) * batches * config.steps, unit="step")

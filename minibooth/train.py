@@ -75,6 +75,8 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
     sd.text_encoder.requires_grad_(config.train_text_encoder)
     sd.vae.requires_grad_(False)
 
+    start.try_kernels(run)
+
     identity, class_photos = run.identity, None
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
         with graphs.captured_unet(sd.unet), run.precision.autocast():

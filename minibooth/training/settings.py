@@ -95,7 +95,9 @@ class TrainConfig:
     revision: str | None = option(None, "branch, tag or commit on the hub")
     device: str = option("auto", "auto, cuda, mps or cpu")
     kernels: str | None = option(
-        None, "for attention and group norm [MINIBOOTH_KERNELS, or torch]", choices=ops.MODES
+        None,
+        "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
+        choices=ops.MODES,
     )
     config: str | None = option(None, "a config.json of another run; flags override it")
 
