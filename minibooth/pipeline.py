@@ -22,7 +22,7 @@ from .tokenizer import Tokenizer
 from .unet import TransformerBlock, UNet
 from .vae import VAE
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("ddim", "ddpm", "dpm++")
 OUTPUTS = ("pil", "pt", "latent")
 VAE_PIXELS = 256 * 256  # that go through the VAE at once: its memory grows with them
 
@@ -106,11 +106,14 @@ class StableDiffusion:
 
             x = noise() if latents is None else latents[batch].to(self.device, torch.float32)
             context = self.encode_guided(prompts[batch], negative_prompt, guidance_scale)
+            last = None  # what dpm++ remembers of the step before
             with projected_once(self.unet):
                 for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
                     prediction = self.predict(x, t, context, guidance_scale)
                     if sampler == "ddpm":
                         x = schedule.ddpm_step(x, prediction, t, t_prev, self.schedule, noise())
+                    elif sampler == "dpm++":
+                        x, last = schedule.dpm_step(x, prediction, t, t_prev, self.schedule, last)
                     else:
                         fresh = noise() if eta > 0 else None
                         x = schedule.ddim_step(x, prediction, t, t_prev, self.schedule, eta, fresh)
