@@ -171,12 +171,27 @@ class Update:
         self.good_steps = torch.zeros((), device=device)
         self.bad_step = torch.tensor(-1.0, device=device)
 
+    def allocate(self) -> None:
+        """Create the averages now, where the first update would: all zeros.
+
+        Whoever captures calls this first. What is created on a CUDA graph's stream shares its
+        memory with what that stream works in, and keeps it from others when that is long gone.
+        """
+        for p in self.parameters:
+            if not self.adam.state[p]:
+                self.adam.state[p] = self.fresh_state(p)
+
+    def forget(self) -> None:
+        """Drop the gradients, without an update: those of a recording that was given up are no
+        numbers yet."""
+        self.adam.zero_grad()
+
     def start(self, loss: Tensor, warm_up: float | Tensor) -> None:
         """Before the backward pass: for those who update in it."""
 
     def release(self) -> None:
         """No more updates: drop the gradients, and leave later ones alone."""
-        self.adam.zero_grad()
+        self.forget()
 
     def apply(self, step: int | Tensor, loss: Tensor, warm_up: float | Tensor) -> Tensor:
         """Update the weights from the gradients of `scale · loss`; the gradients' norm before
