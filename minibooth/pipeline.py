@@ -225,6 +225,12 @@ class StableDiffusion:
         checkpoint.write_single_file(path, self.configs, self.tensors(), dtype, about)
 
 
+def text_projections(unet: UNet) -> list[torch.nn.Module]:
+    """Every layer of the UNet that makes keys or values of the text."""
+    blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
+    return [p for block in blocks for p in (block.attn2.to_k, block.attn2.to_v)]
+
+
 @contextmanager
 def projected_once(unet: UNet) -> Iterator[None]:
     """Within it, the text's keys and values are computed once and not at every step.
@@ -243,15 +249,25 @@ def projected_once(unet: UNet) -> Iterator[None]:
 
         return forward
 
-    blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
-    projections = [p for block in blocks for p in (block.attn2.to_k, block.attn2.to_v)]
-    for projection in projections:
-        projection.forward = remembering(projection.forward)
+    projections = text_projections(unet)
+    with replaced(projections, [remembering(p.forward) for p in projections]):
+        yield
+
+
+@contextmanager
+def replaced(modules: list[torch.nn.Module], forwards: list[Callable]) -> Iterator[None]:
+    """Within it, each module computes what its `forwards` does; then what it did before."""
+    before = [vars(module).get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
     try:
         yield
     finally:
-        for projection in projections:
-            del projection.forward
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward  # the class's own shows again
+            else:
+                module.forward = forward
 
 
 def check_sampling(

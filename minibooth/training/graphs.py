@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..common.cli import is_out_of_memory
+from ..pipeline import replaced, text_projections
 from ..unet import UNet
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
@@ -16,14 +18,17 @@ WARM_UP = 3  # calls before the recording: libraries choose and set up what they
 
 
 def record_graph(
-    function: Callable[[], Tensor], stream: torch.cuda.Stream
+    function: Callable[[], Tensor], stream: torch.cuda.Stream, pool: tuple | None = None
 ) -> tuple[Tensor, Callable[[], None]]:
-    """Record what `function` launches, without running it: where its output will be, and replay."""
+    """Record what `function` launches, without running it: where its output will be, and replay.
+
+    Graphs that share a `pool` work in the same memory: only one of them may run at a time.
+    """
     graph = torch.cuda.CUDAGraph()
     # The outer context: a recording that fails may not find its way back to the stream before.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, stream=stream),
+        torch.cuda.graph(graph, stream=stream, pool=pool),
     ):
         output = function()
     return output, graph.replay
@@ -113,24 +118,51 @@ def captured(
 
 @contextmanager
 def captured_unet(unet: UNet) -> Iterator[None]:
-    """Within it, sampling on a GPU replays a CUDA graph of the UNet, one for each text.
-
-    The text is part of the graph: its keys and values are projected once, before the recording.
-    On another device nothing changes.
-    """
+    """Within it, sampling on a GPU replays a CUDA graph of the UNet. Elsewhere nothing changes."""
     if unet.conv_in.weight.device.type != "cuda":
         yield
         return
-    forward, last = unet.forward, [None, None, None]
-
-    def replayed(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        if last[0] is not context or last[1] != x.shape:
-            call = captured(lambda x, t: forward(x, t, context), x.device)
-            last[:] = context, x.shape, call
-        return last[2](x, t)
-
-    unet.forward = replayed
-    try:
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    record = partial(record_graph, stream=stream, pool=pool)
+    with replayed(unet, lambda function: Captured(function, record, stream)):
         yield
-    finally:
-        del unet.forward
+
+
+@dataclass
+class Recording:
+    """A UNet for inputs of one shape."""
+
+    call: Callable[[Tensor, Tensor], Tensor]  # of x and t
+    context: Tensor | None = None  # whose keys and values these are
+    projected: list[Tensor] = field(default_factory=list)  # at fixed places, for the graph
+
+
+@contextmanager
+def replayed(unet: UNet, capture: Callable[[Callable[..., Tensor]], Captured]) -> Iterator[None]:
+    """Within it, one recording of the UNet for every shape of its inputs, made by `capture`.
+
+    The text's keys and values are no part of it: they are projected when a tensor is given as the
+    text that was not given before, and copied to where the recording reads them. So neither text
+    nor weights may be written to in the meantime.
+    """
+    forward, projections = unet.forward, text_projections(unet)
+    project = [p.forward for p in projections]
+    recordings: dict[tuple, Recording] = {}
+    now: Recording | None = None  # the one that is being called
+
+    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        nonlocal now
+        shape = x.shape, context.shape
+        if shape not in recordings:
+            recordings[shape] = Recording(capture(lambda x, t: forward(x, t, context)))
+        now = recordings[shape]
+        if now.context is not context:
+            fresh = [one(context) for one in project]
+            for place, values in zip(now.projected or fresh, fresh, strict=True):
+                place.copy_(values)
+            now.context, now.projected = context, now.projected or fresh
+        return now.call(x, t)
+
+    reading = [lambda context, i=i: now.projected[i] for i in range(len(projections))]
+    with replaced(projections, reading), replaced([unet], [call]):
+        yield

@@ -1,8 +1,10 @@
 """Recording, without a GPU: a recorder that runs what it recorded, and streams that are counted."""
 
 import contextlib
+import types
 
 import pytest
+import runs
 import tiny
 import torch
 
@@ -205,3 +207,81 @@ def test_a_step_that_could_not_be_recorded_leaves_no_gradient_for_the_next_one(m
 
     for p, q in zip(trained(False), trained(True), strict=True):
         assert torch.equal(p, q)
+
+
+# ---- the UNet ----------------------------------------------------------------------------------
+
+SETTINGS = {"steps": 5, "height": 32, "width": 32, "output": "latent"}
+
+
+def replaying(sd):
+    recorder, made = Recorder(), []
+
+    def capture(function):
+        made.append(Captured(function, recorder))
+        return made[-1]
+
+    return graphs.replayed(sd.unet, capture), recorder, made
+
+
+def test_a_graph_of_the_unet_is_recorded_once_for_every_shape():
+    sd = runs.model()
+    texts = [["a dog"] * 2, ["a cat"] * 2, ["sks", "the snow"], ["a dog"]]
+    eager = [sd.generate(text, seed=i, **SETTINGS) for i, text in enumerate(texts)]
+    context, recorder, made = replaying(sd)
+    with context:
+        for _ in range(2):
+            drawn = [sd.generate(text, seed=i, **SETTINGS) for i, text in enumerate(texts)]
+            assert all(torch.equal(a, b) for a, b in zip(drawn, eager, strict=True))
+    assert recorder.count == len(made) == 2  # two pictures at once, and one
+    assert all(call.replay is not None for call in made)
+    assert not any("forward" in vars(module) for module in sd.unet.modules())
+    assert torch.equal(sd.generate(texts[0], **SETTINGS), eager[0])
+
+
+def test_the_text_is_projected_once_for_every_text_although_it_is_replayed():
+    sd, calls = runs.model(), []
+    to_k = sd.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+
+    class Counting(type(to_k)):
+        def forward(self, x):
+            calls.append(1)
+            return super().forward(x)
+
+    to_k.__class__ = Counting
+    context, *_ = replaying(sd)
+    with context:
+        for text in ("a dog", "a cat", "sks"):
+            sd.generate(text, **SETTINGS)
+    assert len(calls) == 3
+
+
+def test_a_unet_without_memory_for_a_graph_draws_the_same():
+    sd = runs.model()
+    eager = [sd.generate(text, **SETTINGS) for text in ("a dog", "a cat")]
+    with graphs.replayed(sd.unet, lambda function: Captured(function, out_of_memory)):
+        drawn = [sd.generate(text, **SETTINGS) for text in ("a dog", "a cat")]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, eager, strict=True))
+
+
+def test_on_a_gpu_all_graphs_of_a_unet_share_one_stream_and_one_pool(monkeypatch):
+    streams, pools, recorded = Streams(monkeypatch), [], []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(1) or (0, len(pools)))
+
+    def record_graph(function, stream, pool):
+        recorded.append((stream.name, pool))
+        return Recorder()(function)
+
+    @contextlib.contextmanager
+    def replayed(unet, capture):
+        for _ in range(2):
+            call = capture(lambda x: 2 * x)
+            assert [call(torch.ones(1)).item() for _ in range(5)] == [2.0] * 5
+        yield
+
+    monkeypatch.setattr(graphs, "record_graph", record_graph)
+    monkeypatch.setattr(graphs, "replayed", replayed)
+    weight = types.SimpleNamespace(device=CUDA)
+    with graphs.captured_unet(types.SimpleNamespace(conv_in=types.SimpleNamespace(weight=weight))):
+        pass
+    assert recorded == [("side 1", (0, 1))] * 2 and streams.made == len(pools) == 1
