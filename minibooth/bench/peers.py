@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -469,6 +468,8 @@ def peaks(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved()
         return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": reserved}
+    import resource  # which Windows has not
+
     return {"peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 

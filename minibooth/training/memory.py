@@ -102,7 +102,7 @@ def advice(sd: StableDiffusion, config) -> str:
         helps.append("--gradient_checkpointing (about -85 % of the activations)")
     if not config.use_8bit_adam:
         saved = need["averages"] - needed(sd, replace(config, use_8bit_adam=True))["averages"]
-        helps.append(f"--use_8bit_adam (-{gigabytes(saved)}, wants bitsandbytes)")
+        helps.append(f"--use_8bit_adam (-{gigabytes(saved)}; wants bitsandbytes: {INSTALL})")
     if not config.optimizer_in_backward:
         helps.append(f"--optimizer_in_backward (-{gigabytes(need['gradients'])}, no clipping)")
     helps.append("a smaller --resolution (half of it: about -75 % of the activations)")
@@ -127,6 +127,7 @@ MODES = (
     ("optimizer_in_backward", "gradient_checkpointing"),
     ("use_8bit_adam", "optimizer_in_backward", "gradient_checkpointing"),
 )
+INSTALL = 'pip install -e ".[low-memory]"'
 LOSSY = ("use_8bit_adam", "optimizer_in_backward")  # rounded averages; gradients are not clipped
 
 # Bytes per latent pixel, counted over SD 1.5's networks at 512²; first in full, then with gradient
@@ -159,30 +160,43 @@ def fit(
 
     What is on stays on. A run that is resumed gets nothing that changes its results.
     """
-    free = available(device)
+    free, half = available(device), precision != "no"
     for mode in MODES:
-        if possible(mode, config, precision, device, resumed):
+        if possible(mode, config, precision, resumed) and installed(mode, device):
             fitted = replace(config, **dict.fromkeys(mode, True))
-            need = peak(sd, fitted, pixels, precision != "no")
+            need = peak(sd, fitted, pixels, half)
             if need <= free:
                 break
-    plain = peak(sd, config, pixels, precision != "no")
+    plain = peak(sd, config, pixels, half)
     line = f"memory: {gigabytes(free)} are free, about {gigabytes(plain)} needed"
     added = [f"--{name}" for name in MODES[-1] if getattr(fitted, name) > getattr(config, name)]
     if added:
         line += f"; switched on {' '.join(added)}, which needs about {gigabytes(need)}"
-    return fitted, line + (": this may not be enough" if need > free else "")
+    if need <= free:
+        return fitted, line
+    line += ": this may not be enough"
+    for mode in MODES:
+        if possible(mode, config, precision, resumed) and not installed(mode, device):
+            other = replace(config, **dict.fromkeys(mode, True))
+            if peak(sd, other, pixels, half) <= free:
+                exact = replace(other, use_8bit_adam=False)
+                saved = needed(sd, exact)["averages"] - needed(sd, other)["averages"]
+                line += f"; {INSTALL} would make it fit: --use_8bit_adam saves {gigabytes(saved)}"
+                break
+    if precision == "fp16":
+        line += "; fp16 rules out --optimizer_in_backward: what such a card can do is --method lora"
+    return fitted, line
 
 
-def possible(
-    mode: tuple[str, ...], config, precision: str, device: torch.device, resumed: bool
-) -> bool:
+def possible(mode: tuple[str, ...], config, precision: str, resumed: bool) -> bool:
     if resumed and any(name in LOSSY for name in mode):
         return False
-    if "optimizer_in_backward" in mode and (
-        config.gradient_accumulation_steps > 1 or precision == "fp16"
-    ):
-        return False
+    once = config.gradient_accumulation_steps == 1 and precision != "fp16"
+    return once or "optimizer_in_backward" not in mode
+
+
+def installed(mode: tuple[str, ...], device: torch.device) -> bool:
+    """Whether bitsandbytes is there, for a mode that wants it."""
     if "use_8bit_adam" in mode:
         try:
             bitsandbytes(device)
