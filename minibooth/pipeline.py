@@ -121,10 +121,7 @@ class StableDiffusion:
                         on_step()
             finished.append(x if output == "latent" else self.decode(x))
         result = torch.cat(finished)
-        if output != "pil":
-            return result
-        pixels = (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(p) for p in pixels]
+        return to_pil(result) if output == "pil" else result
 
     def encode_guided(
         self, prompts: list[str], negative_prompt: str, guidance_scale: float
@@ -223,6 +220,12 @@ class StableDiffusion:
             **(metadata or {}),
         }
         checkpoint.write_single_file(path, self.configs, self.tensors(), dtype, about)
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) in [0, 1] → N RGB pictures."""
+    pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
 
 
 def text_projections(unet: UNet) -> list[torch.nn.Module]:

@@ -27,7 +27,7 @@ def needed(sd: StableDiffusion, config) -> dict[str, int]:
     trained = list(sd.unet.parameters())
     if config.train_text_encoder:
         trained += sd.text_encoder.parameters()
-    weights = sum(size(p) for network in sd.networks.values() for p in network.parameters())
+    weights = sum(size_of(network) for network in sd.networks.values())
     averages = 2 * sum(size(p) for p in trained)
     if config.use_8bit_adam:
         averages = sum(eight_bit(p) for p in trained)
@@ -38,6 +38,10 @@ def needed(sd: StableDiffusion, config) -> dict[str, int]:
 
 def size(p: nn.Parameter) -> int:
     return 4 * p.numel()
+
+
+def size_of(network: nn.Module) -> int:
+    return sum(size(p) for p in network.parameters())
 
 
 def eight_bit(p: nn.Parameter) -> int:
@@ -130,10 +134,11 @@ MODES = (
 INSTALL = 'pip install -e ".[low-memory]"'
 LOSSY = ("use_8bit_adam", "optimizer_in_backward")  # rounded averages; gradients are not clipped
 
-# Bytes per latent pixel, counted over SD 1.5's networks at 512²; first in full, then with gradient
-# checkpointing; for networks in 16 bits and in fp32.
-KEPT = {True: (299_000, 35_000), False: (457_000, 41_000)}  # for the backward pass, per sample
-DRAWING = {True: (277_000, 197_000), False: (512_000, 256_000)}  # 8 pictures at once; 4 of them
+# Bytes per latent pixel, counted over SD 1.5's networks at 512². The UNet's are for one sample,
+# where it computes in 16 bits and in fp32.
+KEPT = {True: (299_000, 35_000), False: (457_000, 41_000)}  # for backward: in full, checkpointed
+PREDICTING = {True: 17_300, False: 32_000}  # without a backward pass
+DECODING = 197_000  # in the VAE, which computes in fp32 and takes one picture of this size at once
 SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
 
 
@@ -146,9 +151,13 @@ def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
     copies = need["trained"] // 2 * (half and not short)
     # While the backward pass adds gradients, it gives back what was kept for them.
     step, drawing = max(kept + copies, need["gradients"]), 0
-    if config.num_validation_images:
-        drawing = need["weights"] - need["trained"] + copies + pixels * DRAWING[half][short]
-    # What a CUDA graph works in is its own: pictures on the way come on top.
+    if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
+        text = 0 if config.train_text_encoder else size_of(sd.text_encoder)
+        guided = 2 * config.grid_batch_size
+        predicting = text + copies + guided * pixels * PREDICTING[half]
+        drawing = max(predicting, size_of(sd.vae) + pixels * DECODING)
+    # What a CUDA graph of the step works in is its own, also while pictures are drawn. Without one
+    # they take turns.
     work = max(step, drawing) if config.use_8bit_adam else step + drawing
     return int(need["trained"] + need["averages"] + (1 + SPARE[0]) * work + SPARE[1])
 
