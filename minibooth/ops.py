@@ -3,14 +3,18 @@
 The switch is the environment variable MINIBOOTH_KERNELS, or `use`, which the programs' --kernels
 flag calls:
 
-    auto     the kernels on CUDA where card and shape allow, PyTorch elsewhere
+    auto     the default: on CUDA the kernels for the cases in which they were right and faster on
+             this card (`prefer`, which training/trial.py calls), PyTorch for all others
     triton   the kernels, or an error that says why they cannot run
-    torch    PyTorch; the default, for as long as kernels/README.md has no measured figures
+    torch    PyTorch
 
 Both give the same model to rounding. The kernels are deterministic, forward and backward.
 """
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +29,41 @@ except ImportError:  # no Triton, as on macOS
     attention_kernels = group_norm_kernels = None
 
 MODES = ("auto", "triton", "torch")
-_mode = os.environ.get("MINIBOOTH_KERNELS", "torch")
+_mode = os.environ.get("MINIBOOTH_KERNELS", "auto")
+_preferred: frozenset["Case"] = frozenset()
+_seen: dict["Case", None] | None = None
+
+
+class Case(NamedTuple):
+    """What the choice is made for: an operator, its sizes, and all else that its speed hangs on."""
+
+    op: str  # "attention" | "group_norm"
+    shape: tuple[int, ...]  # (B, H, N_q, N_k, d) | of x: (N, C, *spatial)
+    dtype: str  # "bfloat16", …
+    backward: bool  # whether there is a backward pass to come, which is chosen with the forward
+    norm: tuple[int, bool, bool, str] | None = None  # groups, SiLU, channels_last, weights' dtype
+
+
+def mode() -> str:
+    """What is chosen: "auto", "triton" or "torch"."""
+    return _mode
+
+
+def prefer(cases: Iterable[Case]) -> None:
+    """From now on "auto" takes the kernels for these cases, and for no others."""
+    global _preferred
+    _preferred = frozenset(cases)
+
+
+@contextmanager
+def observed() -> Iterator[dict[Case, None]]:
+    """Within it, the cases of all calls are collected, in the order of their first call."""
+    global _seen
+    _seen = {}
+    try:
+        yield _seen
+    finally:
+        _seen = None
 
 
 def use(mode: str) -> None:
@@ -36,10 +74,24 @@ def use(mode: str) -> None:
     _mode = mode
 
 
-def _choose_triton(kernels, x: torch.Tensor, *arguments) -> bool:
+def _attention_case(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Case:
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    B, H, N_q, d = q.shape
+    return Case("attention", (B, H, N_q, k.shape[2], d), str(q.dtype)[6:], backward)
+
+
+def _norm_case(x: torch.Tensor, groups: int, weight: torch.Tensor, silu: bool) -> Case:
+    backward = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    norm = (groups, silu, not x.is_contiguous(), str(weight.dtype)[6:])
+    return Case("group_norm", tuple(x.shape), str(x.dtype)[6:], backward, norm)
+
+
+def _choose_triton(kernels, case: Case, x: torch.Tensor, *arguments) -> bool:
+    if _seen is not None:
+        _seen[case] = None
     if _mode not in MODES:
         raise UserError(f"MINIBOOTH_KERNELS is one of {', '.join(MODES)}, not {_mode!r}")
-    if _mode == "torch" or (_mode == "auto" and x.device.type != "cuda"):
+    if _mode == "torch" or (_mode == "auto" and case not in _preferred):
         return False
     if kernels is None:
         reason = "Triton is not installed"
@@ -63,7 +115,7 @@ def attention(
     # Autocast knows PyTorch's operators, not the kernels; and it knows only some devices.
     if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    if _choose_triton(attention_kernels, q, k, v, scale):
+    if _choose_triton(attention_kernels, _attention_case(q, k, v), q, k, v, scale):
         return attention_kernels.attention(q, k, v, scale)
     few = q.shape[-2] * k.shape[-2] <= 256 * 256
     if device == "cpu" and q.requires_grad and q.dtype != torch.float32 and few:
@@ -87,7 +139,8 @@ def group_norm(
     PyTorch under autocast returns fp32, which the next convolution rounds to the same values.
     Raises UserError if the kernels were asked for and cannot run.
     """
-    if _choose_triton(group_norm_kernels, x, num_groups, weight, bias):
+    case = _norm_case(x, num_groups, weight, silu)
+    if _choose_triton(group_norm_kernels, case, x, num_groups, weight, bias):
         return group_norm_kernels.group_norm(x, num_groups, weight, bias, eps, silu)
     y = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(y, inplace=not y.requires_grad) if silu else y

@@ -14,7 +14,7 @@ from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic
 from .formats import adapters
-from .training import graphs, photos
+from .training import graphs, photos, settle
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class SampleConfig:
     )
     device: str = option("auto", "auto, cuda, mps or cpu")
     kernels: str | None = option(
-        None, "for attention and group norm [MINIBOOTH_KERNELS, or torch]", choices=ops.MODES
+        None,
+        "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
+        choices=ops.MODES,
     )
     lora: tuple[str, ...] = option(
         (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]"
@@ -93,6 +95,9 @@ def sample(config: SampleConfig) -> list[Path]:
         word, vectors = adapters.read_embedding(file)
         textual_inversion.add_word(sd, word, vectors)
         print(f"{file}: {word} in a prompt is now {len(vectors)} vectors")
+    if settle.wanted(device):
+        size = (config.height or sd.image_size, config.width or sd.image_size)
+        settle.settle(settle.met(sd, *size, drawing=(config.batch_size,)), device)
     out, written, rows = Path(config.output_dir), [], []
     batches = -(-config.num_images // config.batch_size)
     bar = tqdm(total=len(config.prompt) * batches * config.steps, unit="step")

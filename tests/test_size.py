@@ -25,7 +25,8 @@ INSIDE = {  # the same within a room
     "formats": ["tensor_files", "configs", "hub", "ldm", "checkpoint", "adapters"],
     "training": [
         *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
-        *("resume", "snapshots", "start", "loss", "grids", "finite"),
+        *("resume", "snapshots", "verdicts", "trial", "settle"),
+        *("start", "loss", "grids", "finite"),
     ],
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],
     "explain": ["microscope", "page", "first_step"],

@@ -6,6 +6,7 @@ python -m minibooth.bench run                                  a whole run by ph
 python -m minibooth.bench memory                               ways to save memory
 python -m minibooth.bench kernels --output results             the benchmark
 python -m minibooth.bench kernels --check --output results     correctness first, then the same
+python -m minibooth.bench kernels --shape 2,8,4096,4096,40     attention of B, H, N_q, N_k, d
 """
 
 import argparse
@@ -27,6 +28,14 @@ BENCHES = {
 }
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    """ "2,8,4096,4096,40" as numbers; argparse says what is wrong with another."""
+    found = tuple(int(part) for part in text.split(","))
+    if len(found) != 5 or min(found) < 1:
+        raise ValueError(text)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m minibooth.bench",
@@ -37,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("bench-out"), help="a folder")
     parser.add_argument("--minutes", type=float, default=4.5, help="for the benchmark")
     parser.add_argument("--check", action="store_true", help="correctness first")
+    parser.add_argument("--shape", type=sizes, help="of one attention: B,H,N_q,N_k,d")
     args = parser.parse_args(argv)
     if args.what != "kernels":
         BENCHES[args.what](args.what, args.minutes, args.output)
@@ -45,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         missing = "Triton" if torch.cuda.is_available() else "a CUDA card"
         print(f"the benchmark of the kernels needs {missing}", file=sys.stderr)
         return 2
+    if args.shape:
+        kernels.one_shape(args.shape)
+        return 0
     args.output.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore")  # SDPA explains every backend that refuses a shape
     extra = {}

@@ -1,18 +1,18 @@
 """The Triton kernels against fp64, on a GPU: every benchmarked shape and odd ones."""
 
-import functools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
-from .. import ops
+from ..ops import Case
+from ..training.trial import implementations, make_inputs, poisoned, results
 
-DEVICE = "cuda"
+DEVICE = torch.device("cuda")
 # name: (heads, N_q, N_k, head dimension), images of 512²
 ATTENTION = {
     "SD 1.5 self 4096": (8, 4096, 4096, 40),
@@ -46,96 +46,48 @@ NORMS = {
 # checked, not timed
 ODD_ATTENTION = {"odd": (3, 333, 201, 88), "odd short": (2, 130, 77, 40), "tiny": (1, 5, 3, 8)}
 ODD_NORMS = {"odd small": (64, 13), "odd large": (64, 131)}
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+HEADS_AT_ONCE = 2  # in fp64: one head's 4096 × 4096 scores are 134 MB, several times over
 
 
-# ---- inputs and implementations ----------------------------------------------------------------
+def attention(B: int, name: str, dtype: torch.dtype, backward: bool) -> Case:
+    return Case("attention", (B, *(ATTENTION | ODD_ATTENTION)[name]), str(dtype)[6:], backward)
 
 
-def attention_inputs(B, H, N_q, N_k, d, dtype):
-    """q, k, v as views of their projections' outputs, and an upstream gradient."""
-    q, k, v, do = (
-        torch.randn(B, N, H, d, device=DEVICE, dtype=dtype).transpose(1, 2)
-        for N in (N_q, N_k, N_k, N_q)
-    )
-    return (q, k, v), do
+def norm(B: int, name: str, dtype: torch.dtype, backward: bool) -> Case:
+    channels, side = (NORMS | ODD_NORMS)[name]
+    dtype = str(dtype)[6:]
+    shape = (B, channels, side, side)
+    return Case("group_norm", shape, dtype, backward, (32, True, True, dtype))
 
 
-def norm_inputs(B, C, size, dtype):
-    """x (with a mean), γ, β, and an upstream gradient."""
-    x, dy = (
-        torch.randn(B, C, size, size, device=DEVICE, dtype=dtype).contiguous(
-            memory_format=torch.channels_last
-        )
-        for _ in range(2)
-    )
-    weight, bias = torch.randn(2, C, device=DEVICE, dtype=dtype)
-    return (x + 1, weight, bias), dy
-
-
-def triton_attention(q, k, v):
-    return ops.attention_kernels.attention(q, k, v)
-
-
-def sdpa(backend):
-    def attention(q, k, v):
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return attention
-
-
-def eager_norm(x, weight, bias):
-    return F.silu(F.group_norm(x, 32, weight, bias, 1e-5))
-
-
-def triton_norm(x, weight, bias):
-    return ops.group_norm_kernels.group_norm(x, 32, weight, bias, 1e-5, silu=True)
-
-
-def fp64_attention(q, k, v):
-    return ops.attention_kernels.reference(q, k, v)
-
-
-def with_gradients(f, inputs, upstream):
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    y = f(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
-
-
-def relative_error(outs, expected):
-    """The largest of ‖out − expected‖ / ‖expected‖; NaN if any is."""
-    errors = [
-        ((out.double() - true).norm() / true.norm()).item()
-        for out, true in zip(outs, expected, strict=True)
+def in_fp64(f: Callable, inputs: list[Tensor], upstream: Tensor, case: Case) -> list[Tensor]:
+    """The exact results; of attention a few heads at a time, which do not know of each other."""
+    if case.op != "attention":
+        return results(f, [x.double() for x in inputs], upstream.double(), case.backward)
+    parts = [
+        results(f, [x.double() for x in part[:3]], part[3].double(), case.backward)
+        for part in zip(*(x.split(HEADS_AT_ONCE, dim=1) for x in (*inputs, upstream)), strict=True)
     ]
-    return max(errors) if all(e == e for e in errors) else float("nan")
+    return [torch.cat(outs, dim=1) for outs in zip(*parts, strict=True)]
 
 
-# ---- correctness -------------------------------------------------------------------------------
+def relative_error(out: Tensor, true: Tensor) -> float:
+    return ((out.double() - true).norm() / true.norm()).item()
 
 
-def check_one(name, ours, theirs, reference, make_inputs, backward) -> list[str]:
+def check_one(name: str, case: Case, functions: dict[str, Callable]) -> list[str]:
     """Ours against fp64, allowed twice PyTorch's error (three times for gradients), and again."""
-    inputs, upstream = make_inputs()
-    double = [x.double() for x in inputs]
-    if backward:
-        run = functools.partial(with_gradients, inputs=inputs, upstream=upstream)
-        expected = with_gradients(reference, double, upstream)
-    else:
-        run = lambda f: [f(*inputs)]  # noqa: E731
-        expected = [reference(*double)]
-    first, second, other = run(ours), run(ours), run(theirs)
+    inputs, upstream = make_inputs(case, DEVICE)
+    ours, theirs = functions["triton"], functions["torch"]
+    expected = in_fp64(theirs, inputs, upstream, case)
+    first, second, other = (
+        results(f, inputs, upstream, case.backward) for f in (ours, ours, theirs)
+    )
     failures = []
     for i, (a, b, c, true) in enumerate(zip(first, second, other, expected, strict=True)):
         what = f"{name} {'output' if i == 0 else f'gradient {i}'}"
-        error, allowed = relative_error([a], [true]), relative_error([c], [true])
-        allowed = max((3 if i else 2) * allowed, 2e-6)
+        error = relative_error(a, true)
+        allowed = max((3 if i else 2) * relative_error(c, true), 2e-6)
         if not error <= allowed:
             failures.append(f"{what}: error {error:.2e}, allowed {allowed:.2e}")
         if not torch.equal(a, b):
@@ -146,35 +98,26 @@ def check_one(name, ours, theirs, reference, make_inputs, backward) -> list[str]
 def check(dtype: torch.dtype) -> list[str]:
     """Odd shapes, and for half precision every benchmarked one; the failures, in lines."""
     half = dtype != torch.float32
-    attention = ODD_ATTENTION | (ATTENTION if half else {})
-    norms = ODD_NORMS | (NORMS if half else {})
-    # torch.empty is filled with NaN under this setting: what no kernel writes shows.
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    cases = {
+        name: attention(2, name, dtype, backward=shape[3] <= 160)
+        for name, shape in (ODD_ATTENTION | (ATTENTION if half else {})).items()
+    }
+    cases |= {name: norm(2, name, dtype, True) for name in ODD_NORMS | (NORMS if half else {})}
     failures = []
-    try:
-        for name, shape in attention.items():
-            make = functools.partial(attention_inputs, 2, *shape, dtype)
-            reference = fp64_attention
-            arguments = (triton_attention, F.scaled_dot_product_attention, reference, make)
-            failures += check_one(f"{name} {dtype}", *arguments, backward=shape[3] <= 160)
-        for name, shape in norms.items():
-            make = functools.partial(norm_inputs, 2, *shape, dtype)
-            arguments = (triton_norm, eager_norm, eager_norm, make)
-            failures += check_one(f"{name} {dtype}", *arguments, backward=True)
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
+    with poisoned():
+        for name, case in cases.items():
+            failures += check_one(f"{name} {dtype}", case, implementations(case))
     return failures
 
 
 def smoke() -> None:
     """Each kernel once on a small odd shape, for compute-sanitizer."""
-    for N_k in (77, 201):
-        inputs, do = attention_inputs(1, 2, 130, N_k, 40, torch.float16)
-        with_gradients(triton_attention, inputs, do)
-    for shape in ((64, 13), (64, 130)):
-        inputs, dy = norm_inputs(1, *shape, torch.float16)
-        with_gradients(triton_norm, inputs, dy)
+    cases = [Case("attention", (1, 2, 130, N_k, 40), "float16", True) for N_k in (77, 201)]
+    for side in (13, 130):
+        norm = (32, True, True, "float16")
+        cases.append(Case("group_norm", (1, 64, side, side), "float16", True, norm))
+    for case in cases:
+        results(implementations(case)["triton"], *make_inputs(case, DEVICE), case.backward)
     torch.cuda.synchronize()
 
 

@@ -1,4 +1,4 @@
-"""Measuring, for every bench: times of calls, in turns or in CUDA graphs; peaks of memory, in a
+"""Measuring, for every bench: times of calls, in turns; peaks of memory, in a
 process of its own; what the machine can do, and which machine it is."""
 
 import contextlib
@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -20,9 +19,6 @@ from torch import Tensor
 
 from .. import ops
 from ..common import cli
-
-GRAPH_CALLS = 10  # at least, per graph
-
 
 # ---- times -------------------------------------------------------------------------------------
 
@@ -52,32 +48,6 @@ def race(
         for name in dice.sample(list(calls), len(calls)):
             times[name].append(seconds(calls[name], device))
     return times
-
-
-def graph_time(make_calls) -> float:
-    """Median seconds of one call under CUDA-graph replay; make_calls() gives a graph's calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls = make_calls()
-        for call in (*calls, calls[0]):  # compiles, and shows what a backend does not accept
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def replay():
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / len(calls)
-
-    once = min(replay() for _ in range(3)) * len(calls)
-    return statistics.median(replay() for _ in range(max(5, min(50, int(0.08 / once)))))
 
 
 def rates(device: torch.device) -> dict[str, dict[str, float]]:

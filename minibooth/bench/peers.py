@@ -111,12 +111,12 @@ def rows(what: str, device: torch.device) -> list[Row]:
         return [Row("sample", 8, precision, steps=5) for precision in both]
     if what == "sample":
         plain = [Row("sample", batch, "bf16", steps=50) for batch in (1, 4, 16)]
-        return [*plain, replace(plain[0], kernels="auto")]
+        return [*plain, replace(plain[0], kernels="triton")]
     plain = [Row("forward", 2, "bf16")] + [Row("step", batch, "bf16") for batch in (1, 2, 4)]
     modes = [("gradient_checkpointing",), ("optimizer_in_backward",)]
     modes += [("gradient_checkpointing", "optimizer_in_backward")]
     modes = [replace(plain[1], settings=tuple((name, True) for name in mode)) for mode in modes]
-    return [*plain, replace(plain[1], kernels="auto"), *modes]
+    return [*plain, replace(plain[1], kernels="triton"), *modes]
 
 
 def describe(found: dict) -> str:

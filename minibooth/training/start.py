@@ -12,7 +12,7 @@ from ..common import cli
 from ..common.errors import UserError
 from ..common.files import folder_size, require_space, write_json
 from ..pipeline import StableDiffusion
-from . import memory, photos, report, resume, snapshots
+from . import memory, photos, report, resume, settle, snapshots
 from .optimizer import Precision, bitsandbytes
 from .photos import Photos
 from .resume import State
@@ -153,6 +153,21 @@ def fitted(
     )
     print(line)
     return config
+
+
+def try_kernels(run: Run) -> None:
+    """On a GPU, find out which kernels are the right ones for what this run will meet there."""
+    if settle.wanted(run.device):
+        config, side = run.config, run.resolution
+        met = settle.met(
+            run.sd,
+            side,
+            side,
+            drawing=(config.sample_batch_size, config.grid_batch_size),
+            training=config.train_batch_size * len(config.prompts),
+            autocast=run.precision.autocast,
+        )
+        settle.settle(met, run.device)
 
 
 def announce(run: Run) -> None:

@@ -13,6 +13,8 @@ from minibooth_kernels import group_norm as gn
 
 from minibooth import ops
 from minibooth.bench import check, kernels
+from minibooth.ops import Case
+from minibooth.training import trial
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -327,16 +329,15 @@ def test_the_formula_of_the_backward_is_the_derivative_of_the_forwards():
 
 def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     """Everything of the GPU command but the clock: the checks, every row, the JSON, the chart."""
-    monkeypatch.setattr(check, "DEVICE", "cpu")
+    monkeypatch.setattr(check, "DEVICE", torch.device("cpu"))
     attention = {"SD 1.5 cross": (2, 20, 7, 8), "VAE 4096": (1, 6, 9, 512)}
-    monkeypatch.setattr(check, "ATTENTION", attention)
-    monkeypatch.setattr(check, "NORMS", {"UNet": (64, 3)})
-    monkeypatch.setattr(kernels, "ATTENTION", attention)
-    monkeypatch.setattr(kernels, "NORMS", {"UNet": (64, 3)})
+    for module in (check, kernels):
+        monkeypatch.setattr(module, "ATTENTION", attention)
+        monkeypatch.setattr(module, "NORMS", {"UNet": (64, 3)})
     monkeypatch.setattr(check, "ODD_ATTENTION", {"tiny": (1, 5, 3, 8)})
     monkeypatch.setattr(check, "ODD_NORMS", {})
     monkeypatch.setattr(kernels, "BATCH_SIZES", (1,))
-    monkeypatch.setattr(kernels, "L2_BYTES", 2)
+    monkeypatch.setattr(trial, "L2_BYTES", 2)
     monkeypatch.setattr(kernels, "forward_variants", lambda bound: [])
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
@@ -350,14 +351,80 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(kernels, "graph_time", once)
     monkeypatch.setattr(kernels, "bounds", lambda dtype: {"flops": 1e12, "bytes": 1e12})
     assert check.check(FP16) == []
-    wrong = [lambda q, k, v: at.attention(q, k, v) * 1.01, at.reference, at.reference]
-    make = lambda: check.attention_inputs(1, 1, 5, 6, 8, FP16)  # noqa: E731
-    assert "allowed" in check.check_one("wrong", *wrong, make, backward=True)[0]
+    case = Case("attention", (1, 1, 5, 6, 8), "float16", True)
+    wrong = {"triton": lambda q, k, v: at.attention(q, k, v) * 1.01, "torch": at.reference}
+    assert "allowed" in check.check_one("wrong", case, wrong)[0]
 
     kernels.benchmark(1.0, tmp_path, {})
     report = json.loads((tmp_path / "kernels.json").read_text())
     assert len(report["rows"]) == 2 * (2 + 1 + 2) and report["left_out"] == []
     for row in report["rows"][5:]:  # fp16; the interpreter's bf16 is not exact
-        assert row["ratio"] == 1.0 and row["error"]["triton"] < 5e-3
-    assert "1.00× " in capsys.readouterr().out
+        assert row["ratio"] == 1.0 and row["taken"] and row["why"] is None
+    out = capsys.readouterr().out
+    assert "1.00× " in out and " % of the copy bound" in out
     assert (tmp_path / "kernels.png").stat().st_size > 0
+    kernels.one_shape((1, 2, 6, 9, 16))
+    assert capsys.readouterr().out.count("1×2×6×9×16") == 4
+
+
+def test_the_work_of_a_case_is_what_the_formulas_say():
+    """Of B·H heads 2·N_q·N_k·d for each product: two forward, five more backward."""
+    case = Case("attention", (2, 8, 4096, 77, 40), "bfloat16", False)
+    heads, both = 2 * 8 * 40, case._replace(backward=True)
+    assert kernels.work(case)["flops"] == 2 * 2 * heads * 4096 * 77
+    assert kernels.work(both)["flops"] == 7 * 2 * heads * 4096 * 77
+    assert kernels.work(case)["bytes"] == 2 * 2 * heads * (4096 + 77)
+    norm = Case("group_norm", (2, 320, 64, 64), "bfloat16", True, (32, True, True, "float32"))
+    tensor = 2 * 2 * 320 * 64 * 64
+    assert kernels.work(norm) == {"flops": 0, "bytes": 5 * tensor, "moved": 8 * tensor}
+    small = norm._replace(shape=(2, 640, 8, 8))
+    assert kernels.work(small)["moved"] == 5 * 2 * 2 * 640 * 64
+
+
+# ---- the choice -----------------------------------------------------------------------------
+
+
+def test_auto_takes_the_kernels_in_the_cases_that_are_preferred_and_in_no_others():
+    (q, k, v), _ = attention_case(1, 2, 20, 77, 16, FP32)
+    (x, weight, bias), _ = group_norm_case((2, 8, 5, 6), FP32, torch.channels_last)
+    with ops.observed() as seen:
+        ops.attention(q, k, v)
+        ops.attention(q.clone().requires_grad_(), k, v)
+        ops.group_norm(x, 2, weight, bias, 1e-5)
+    forward, training, norm = seen
+    assert forward == Case("attention", (1, 2, 20, 77, 16), "float32", False)
+    assert training == forward._replace(backward=True)
+    assert norm == Case("group_norm", (2, 8, 5, 6), "float32", False, (2, False, True, "float32"))
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at, "_attention", lambda *a: taken.append("attention") or [a[0]])
+        patch.setattr(gn, "_group_norm", lambda *a: taken.append("norm") or [a[0]])
+        try:
+            for preferred, expected in (
+                ([], []),
+                ([forward], ["attention"]),
+                ([training, norm], ["norm"]),
+                ([forward, norm], ["attention", "norm"]),
+            ):
+                taken.clear()
+                ops.prefer(preferred)
+                ops.attention(q, k, v)
+                ops.group_norm(x, 2, weight, bias, 1e-5)
+                assert taken == expected
+        finally:
+            ops.prefer([])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("attention", (2, 2, 20, 77, 40), "float16", True),
+        Case("attention", (1, 2, 70, 150, 40), "float16", False),
+        Case("group_norm", (2, 32, 12, 12), "float16", True, (4, True, True, "float32")),
+        Case("group_norm", (1, 64, 70, 70), "float16", True, (32, True, False, "float16")),
+    ],
+    ids=lambda case: f"{case.op} {case.shape}",
+)
+def test_the_trial_finds_the_kernels_right(case):
+    verdict = trial.examine(case, torch.device("cpu"), lambda make_calls: 1.0)
+    assert verdict.why is None and verdict.triton

@@ -34,10 +34,86 @@ def default_mode():
     ops.use("auto")
 
 
-def test_numbers_in_the_interpreter():
-    pytest_file = Path(__file__).with_name("kernels_interpreted.py")
-    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", pytest_file, TRITON_INTERPRET="1")
+def interpreted(file, *arguments):
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name(file))
+    result = run(*command, *arguments, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_numbers_in_the_interpreter():
+    interpreted("kernels_interpreted.py")
+
+
+def test_random_cases_and_orders_in_the_interpreter():
+    interpreted("kernels_evidence.py")
+
+
+@pytest.mark.slow
+def test_the_shapes_of_a_training_step_in_the_interpreter():
+    interpreted("kernels_evidence.py", "-m", "slow")
+
+
+# Of a UNet over latents of 1024² at batch 64, and of the VAE's decoder there.
+LARGE = [
+    ("attention", (64, 8, 1024 * 1024, 1024 * 1024, 40)),
+    ("attention", (64, 8, 1024 * 1024, 77, 40)),
+    ("group_norm", (64, 960, 1024, 1024)),
+    ("group_norm", (64, 2560, 256, 256)),
+    ("group_norm", (1, 512, 1024, 1024)),
+]
+
+
+@pytest.mark.parametrize("op, shape", LARGE, ids=str)
+def test_no_launch_counts_beyond_32_bits(op, shape, monkeypatch):
+    """Every launch argument, the grid, and the largest offset within a sample or head, which is
+    what the kernels count in 32 bits; samples and heads they count in 64."""
+    from minibooth_kernels import attention, card, group_norm
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+    monkeypatch.setattr(card, "capability", lambda device: 90)
+    monkeypatch.setattr(card, "unsupported", lambda x: None)
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, grid, **o: launches.append((grid, a)))
+    half = {"dtype": torch.bfloat16, "device": "meta"}
+    if op == "attention":
+        B, H, N_q, N_k, d = shape
+        packed = torch.empty(B, N_q, 3, H, d, **half)  # rows of one projection for q, k and v
+        q = packed[:, :, 0].transpose(1, 2)
+        k, v = (packed[:, :N_k, i].transpose(1, 2) for i in (1, 2))
+        assert attention.unsupported(q, k, v) is None
+        out, L = attention._attention._init_fn(q, k, v, 1.0)
+        attention._attention_backward._init_fn(out, q, k, v, out, L, 1.0)
+        offsets = [(x.shape[2] - 1) * x.stride(2) + d for x in (q, k, v, out)] + [L.numel()]
+    else:
+        x = torch.empty(*shape, **half).to(memory_format=torch.channels_last)
+        weight = torch.empty(shape[1], device="meta")
+        assert group_norm.unsupported(x, 32, weight, weight) is None
+        y, mean, rstd = group_norm._group_norm._init_fn(x, 32, weight, weight, 1e-5, True)
+        group_norm._group_norm_backward._init_fn(y, x, 32, weight, weight, mean, rstd, True)
+        offsets = [x[0].numel()]
+        offsets += [a.numel() for _, arguments in launches for a in arguments
+                    if isinstance(a, torch.Tensor) and a.dtype == torch.float32]  # fmt: skip
+    assert launches and max(offsets) < 2**31
+    for grid, arguments in launches:
+        assert grid[0] < 2**31 and all(n <= 65_535 for n in grid[1:])
+        assert all(a < 2**31 for a in arguments if isinstance(a, int))
+
+
+def test_what_would_count_beyond_32_bits_is_refused():
+    from minibooth_kernels import attention, card, group_norm
+
+    half = {"dtype": torch.bfloat16, "device": "meta"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card, "unsupported", lambda x: None)
+        long = torch.empty(1, 1, 2**27, 16, **half)
+        assert "32 bits" in attention.unsupported(long, long, long)
+        many = torch.empty(8192, 8, 2, 16, **half)
+        assert "65535 at most" in attention.unsupported(many, many, many)
+        weight = torch.empty(512, device="meta")
+        large = torch.empty(1, 512, 2048, 2049, **half)
+        assert "32 bits" in group_norm.unsupported(large, 32, weight, weight)
+        many = torch.empty(65_536, 512, 1, 1, **half)
+        assert "65535 at most" in group_norm.unsupported(many, 32, weight, weight)
 
 
 def compile_ahead(tmp_path, *arguments):

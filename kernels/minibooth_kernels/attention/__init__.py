@@ -149,6 +149,10 @@ def unsupported(
     B, H, _, d = q.shape
     if k.shape != v.shape or (k.shape[:2], k.shape[3]) != ((B, H), d) or k.numel() == 0:
         return f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}"
+    if B * H > 65_535:
+        return f"CUDA has no grid of {B} × {H} heads: 65535 at most"
+    if any((x.shape[2] - 1) * x.stride(2) + d >= 2**31 for x in (q, k, v)):
+        return "the kernels count the elements of a head in 32 bits"
     if d % 8 or (d > 160 and d != 512):
         return f"the head dimension is a multiple of 8 up to 160, or 512, not {d}"
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

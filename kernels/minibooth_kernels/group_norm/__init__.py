@@ -142,6 +142,8 @@ def unsupported(
         return f"{num_groups} groups do not divide a tensor of shape {tuple(x.shape)}"
     if x[0].numel() >= 2**31:
         return "the kernel counts a sample's elements in 32 bits"
+    if x.shape[0] > 65_535:
+        return f"CUDA has no grid of {x.shape[0]} samples: 65535 at most"
     if any(p is None or p.shape != x.shape[1:2] or not p.is_contiguous() for p in (weight, bias)):
         return "weight and bias must be contiguous, one value per channel"
     return None
