@@ -1,13 +1,13 @@
 """What a run needs of memory, counted before it starts, and the modes that make it fit a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common.cli import is_out_of_memory
@@ -244,3 +244,25 @@ def visiting(networks: list[nn.Module], device: torch.device) -> Iterator[None]:
     finally:
         for network in networks:
             network.to("cpu")
+
+
+@contextmanager
+def each_gradient(
+    parameters: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Within it, a backward pass gives each gradient to `take` and does not keep it."""
+
+    def hook(name: str, p: nn.Parameter):
+        @torch.no_grad()
+        def call(p: nn.Parameter) -> None:
+            gradient, p.grad = p.grad, None
+            take(name, gradient)
+
+        return p.register_post_accumulate_grad_hook(call)
+
+    hooks = [hook(name, p) for name, p in parameters.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
