@@ -144,7 +144,7 @@ SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragmen
 
 def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
     """Bytes that training needs at most on a GPU, about: `pixels` of the latents; whether the
-    networks compute in 16 bits."""
+    networks compute in 16 bits. --explain, which looks before there are averages, needs less."""
     need, samples = needed(sd, config), config.train_batch_size * (1 + config.uses_prior)
     short = config.gradient_checkpointing
     kept = samples * pixels * KEPT[half][short]

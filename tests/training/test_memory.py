@@ -265,6 +265,23 @@ def test_what_is_likely_to_be_needed_for_sd_15():
     assert peak(**many) == about(state, 8 * kept + copies)
 
 
+@pytest.mark.parametrize("mode", memory.MODES)
+@pytest.mark.parametrize("half", [True, False])
+def test_explaining_the_first_step_needs_less_than_training(mode, half):
+    """By hand, without the averages, which are not there yet."""
+    sd, pixels = sd15(), 64 * 64
+    given = config(num_validation_images=0, explain=True, **dict.fromkeys(mode, True))
+    short = given.gradient_checkpointing
+    copies = 2 * UNET_SIZE * (half and not short)
+    largest = 4 * 2560 * 1280 * 9  # the gradient of one weight; sums of two take six of them
+    assert max(p.numel() for p in sd.unet.parameters()) * 4 == largest
+    looking = 2 * pixels * memory.KEPT[half][short] + copies + 4 * VAE_SIZE + 6 * largest
+    film = 4 * (TEXT_SIZE + VAE_SIZE) + copies + pixels * memory.DECODING
+    film += 2 * pixels * memory.PREDICTING[half]
+    needed = 4 * UNET_SIZE + 1.1 * max(looking, film) + 0.5e9
+    assert needed <= memory.peak(sd, given, pixels, half)
+
+
 def test_every_mode_needs_less_than_the_one_before_where_gradients_weigh_most():
     sd = sd15()
     sizes = [
