@@ -163,8 +163,7 @@ def one_update(
 def learn(run: Run, on_step: Watcher | None) -> None:
     """Everything from the class images to the trained model on disk."""
     config, sd, folder = run.config, run.sd, run.folder
-    # The weights as they came: on the CPU, and in the mapped file where there is one.
-    originals = {key: p.detach() for key, p in optimizer.named_weights(run.trained).items()}
+    originals = optimizer.originals(run.trained)
     batches, loss, identity = gather(run)
     grids = Grids.of(folder, config, run.resolution)
     before = grids.draw(sd, run.idle, run.precision)

@@ -62,11 +62,21 @@ def available(device: torch.device) -> int | None:
     return None
 
 
+def room(sd: StableDiffusion, device: torch.device) -> int | None:
+    """Bytes on the device that a run can fill: those free, and those of a model that was given
+    there, whose place the run takes; None where that cannot be told."""
+    free, place = available(device), (device.type, device.index or 0)
+    if free is None or device.type == "cpu":  # where the weights as they came are kept
+        return free
+    parameters = (p for network in sd.networks.values() for p in network.parameters())
+    return free + sum(p.nbytes for p in parameters if (p.device.type, p.device.index or 0) == place)
+
+
 def require(sd: StableDiffusion, config, device: torch.device) -> None:
     """Raise UserError if not even weights, gradients and optimizer fit."""
-    need, free = needed(sd, config), available(device)
+    need, free = needed(sd, config), room(sd, device)
     total = need["weights"] + need["gradients"] + need["averages"]
-    if device.type != "cuda":  # the weights are there, but those that train are copied
+    if device.type == "cpu":  # the weights are there, but those that train are copied
         total -= need["weights"] - need["trained"]
     if free is not None and total > free:
         raise UserError(f"{advice(sd, config)}; {gigabytes(free)} are free")
@@ -169,7 +179,7 @@ def fit(
 
     What is on stays on. A run that is resumed gets nothing that changes its results.
     """
-    free, half = available(device), precision != "no"
+    free, half = room(sd, device), precision != "no"
     for mode in MODES:
         if possible(mode, config, precision, resumed) and installed(mode, device):
             fitted = replace(config, **dict.fromkeys(mode, True))
