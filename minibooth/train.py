@@ -163,8 +163,7 @@ def one_update(
 def learn(run: Run, on_step: Watcher | None) -> None:
     """Everything from the class images to the trained model on disk."""
     config, sd, folder = run.config, run.sd, run.folder
-    # The weights as they came: on the CPU, and in the mapped file where there is one.
-    originals = {key: p.detach() for key, p in optimizer.named_weights(run.trained).items()}
+    originals = optimizer.originals(run.trained)
     batches, loss, identity = gather(run)
     grids = Grids.of(folder, config, run.resolution)
     before = grids.draw(sd, run.idle, run.precision)
@@ -198,6 +197,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
                 bad_step = log.write(adam.bad_step)
                 if bad_step is not None:
                     adam.release()
+                    del update  # and the memory that a CUDA graph keeps
                     raise UserError(finite.explain(bad_step, run, batches, loss, weights))
             if show and not last:
                 grids.save(step, grids.draw(sd, run.idle, run.precision))
@@ -239,8 +239,7 @@ def main() -> None:
             "minibooth.train",
             "DreamBooth: teach Stable Diffusion a subject from a few photographs of it. Without "
             "options it trains the toybox, a small model that is shipped, in a minute or two. The "
-            "defaults below are for Stable Diffusion; the toybox has its own "
-            "(minibooth/toybox/__init__.py).",
+            "defaults below are Stable Diffusion's; its own are in minibooth/toybox/__init__.py.",
             defaults=toybox.train_settings,
         )
     )

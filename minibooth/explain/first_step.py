@@ -21,7 +21,7 @@ def explain(
     names = report.identifiers(config.instance_prompt, config.class_prompt)
     with autocast():
         instance, prior, weight = loss.terms(batches.draw(0))
-    with loss.checkpointing():
+    with loss.checkpointing(), memory.visiting([sd.vae], run.device):
         seen = microscope.look(
             sd,
             instance,

@@ -19,6 +19,7 @@ from ..dreambooth import Half, Step, Term
 from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..tokenizer import Tokenizer
+from ..training import memory
 from ..unet import Attention, UNet
 
 SHOWN = 4  # samples of each term whose pictures are kept
@@ -124,6 +125,8 @@ def look(
     terms = [("", instance, step.instance, weight[first])]
     if prior is not None:
         terms.append(("'", prior, step.prior, weight[rest]))
+    # Before the pictures: then what the backward pass needs is not kept beside the VAE's work.
+    by_block = gradients(step, prior_loss_weight, parameters, scale)
     samples = [of_term(sd, term, half, w) for _, term, half, w in terms]
     entries = [e for mark, term, half, w in terms for e in tensors(sd, mark, term, half, w)]
     return Look(
@@ -132,7 +135,7 @@ def look(
         entries=entries,
         instance=samples[0],
         prior=samples[1] if prior is not None else [],
-        gradients=gradients(step, prior_loss_weight, parameters, scale),
+        gradients=by_block,
         attended=attended(sd.tokenizer, attention, prompt, identifier, step.n_instance),
     )
 
@@ -208,28 +211,51 @@ def gradients(
     parameters: dict[str, nn.Parameter],
     scale: Tensor | float = 1.0,
 ) -> list[Gradient]:
-    """The norms of the gradients by block, in the order of `parameters`."""
-    weights, both_terms = list(parameters.values()), step.loss_prior.requires_grad
-    first = torch.autograd.grad(step.loss_instance * scale, weights, retain_graph=both_terms)
-    second = [torch.zeros_like(g) for g in first]
-    if both_terms:
-        second = torch.autograd.grad(prior_loss_weight * step.loss_prior * scale, weights)
-    sums: dict[str, Tensor] = {}  # squared norms: instance, prior, both, text; and the dot product
-    counts: dict[str, int] = {}
-    for name, a, b in zip(parameters, first, second, strict=True):
+    """The norms of the gradients by block, in the order of `parameters`.
+
+    One gradient at a time is on the device. The first term's wait on the CPU for the second's.
+    """
+    both_terms, waiting = step.loss_prior.requires_grad, {}
+    measured: dict[str, Tensor] = {}  # squared norms: instance, prior, both, text; the dot product
+
+    def measure(name: str, a: Tensor, b: Tensor) -> None:
         a, b = a.float() / scale, b.float() / scale
         both = (a + b).square().sum()
         text = both if READS_TEXT.search(name) else torch.zeros_like(both)
-        here = torch.stack([a.square().sum(), b.square().sum(), both, text, (a * b).sum()])
+        measured[name] = torch.stack(
+            [a.square().sum(), b.square().sum(), both, text, (a * b).sum()]
+        )
+
+    def first(name: str, a: Tensor) -> None:
+        if both_terms:
+            waiting[name] = put_aside(a)
+        else:
+            measure(name, a, torch.zeros_like(a))
+
+    def second(name: str, b: Tensor) -> None:
+        measure(name, waiting.pop(name).to(b.device), b)
+
+    with memory.each_gradient(parameters, first):
+        (step.loss_instance * scale).backward(retain_graph=both_terms)
+    if both_terms:
+        with memory.each_gradient(parameters, second):
+            (prior_loss_weight * step.loss_prior * scale).backward()
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for name, p in parameters.items():
         block = BLOCK.match(name).group()
-        sums[block] = sums[block] + here if block in sums else here
-        counts[block] = counts.get(block, 0) + a.numel()
+        sums[block] = sums.get(block, 0) + measured[name]
+        counts[block] = counts.get(block, 0) + p.numel()
     out = []
     for block, total in sums.items():
         instance, prior, both, text = total[:4].sqrt().tolist()
         cosine = total[4].item() / (instance * prior) if instance and prior else 0.0
         out.append(Gradient(block, counts[block], instance, prior, both, cosine, text))
     return out
+
+
+def put_aside(gradient: Tensor) -> Tensor:
+    return gradient.cpu()
 
 
 # ---- attention ---------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """What a run needs of memory, counted before it starts, and the modes that make it fit a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common.cli import is_out_of_memory
@@ -62,11 +62,21 @@ def available(device: torch.device) -> int | None:
     return None
 
 
+def room(sd: StableDiffusion, device: torch.device) -> int | None:
+    """Bytes on the device that a run can fill: those free, and those of a model that was given
+    there, whose place the run takes; None where that cannot be told."""
+    free, place = available(device), (device.type, device.index or 0)
+    if free is None or device.type == "cpu":  # where the weights as they came are kept
+        return free
+    parameters = (p for network in sd.networks.values() for p in network.parameters())
+    return free + sum(p.nbytes for p in parameters if (p.device.type, p.device.index or 0) == place)
+
+
 def require(sd: StableDiffusion, config, device: torch.device) -> None:
     """Raise UserError if not even weights, gradients and optimizer fit."""
-    need, free = needed(sd, config), available(device)
+    need, free = needed(sd, config), room(sd, device)
     total = need["weights"] + need["gradients"] + need["averages"]
-    if device.type != "cuda":  # the weights are there, but those that train are copied
+    if device.type == "cpu":  # the weights are there, but those that train are copied
         total -= need["weights"] - need["trained"]
     if free is not None and total > free:
         raise UserError(f"{advice(sd, config)}; {gigabytes(free)} are free")
@@ -144,7 +154,7 @@ SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragmen
 
 def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
     """Bytes that training needs at most on a GPU, about: `pixels` of the latents; whether the
-    networks compute in 16 bits."""
+    networks compute in 16 bits. --explain, which looks before there are averages, needs less."""
     need, samples = needed(sd, config), config.train_batch_size * (1 + config.uses_prior)
     short = config.gradient_checkpointing
     kept = samples * pixels * KEPT[half][short]
@@ -169,7 +179,7 @@ def fit(
 
     What is on stays on. A run that is resumed gets nothing that changes its results.
     """
-    free, half = available(device), precision != "no"
+    free, half = room(sd, device), precision != "no"
     for mode in MODES:
         if possible(mode, config, precision, resumed) and installed(mode, device):
             fitted = replace(config, **dict.fromkeys(mode, True))
@@ -244,3 +254,25 @@ def visiting(networks: list[nn.Module], device: torch.device) -> Iterator[None]:
     finally:
         for network in networks:
             network.to("cpu")
+
+
+@contextmanager
+def each_gradient(
+    parameters: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Within it, a backward pass gives each gradient to `take` and does not keep it."""
+
+    def hook(name: str, p: nn.Parameter):
+        @torch.no_grad()
+        def call(p: nn.Parameter) -> None:
+            gradient, p.grad = p.grad, None
+            take(name, gradient)
+
+        return p.register_post_accumulate_grad_hook(call)
+
+    hooks = [hook(name, p) for name, p in parameters.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()

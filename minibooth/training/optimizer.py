@@ -310,6 +310,12 @@ def named_weights(networks: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
+def originals(networks: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights as they are now, by the names of named_weights: on the CPU, where those that are
+    there already, perhaps in a mapped file, are not copied."""
+    return {key: p.detach().cpu() for key, p in named_weights(networks).items()}
+
+
 def make_trainable(networks: Iterable[nn.Module], device: torch.device) -> None:
     """Their weights become fp32 copies on the device that have gradients."""
     for network in networks:

@@ -1,9 +1,11 @@
 """The microscope: what it shows is what the step computed, and looking changes nothing."""
 
 import base64
+import contextlib
 import io
 import math
 import re
+import weakref
 from html.parser import HTMLParser
 
 import peers
@@ -16,7 +18,8 @@ from minibooth import dreambooth, train
 from minibooth.dreambooth import Term
 from minibooth.explain import __main__ as explain
 from minibooth.explain import microscope
-from minibooth.training import report
+from minibooth.pipeline import StableDiffusion
+from minibooth.training import memory, report
 from minibooth.training.data import rng
 from minibooth.training.optimizer import Precision
 
@@ -217,6 +220,62 @@ def test_without_a_second_term_there_is_one_term_to_see(changes):
     _, _, seen = look(**changes)
     assert seen.prior == [] and len(seen.entries) == 12
     assert all(g.prior == 0 and g.both == pytest.approx(g.instance) for g in seen.gradients)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_gradients_seen_one_at_a_time_are_those_of_two_full_sets(scale):
+    sd, (instance, prior, share, _), seen = look(scale=scale)
+    names, weights = zip(*sd.unet.named_parameters(), strict=True)
+    step = dreambooth.step(sd.unet, sd.schedule, instance, prior, share)
+    first = torch.autograd.grad(step.loss_instance * scale, weights, retain_graph=True)
+    second = torch.autograd.grad(share * step.loss_prior * scale, weights)
+    for g in seen.gradients:
+        own = [i for i, name in enumerate(names) if f"unet.{name}".startswith(g.block + ".")]
+        a, b = (torch.cat([f[i].flatten().double() for i in own]) / scale for f in (first, second))
+        assert g.instance == pytest.approx(a.norm().item(), rel=1e-5)
+        assert g.prior == pytest.approx(b.norm().item(), rel=1e-5)
+        assert g.both == pytest.approx((a + b).norm().item(), rel=1e-5)
+        assert g.cosine == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_there_is_one_gradient_at_a_time_and_the_others_wait_elsewhere(prior, monkeypatch):
+    """As on a GPU, where what goes to the CPU is a copy."""
+    sd, given, _ = look(prior=prior)
+    step, weights = dreambooth.step(sd.unet, sd.schedule, *given), dict(sd.unet.named_parameters())
+    made, alive = [], []
+
+    def count(p):
+        made.append(weakref.ref(p.grad.untyped_storage()))
+        alive.append(sum(storage() is not None for storage in made))
+
+    for p in weights.values():
+        p.register_post_accumulate_grad_hook(count)
+    monkeypatch.setattr(microscope, "put_aside", torch.Tensor.clone)
+    microscope.gradients(step, 0.5, {f"unet.{name}": p for name, p in weights.items()})
+    assert alive == [1] * (1 + prior) * len(weights)
+    assert all(p.grad is None for p in weights.values())
+
+
+def test_the_vae_that_draws_the_step_is_on_the_device_then(tmp_path, monkeypatch):
+    """Training keeps it on the CPU."""
+    there, visiting, decode = [], memory.visiting, StableDiffusion.decode
+
+    @contextlib.contextmanager
+    def visit(networks, device):
+        with visiting(networks, device):
+            there.extend(networks)
+            yield
+            del there[-len(networks) :]
+
+    def drawn(sd, latents):
+        assert sd.vae in there
+        return decode(sd, latents)
+
+    monkeypatch.setattr(memory, "visiting", visit)
+    monkeypatch.setattr(StableDiffusion, "decode", drawn)
+    explain.explain(runs.config(tmp_path))
+    assert there == []
 
 
 def test_half_precision_is_looked_at_in_half_precision():

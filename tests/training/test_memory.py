@@ -265,6 +265,23 @@ def test_what_is_likely_to_be_needed_for_sd_15():
     assert peak(**many) == about(state, 8 * kept + copies)
 
 
+@pytest.mark.parametrize("mode", memory.MODES)
+@pytest.mark.parametrize("half", [True, False])
+def test_explaining_the_first_step_needs_less_than_training(mode, half):
+    """By hand, without the averages, which are not there yet."""
+    sd, pixels = sd15(), 64 * 64
+    given = config(num_validation_images=0, explain=True, **dict.fromkeys(mode, True))
+    short = given.gradient_checkpointing
+    copies = 2 * UNET_SIZE * (half and not short)
+    largest = 4 * 2560 * 1280 * 9  # the gradient of one weight; sums of two take six of them
+    assert max(p.numel() for p in sd.unet.parameters()) * 4 == largest
+    looking = 2 * pixels * memory.KEPT[half][short] + copies + 4 * VAE_SIZE + 6 * largest
+    film = 4 * (TEXT_SIZE + VAE_SIZE) + copies + pixels * memory.DECODING
+    film += 2 * pixels * memory.PREDICTING[half]
+    needed = 4 * UNET_SIZE + 1.1 * max(looking, film) + 0.5e9
+    assert needed <= memory.peak(sd, given, pixels, half)
+
+
 def test_every_mode_needs_less_than_the_one_before_where_gradients_weigh_most():
     sd = sd15()
     sizes = [
@@ -279,6 +296,61 @@ def test_what_pytorch_keeps_of_an_earlier_run_is_free(monkeypatch):
     for name, value in (("mem_get_info", (5, 20)), ("memory_reserved", 9), ("memory_allocated", 2)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert memory.available(torch.device("cuda")) == 5 + 9 - 2
+
+
+def test_a_model_that_is_on_the_gpu_is_not_kept_there_twice():
+    """On tensors without content; meta stands for the GPU."""
+    with FakeTensorMode():
+        networks = {"unet": torch.nn.Linear(20, 30, device="meta")}
+        given = [weakref.ref(p.untyped_storage()) for p in networks["unet"].parameters()]
+        originals = optimizer.originals(networks)
+        assert {p.device.type for p in originals.values()} == {"cpu"}
+        optimizer.make_trainable(networks.values(), torch.device("meta"))
+        assert {p.device.type for p in networks["unet"].parameters()} == {"meta"}
+        assert [storage() for storage in given] == [None, None]
+
+
+def test_the_originals_of_a_model_on_the_cpu_are_what_was_given(monkeypatch, tmp_path):
+    sd, kept = runs.model(), []
+    given = [p.data_ptr() for p in sd.unet.parameters()]
+    values = runs.flat(sd.unet.state_dict()).clone()
+    finish = train.finish
+    monkeypatch.setattr(train, "finish", lambda *a: kept.append(a[-1]) or finish(*a))
+    train.train(runs.config(tmp_path / "out"), sd)
+    [originals] = kept
+    assert [p.data_ptr() for p in originals.values()] == given
+    state = {key.removeprefix("unet."): p for key, p in originals.items()}
+    assert torch.equal(runs.flat(state), values)
+
+
+def test_where_a_given_model_lies_is_room_for_its_run(monkeypatch):
+    sd, meta = sd15(), torch.device("meta")  # stands for a GPU
+    whole = memory.needed(sd, config())["weights"]
+    monkeypatch.setattr(memory, "available", lambda device: 10)
+    assert memory.room(sd, meta) == whole + 10
+    assert memory.room(sd, torch.device("cuda")) == memory.room(sd, CPU) == 10
+    assert memory.room(runs.model(), CPU) == 10  # on a CPU the weights as they came stay
+    monkeypatch.setattr(memory, "available", lambda device: None)
+    assert memory.room(sd, meta) is None
+
+
+def test_a_model_that_is_there_is_not_counted_as_still_to_come(monkeypatch):
+    sd, meta = sd15(), torch.device("meta")
+    need = memory.peak(sd, config(), 64 * 64, half=True)
+    there = memory.needed(sd, config())["weights"]
+    monkeypatch.setattr(memory, "available", lambda device: need - there)
+    plain, line = memory.fit(sd, config(), 64 * 64, "bf16", meta, resumed=False)
+    assert plain == config() and "switched on" not in line
+    assert memory.fit(sd, config(), 64 * 64, "bf16", torch.device("cuda"), False)[0] != config()
+
+    sure = 12 * UNET_SIZE  # gradients and averages
+    monkeypatch.setattr(memory, "available", lambda device: sure)
+    memory.require(sd, config(), meta)
+    with pytest.raises(UserError, match="out of memory"):
+        memory.require(sd, config(), torch.device("cuda"))
+    monkeypatch.setattr(memory, "available", lambda device: sure - 1)
+    with pytest.raises(UserError, match="out of memory"):
+        memory.require(sd, config(), meta)
 
 
 # ---- what is chosen ----------------------------------------------------------------------------
