@@ -26,7 +26,7 @@ class ConvertConfig:
         choices=("fp32", "fp16", "bf16"),
     )
     vae: str | None = option(None, "folder, file or hub id of a VAE to put in")
-    tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
+    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )

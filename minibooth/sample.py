@@ -45,7 +45,7 @@ class SampleConfig:
         choices=ops.MODES,
     )
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
-    tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
+    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )

@@ -80,6 +80,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
+def json_metadata(path: Path, metadata: dict[str, str], key: str) -> dict:
+    """A dictionary that was left as JSON in a file's metadata. Raises UserError if it is none."""
+    try:
+        return dict(json.loads(metadata.get(key, "{}")))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} has damaged metadata ({key}: {first_line(e)})") from None
+
+
 # Checkpoints of Lightning carry objects of these beside the weights. They become empty shells.
 INERT = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|typing|collections|numpy)\..*"
