@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
-from ..common.files import write_json
+from ..common.files import read_text, write_json
 from ..text_encoder import TextEncoder
 from ..tokenizer import Tokenizer
 from ..unet import UNet
@@ -182,11 +182,11 @@ def read_folder(
     tokenizer = tokenizer or tokenizer_folder(file, ("tokenizer/",), source)
     checkpoint.tokenizer = read_tokenizer(tokenizer, checkpoint.configs["text_encoder"])
     if card := file("README.md", optional=True):
-        licence = re.search(r"^license: *(\S+)", card.read_text("utf-8", "replace"), re.MULTILINE)
+        licence = re.search(r"^license: *(\S+)", read_text(card, "replace"), re.MULTILINE)
         checkpoint.licence = licence and licence[1].strip("\"'")
     for name in LICENCE_FILES:
         if path := file(name, optional=True):
-            checkpoint.licence_files[name] = path.read_text("utf-8", "replace")
+            checkpoint.licence_files[name] = read_text(path, "replace")
     return checkpoint
 
 
@@ -194,7 +194,7 @@ def read_config(path: Path | None, where: str) -> dict:
     if path is None:
         raise UserError(f"{where} has no config file")
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(read_text(path))
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{path} cannot be read: {first_line(e)}") from None
     if not isinstance(config, dict):
