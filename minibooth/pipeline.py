@@ -22,7 +22,7 @@ from .tokenizer import Tokenizer
 from .unet import TransformerBlock, UNet
 from .vae import VAE
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("ddim", "ddpm", "dpm++")
 OUTPUTS = ("pil", "pt", "latent")
 VAE_PIXELS = 256 * 256  # that go through the VAE at once: its memory grows with them
 
@@ -106,11 +106,14 @@ class StableDiffusion:
 
             x = noise() if latents is None else latents[batch].to(self.device, torch.float32)
             context = self.encode_guided(prompts[batch], negative_prompt, guidance_scale)
+            last = None  # what dpm++ remembers of the step before
             with projected_once(self.unet):
                 for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
                     prediction = self.predict(x, t, context, guidance_scale)
                     if sampler == "ddpm":
                         x = schedule.ddpm_step(x, prediction, t, t_prev, self.schedule, noise())
+                    elif sampler == "dpm++":
+                        x, last = schedule.dpm_step(x, prediction, t, t_prev, self.schedule, last)
                     else:
                         fresh = noise() if eta > 0 else None
                         x = schedule.ddim_step(x, prediction, t, t_prev, self.schedule, eta, fresh)
@@ -118,10 +121,7 @@ class StableDiffusion:
                         on_step()
             finished.append(x if output == "latent" else self.decode(x))
         result = torch.cat(finished)
-        if output != "pil":
-            return result
-        pixels = (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(p) for p in pixels]
+        return to_pil(result) if output == "pil" else result
 
     def encode_guided(
         self, prompts: list[str], negative_prompt: str, guidance_scale: float
@@ -224,6 +224,18 @@ class StableDiffusion:
         )
 
 
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) in [0, 1] → N RGB pictures."""
+    pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def text_projections(unet: UNet) -> list[torch.nn.Module]:
+    """Every layer of the UNet that makes keys or values of the text."""
+    blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
+    return [p for block in blocks for p in (block.attn2.to_k, block.attn2.to_v)]
+
+
 @contextmanager
 def projected_once(unet: UNet) -> Iterator[None]:
     """Within it, the text's keys and values are computed once and not at every step.
@@ -242,15 +254,25 @@ def projected_once(unet: UNet) -> Iterator[None]:
 
         return forward
 
-    blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
-    projections = [p for block in blocks for p in (block.attn2.to_k, block.attn2.to_v)]
-    for projection in projections:
-        projection.forward = remembering(projection.forward)
+    projections = text_projections(unet)
+    with replaced(projections, [remembering(p.forward) for p in projections]):
+        yield
+
+
+@contextmanager
+def replaced(modules: list[torch.nn.Module], forwards: list[Callable]) -> Iterator[None]:
+    """Within it, each module computes what its `forwards` does; then what it did before."""
+    before = [vars(module).get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
     try:
         yield
     finally:
-        for projection in projections:
-            del projection.forward
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward  # the class's own shows again
+            else:
+                module.forward = forward
 
 
 def check_sampling(

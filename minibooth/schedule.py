@@ -12,7 +12,8 @@ The letters, here and everywhere in minibooth:
 The papers' α_t and σ_t (DreamBooth Eq. 2) are √ᾱ_t and √(1 − ᾱ_t). Everything here is a pure
 function: noise comes in as an argument, so that any step can be repeated and tested.
 
-Sources: DDPM, arXiv 2006.11239. DDIM, arXiv 2010.02502. v: arXiv 2202.00512.
+Sources: DDPM, arXiv 2006.11239. DDIM, arXiv 2010.02502. v: arXiv 2202.00512. DPM-Solver++, arXiv
+2211.01095.
 """
 
 from dataclasses import dataclass, replace
@@ -130,8 +131,15 @@ def timesteps(schedule: Schedule, steps: int) -> Tensor:
 
 
 def trajectory(schedule: Schedule, steps: int, sampler: str) -> list[tuple[int, int]]:
-    """The pairs (t, t_prev) of a run: DDIM goes down T // steps, DDPM to the next visited t."""
-    t = timesteps(schedule, steps).tolist()
+    """The pairs (t, t_prev) of a run: DDIM goes down T // steps, the others to the next visited t.
+
+    DPM-Solver++ steps from its last t to the clean latent, so it spreads its steps as if there was
+    one more and leaves out that one, the noise next to nothing; "trailing" does so by itself.
+    """
+    spare = sampler == "dpm++" and schedule.spacing != "trailing"
+    if spare and steps == schedule.T:
+        raise UserError(f"{steps} sampling steps: dpm++ takes at most {steps - 1}")
+    t = timesteps(schedule, steps + spare).tolist()[:steps]
     if sampler == "ddim":
         return [(now, now - schedule.T // steps) for now in t]
     return list(zip(t, [*t[1:], -1], strict=True))
@@ -182,3 +190,38 @@ def ddpm_step(
     alpha = a_t / a_prev  # 1 − β of this step
     mean = (a_prev.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - a_prev) * x_t) / (1 - a_t)
     return mean + variance(a_t, a_prev).sqrt() * noise
+
+
+def half_log_snr(alpha_bar_t: Tensor) -> Tensor:
+    """λ = log(√ᾱ / √(1−ᾱ)): the time in which DPM-Solver++ takes its steps."""
+    return torch.logit(alpha_bar_t) / 2
+
+
+def dpm_step(
+    x_t: Tensor,
+    prediction: Tensor,
+    t: int,
+    t_prev: int,
+    schedule: Schedule,
+    last: tuple[int, Tensor] | None,
+) -> tuple[Tensor, tuple[int, Tensor]]:
+    """x_t → x_{t_prev} by DPM-Solver++(2M), arXiv 2211.01095 Algorithm 2, and the next step's
+    `last`: its t and x0. The first step has none; t_prev < 0 is the last step.
+
+    It is DDIM's step, but x0 is not taken as constant over it: D is x0 half a step ahead, on the
+    line through this estimate and the one before. x_t, prediction: (B, 4, h, w).
+    """
+    a_t = schedule.alpha_bar[t]
+    a_prev = schedule.alpha_bar[t_prev] if t_prev >= 0 else torch.ones_like(a_t)
+    x0, _ = split(x_t, prediction, a_t, schedule.prediction_type)
+    if schedule.clip is not None:
+        x0 = x0.clamp(-schedule.clip, schedule.clip)
+    D = x0
+    if last is not None and t_prev >= 0:  # the last step is of first order: there h is infinite
+        t_before, x0_before = last
+        now = half_log_snr(a_t)
+        h = half_log_snr(a_prev) - now
+        r = (now - half_log_snr(schedule.alpha_bar[t_before])) / h
+        D = x0 + (x0 - x0_before) / (2 * r)
+    eps = (x_t - a_t.sqrt() * D) / (1 - a_t).sqrt()
+    return a_prev.sqrt() * D + (1 - a_prev).sqrt() * eps, (t, x0)

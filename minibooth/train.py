@@ -180,9 +180,9 @@ def learn(run: Run, on_step: Watcher | None) -> None:
 
     accumulate = config.gradient_accumulation_steps
     update = one_update(loss, adam, accumulate, on_step)
-    # Who looks on wants to see what is between the backward pass and the update.
-    if adam.capturable and not on_step:
-        update = graphs.captured(update, run.device)
+    if adam.capturable and not on_step:  # who looks on wants to see what the step leaves behind
+        adam.allocate()
+        update = graphs.captured(update, run.device, undo=adam.forget)
     with report.LossLog(folder, config.max_train_steps, done, run.device) as log:
         for step in range(done + 1, config.max_train_steps + 1):
             warm_up = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
@@ -207,7 +207,6 @@ def learn(run: Run, on_step: Watcher | None) -> None:
                 save_snapshot(run, step)
     adam.release()
     finish(run, grids, before, originals)
-    sd.to(run.device)
 
 
 def save_snapshot(run: Run, step: int) -> None:
@@ -230,6 +229,7 @@ def finish(run: Run, grids: Grids, before: list[list], originals: dict[str, Tens
         share = optimizer.moved(name, network, originals)
         print(f"the {name}'s weights moved by {share:.3%} of their norm")
     print(report.what_next(folder, config.instance_prompt, config.validation_guidance_scale))
+    sd.to(run.device)
 
 
 def main() -> None:

@@ -695,7 +695,7 @@ def test_the_licence_of_the_base_model_goes_with_the_result(tmp_path):
 
 def test_without_sample_grids_no_picture_is_drawn(tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    monkeypatch.setattr(Grids, "draw_rows", None)  # would fail if it were called
+    monkeypatch.setattr(Grids, "draw_latents", None)  # would fail if it were called
     trained(folder, num_validation_images=0, validation_steps=1, max_train_steps=2)
     assert not (folder / "before_after.png").exists()
     assert "before_after" not in (folder / "README.md").read_text()

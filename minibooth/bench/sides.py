@@ -113,7 +113,8 @@ def our_step(run: Run, batches: Batches, loss: Loss) -> Callable[[], Tensor]:
     adam = make_optimizer(run)
     update = one_update(loss, adam, accumulate=1)
     if adam.capturable:
-        update = graphs.captured(update, run.device)
+        adam.allocate()
+        update = graphs.captured(update, run.device, undo=adam.forget)
     count = iter(range(10**9))
 
     def step() -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..dreambooth import Term
 from ..pipeline import StableDiffusion, vae_batch
-from .photos import Photos
+from .photos import Photos, as_floats
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Late
 
     With `flip` every crop is there twice, once mirrored. `what` stands at the progress bar.
     """
-    images, photo = pictures.images, pictures.photo
+    pixels, photo = pictures.pixels, pictures.photo
     if flip:
-        images, photo = torch.cat([images, images.flip(-1)]), torch.cat([photo, photo])
+        pixels, photo = torch.cat([pixels, pixels.flip(-1)]), torch.cat([photo, photo])
     rows = tqdm(
-        images.split(vae_batch(images[0, 0].numel())), desc=f"encoding {what}", unit="batch"
+        pixels.split(vae_batch(pixels[0, 0].numel())), desc=f"encoding {what}", unit="batch"
     )
-    moments = [torch.stack(sd.vae.encode(part.to(sd.device))).float().cpu() for part in rows]
+    images = (as_floats(part).to(sd.device) for part in rows)
+    moments = [torch.stack(sd.vae.encode(part)).float().cpu() for part in images]
     mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor  # (N, 4, h, w) each
     return Latents(mean, std, photo)
 

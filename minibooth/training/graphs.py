@@ -2,20 +2,34 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from ..common.cli import is_out_of_memory
+from ..pipeline import replaced, text_projections
 from ..unet import UNet
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 WARM_UP = 3  # calls before the recording: libraries choose and set up what they will use
 
 
-def record_graph(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """Record what `function` launches, without running it: where its output will be, and replay."""
+def record_graph(
+    function: Callable[[], Tensor], stream: torch.cuda.Stream, pool: tuple | None = None
+) -> tuple[Tensor, Callable[[], None]]:
+    """Record what `function` launches, without running it: where its output will be, and replay.
+
+    Graphs that share a `pool` work in the same memory: only one of them may run at a time.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer context: a recording that fails may not find its way back to the stream before.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, stream=stream, pool=pool),
+    ):
         output = function()
     return output, graph.replay
 
@@ -27,63 +41,128 @@ class Captured:
     device, and do the same whatever the values. A graph reads and writes fixed places in memory,
     so inputs are copied into buffers that stay, and the output is copied out.
 
-    The first calls run the function as it is, on a stream of their own as CUDA asks for. They are
-    calls like the others: no training step is done twice. Then it is recorded, then replayed.
+    The first calls run the function as it is, on the stream that will record, as CUDA asks for.
+    They are calls like the others: no training step is done twice. Then it is recorded, then
+    replayed. A graph keeps the memory it works in to itself. Where that does not fit, the function
+    runs as it is from then on, after `undo` has dropped what the recording left behind in Python.
     """
 
-    def __init__(self, function: Callable[..., Tensor], record: Recorder = record_graph):
-        self.function, self.record = function, record
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        record: Recorder,
+        stream: torch.cuda.Stream | None = None,
+        undo: Callable[[], None] = lambda: None,
+    ):
+        self.function, self.record, self.stream, self.undo = function, record, stream, undo
         self.buffers: list[Tensor] = []
-        self.calls, self.replay = 0, None
+        self.calls, self.replay, self.given_up = 0, None, False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.given_up:
+            return self.function(*inputs)
         if not self.buffers:
             self.buffers = [x.clone() for x in inputs]
         for buffer, x in zip(self.buffers, inputs, strict=True):
             buffer.copy_(x)
         self.calls += 1
         if self.calls <= WARM_UP:
-            return self.on_another_stream()
+            return self.warm_up()
         if self.replay is None:
-            self.output, self.replay = self.record(lambda: self.function(*self.buffers))
+            self.try_to_record()
+        if self.given_up:
+            return self.function(*inputs)
         self.replay()
         return self.output.clone()
 
-    def on_another_stream(self) -> Tensor:
-        if self.buffers[0].device.type != "cuda":
+    def warm_up(self) -> Tensor:
+        if self.stream is None:
             return self.function(*self.buffers)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             output = self.function(*self.buffers)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return output
 
+    def try_to_record(self) -> None:
+        try:
+            self.output, self.replay = self.record(lambda: self.function(*self.buffers))
+            return
+        except Exception as error:
+            # Ending a recording that ran out of memory fails, too, and with another message.
+            if not any(is_out_of_memory(e) for e in causes(error)):
+                raise
+        # Only now, without the error, is nothing left that holds on to the recording's tensors.
+        self.given_up, self.buffers = True, []
+        self.undo()
+        torch.cuda.empty_cache()
+        tqdm.write("no memory left to record a CUDA graph: going on without, a little slower")
 
-def captured(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """The function as a CUDA graph; on another device itself."""
-    return Captured(function) if device.type == "cuda" else function
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what was being handled when it was raised, and so on."""
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def captured(
+    function: Callable[..., Tensor], device: torch.device, undo: Callable[[], None] = lambda: None
+) -> Callable[..., Tensor]:
+    """The function as a CUDA graph; on another device itself. `undo`: see Captured."""
+    if device.type != "cuda":
+        return function
+    stream = torch.cuda.Stream()
+    return Captured(function, partial(record_graph, stream=stream), stream, undo)
 
 
 @contextmanager
 def captured_unet(unet: UNet) -> Iterator[None]:
-    """Within it, sampling on a GPU replays a CUDA graph of the UNet, one for each text.
-
-    The text is part of the graph: its keys and values are projected once, before the recording.
-    On another device nothing changes.
-    """
+    """Within it, sampling on a GPU replays a CUDA graph of the UNet. Elsewhere nothing changes."""
     if unet.conv_in.weight.device.type != "cuda":
         yield
         return
-    forward, last = unet.forward, [None, None, None]
-
-    def replayed(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        if last[0] is not context or last[1] != x.shape:
-            last[:] = context, x.shape, Captured(lambda x, t: forward(x, t, context))
-        return last[2](x, t)
-
-    unet.forward = replayed
-    try:
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    record = partial(record_graph, stream=stream, pool=pool)
+    with replayed(unet, lambda function: Captured(function, record, stream)):
         yield
-    finally:
-        del unet.forward
+
+
+@dataclass
+class Recording:
+    """A UNet for inputs of one shape."""
+
+    call: Callable[[Tensor, Tensor], Tensor]  # of x and t
+    context: Tensor | None = None  # whose keys and values these are
+    projected: list[Tensor] = field(default_factory=list)  # at fixed places, for the graph
+
+
+@contextmanager
+def replayed(unet: UNet, capture: Callable[[Callable[..., Tensor]], Captured]) -> Iterator[None]:
+    """Within it, one recording of the UNet for every shape of its inputs, made by `capture`.
+
+    The text's keys and values are no part of it: they are projected when a tensor is given as the
+    text that was not given before, and copied to where the recording reads them. So neither text
+    nor weights may be written to in the meantime.
+    """
+    forward, projections = unet.forward, text_projections(unet)
+    project = [p.forward for p in projections]
+    recordings: dict[tuple, Recording] = {}
+    now: Recording | None = None  # the one that is being called
+
+    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        nonlocal now
+        shape = x.shape, context.shape
+        if shape not in recordings:
+            recordings[shape] = Recording(capture(lambda x, t: forward(x, t, context)))
+        now = recordings[shape]
+        if now.context is not context:
+            fresh = [one(context) for one in project]
+            for place, values in zip(now.projected or fresh, fresh, strict=True):
+                place.copy_(values)
+            now.context, now.projected = context, now.projected or fresh
+        return now.call(x, t)
+
+    reading = [lambda context, i=i: now.projected[i] for i in range(len(projections))]
+    with replaced(projections, reading), replaced([unet], [call]):
+        yield

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import pipeline
 from ..pipeline import StableDiffusion
 from . import graphs, memory, photos
 from .optimizer import Precision
@@ -31,6 +33,7 @@ class Grids:
     seed: int
     resolution: int  # in pixels
     batch_size: int  # pictures drawn at once
+    captured: bool  # by a CUDA graph, which keeps what it works in until all are drawn
 
     @classmethod
     def of(cls, folder: Path, config: TrainConfig, resolution: int) -> "Grids":
@@ -43,35 +46,42 @@ class Grids:
             config.seed,
             resolution,
             config.grid_batch_size,
+            captured=not config.saves_memory,
         )
 
     def draw(self, sd: StableDiffusion, idle: list[nn.Module], precision: Precision) -> Rows:
-        """`idle` networks, which training does not need, are on the device only meanwhile."""
+        """`idle` networks, which training does not need, are on the device only while they work:
+        the text encoder while the UNet draws, the VAE after it."""
         if self.count == 0:
             return []
         batches = math.ceil(len(self.prompts) * self.count / self.batch_size)
         bar = tqdm(total=batches * self.steps, desc="samples", unit="step", leave=False)
-        visiting = memory.visiting(idle, sd.device)
-        with bar, visiting, graphs.captured_unet(sd.unet), precision.autocast():
-            return self.draw_rows(sd, bar.update)
+        text = memory.visiting([net for net in idle if net is not sd.vae], sd.device)
+        graph = graphs.captured_unet(sd.unet) if self.captured else nullcontext()
+        with bar, text, graph, precision.autocast():
+            latents = self.draw_latents(sd, bar.update)
+        with memory.visiting([sd.vae], sd.device), torch.no_grad():
+            parts = [sd.decode(part) for part in latents.split(self.batch_size)]
+        images = pipeline.to_pil(torch.cat(parts))
+        return [images[i : i + self.count] for i in range(0, len(images), self.count)]
 
-    def draw_rows(self, sd: StableDiffusion, on_step: Callable[[], None]) -> Rows:
-        """The same noises in each row: what differs is the prompt."""
+    def draw_latents(self, sd: StableDiffusion, on_step: Callable[[], None]) -> Tensor:
+        """(prompts · count, 4, h, w). The same noises for each prompt: what differs is the text."""
         shape = sd.latent_shape(self.count, self.resolution, self.resolution, None)
         noises = [
             torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + i))
             for i in range(self.count)
         ]
-        images = sd.generate(
+        return sd.generate(
             [prompt for prompt in self.prompts for _ in range(self.count)],
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed,
             latents=torch.stack(noises * len(self.prompts)),
             batch_size=self.batch_size,
+            output="latent",
             on_step=on_step,
         )
-        return [images[i : i + self.count] for i in range(0, len(images), self.count)]
 
     def save(self, step: int, rows: Rows) -> None:
         if rows:

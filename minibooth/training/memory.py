@@ -27,7 +27,7 @@ def needed(sd: StableDiffusion, config) -> dict[str, int]:
     trained = list(sd.unet.parameters())
     if config.train_text_encoder:
         trained += sd.text_encoder.parameters()
-    weights = sum(size(p) for network in sd.networks.values() for p in network.parameters())
+    weights = sum(size_of(network) for network in sd.networks.values())
     averages = 2 * sum(size(p) for p in trained)
     if config.use_8bit_adam:
         averages = sum(eight_bit(p) for p in trained)
@@ -38,6 +38,10 @@ def needed(sd: StableDiffusion, config) -> dict[str, int]:
 
 def size(p: nn.Parameter) -> int:
     return 4 * p.numel()
+
+
+def size_of(network: nn.Module) -> int:
+    return sum(size(p) for p in network.parameters())
 
 
 def eight_bit(p: nn.Parameter) -> int:
@@ -102,7 +106,7 @@ def advice(sd: StableDiffusion, config) -> str:
         helps.append("--gradient_checkpointing (about -85 % of the activations)")
     if not config.use_8bit_adam:
         saved = need["averages"] - needed(sd, replace(config, use_8bit_adam=True))["averages"]
-        helps.append(f"--use_8bit_adam (-{gigabytes(saved)}, wants bitsandbytes)")
+        helps.append(f"--use_8bit_adam (-{gigabytes(saved)}; wants bitsandbytes: {INSTALL})")
     if not config.optimizer_in_backward:
         helps.append(f"--optimizer_in_backward (-{gigabytes(need['gradients'])}, no clipping)")
     helps.append("a smaller --resolution (half of it: about -75 % of the activations)")
@@ -127,12 +131,14 @@ MODES = (
     ("optimizer_in_backward", "gradient_checkpointing"),
     ("use_8bit_adam", "optimizer_in_backward", "gradient_checkpointing"),
 )
+INSTALL = 'pip install -e ".[low-memory]"'
 LOSSY = ("use_8bit_adam", "optimizer_in_backward")  # rounded averages; gradients are not clipped
 
-# Bytes per latent pixel, counted over SD 1.5's networks at 512²; first in full, then with gradient
-# checkpointing; for networks in 16 bits and in fp32.
-KEPT = {True: (299_000, 35_000), False: (457_000, 41_000)}  # for the backward pass, per sample
-DRAWING = {True: (277_000, 197_000), False: (512_000, 256_000)}  # 8 pictures at once; 4 of them
+# Bytes per latent pixel, counted over SD 1.5's networks at 512². The UNet's are for one sample,
+# where it computes in 16 bits and in fp32.
+KEPT = {True: (299_000, 35_000), False: (457_000, 41_000)}  # for backward: in full, checkpointed
+PREDICTING = {True: 17_300, False: 32_000}  # without a backward pass
+DECODING = 197_000  # in the VAE, which computes in fp32 and takes one picture of this size at once
 SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
 
 
@@ -145,9 +151,13 @@ def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
     copies = need["trained"] // 2 * (half and not short)
     # While the backward pass adds gradients, it gives back what was kept for them.
     step, drawing = max(kept + copies, need["gradients"]), 0
-    if config.num_validation_images:
-        drawing = need["weights"] - need["trained"] + copies + pixels * DRAWING[half][short]
-    # What a CUDA graph works in is its own: pictures on the way come on top.
+    if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
+        text = 0 if config.train_text_encoder else size_of(sd.text_encoder)
+        guided = 2 * config.grid_batch_size
+        predicting = text + copies + guided * pixels * PREDICTING[half]
+        drawing = max(predicting, size_of(sd.vae) + pixels * DECODING)
+    # What a CUDA graph of the step works in is its own, also while pictures are drawn. Without one
+    # they take turns.
     work = max(step, drawing) if config.use_8bit_adam else step + drawing
     return int(need["trained"] + need["averages"] + (1 + SPARE[0]) * work + SPARE[1])
 
@@ -159,30 +169,43 @@ def fit(
 
     What is on stays on. A run that is resumed gets nothing that changes its results.
     """
-    free = available(device)
+    free, half = available(device), precision != "no"
     for mode in MODES:
-        if possible(mode, config, precision, device, resumed):
+        if possible(mode, config, precision, resumed) and installed(mode, device):
             fitted = replace(config, **dict.fromkeys(mode, True))
-            need = peak(sd, fitted, pixels, precision != "no")
+            need = peak(sd, fitted, pixels, half)
             if need <= free:
                 break
-    plain = peak(sd, config, pixels, precision != "no")
+    plain = peak(sd, config, pixels, half)
     line = f"memory: {gigabytes(free)} are free, about {gigabytes(plain)} needed"
     added = [f"--{name}" for name in MODES[-1] if getattr(fitted, name) > getattr(config, name)]
     if added:
         line += f"; switched on {' '.join(added)}, which needs about {gigabytes(need)}"
-    return fitted, line + (": this may not be enough" if need > free else "")
+    if need <= free:
+        return fitted, line
+    line += ": this may not be enough"
+    for mode in MODES:
+        if possible(mode, config, precision, resumed) and not installed(mode, device):
+            other = replace(config, **dict.fromkeys(mode, True))
+            if peak(sd, other, pixels, half) <= free:
+                exact = replace(other, use_8bit_adam=False)
+                saved = needed(sd, exact)["averages"] - needed(sd, other)["averages"]
+                line += f"; {INSTALL} would make it fit: --use_8bit_adam saves {gigabytes(saved)}"
+                break
+    if precision == "fp16":
+        line += "; fp16 rules out --optimizer_in_backward: what such a card can do is --method lora"
+    return fitted, line
 
 
-def possible(
-    mode: tuple[str, ...], config, precision: str, device: torch.device, resumed: bool
-) -> bool:
+def possible(mode: tuple[str, ...], config, precision: str, resumed: bool) -> bool:
     if resumed and any(name in LOSSY for name in mode):
         return False
-    if "optimizer_in_backward" in mode and (
-        config.gradient_accumulation_steps > 1 or precision == "fp16"
-    ):
-        return False
+    once = config.gradient_accumulation_steps == 1 and precision != "fp16"
+    return once or "optimizer_in_backward" not in mode
+
+
+def installed(mode: tuple[str, ...], device: torch.device) -> bool:
+    """Whether bitsandbytes is there, for a mode that wants it."""
     if "use_8bit_adam" in mode:
         try:
             bitsandbytes(device)

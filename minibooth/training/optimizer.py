@@ -88,16 +88,26 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Update the weights that have a gradient, divided by grad_scale; none if found_inf."""
-        if self.found_inf:
-            return
-        for group in self.param_groups:
-            numbers = float(group["lr"]), group["weight_decay"], 1 / float(self.grad_scale)
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, *numbers)
+        self.fetch()
+        for p in self.numbers:
+            if p.grad is not None:
+                self.update(p)
 
-    def update(self, p: nn.Parameter, lr: float, decay: float, factor: float) -> None:
-        """With `factor` times its gradient."""
+    def fetch(self) -> None:
+        """Wait once for the device: what `update` must know of each weight on the CPU. Of none if
+        found_inf."""
+        rates = [group["lr"] for group in self.param_groups]
+        scalars = torch.stack([self.found_inf, self.grad_scale, *rates])
+        found_inf, scale, *rates = scalars.tolist()
+        self.numbers = {}
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            numbers = lr, group["weight_decay"], 1 / scale
+            if not found_inf:
+                self.numbers |= dict.fromkeys(group["params"], numbers)
+
+    def update(self, p: nn.Parameter) -> None:
+        """One weight, with the numbers that were fetched."""
+        lr, decay, factor = self.numbers[p]
         state = self.state[p]
         if not state:
             state.update(self.fresh_state(p))
@@ -155,18 +165,33 @@ class Update:
             self.adam = torch.optim.AdamW(
                 groups, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
             )
-        self.capturable = not use_8bit_adam
+        self.eight_bit, self.capturable = use_8bit_adam, not use_8bit_adam
         self.max_grad_norm, self.scaled = max_grad_norm, scaled
         self.scale = torch.tensor(2.0**16 if scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.bad_step = torch.tensor(-1.0, device=device)
+
+    def allocate(self) -> None:
+        """Create the averages now, where the first update would: all zeros.
+
+        Whoever captures calls this first. What is created on a CUDA graph's stream shares its
+        memory with what that stream works in, and keeps it from others when that is long gone.
+        """
+        for p in self.parameters:
+            if not self.adam.state[p]:
+                self.adam.state[p] = self.fresh_state(p)
+
+    def forget(self) -> None:
+        """Drop the gradients, without an update: those of a recording that was given up are no
+        numbers yet."""
+        self.adam.zero_grad()
 
     def start(self, loss: Tensor, warm_up: float | Tensor) -> None:
         """Before the backward pass: for those who update in it."""
 
     def release(self) -> None:
         """No more updates: drop the gradients, and leave later ones alone."""
-        self.adam.zero_grad()
+        self.forget()
 
     def apply(self, step: int | Tensor, loss: Tensor, warm_up: float | Tensor) -> Tensor:
         """Update the weights from the gradients of `scale · loss`; the gradients' norm before
@@ -211,7 +236,7 @@ class Update:
 
     def fresh_state(self, p: Tensor) -> dict[str, Tensor]:
         """An optimizer state of the right shapes."""
-        if isinstance(self.adam, AdamW8bit):
+        if self.eight_bit:
             return self.adam.fresh_state(p)
         averages = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
         return {"step": torch.zeros((), device=p.device), **averages}
@@ -222,7 +247,8 @@ class UpdateInBackward(Update):
 
     So gradients are never all in memory. Nor is their norm known before the first update: nothing
     is clipped. `start` comes before the backward pass. A gradient that is not finite stops this and
-    all later updates; weights whose gradients came before it have had theirs.
+    all later updates; weights whose gradients came before it have had theirs. 8-bit AdamW, which
+    would have to wait for the device to know, takes it as zero and stops after this step.
     """
 
     def __init__(
@@ -247,6 +273,9 @@ class UpdateInBackward(Update):
         self.square.zero_()
         for group in self.adam.param_groups:
             group["lr"].fill_(group["base_lr"] * warm_up)
+        self.adam.found_inf = self.skip
+        if self.eight_bit:
+            self.adam.fetch()
 
     @torch.no_grad()
     def apply_one(self, parameter: nn.Parameter) -> None:
@@ -255,8 +284,11 @@ class UpdateInBackward(Update):
         square = parameter.grad.square().sum()
         self.square += square
         self.skip.copy_(torch.maximum(self.skip, (~square.isfinite()).float()))
-        self.adam.found_inf = self.skip
-        self.adam.step()  # it passes over all weights that have no gradient: all others
+        if not self.eight_bit:
+            self.adam.step()  # it passes over all weights that have no gradient: all others
+        elif parameter in self.adam.numbers:
+            parameter.grad.masked_fill_(~square.isfinite(), 0.0)
+            self.adam.update(parameter)
         parameter.grad = None
 
     def apply(self, step: int | Tensor, loss: Tensor, warm_up: float | Tensor) -> Tensor:

@@ -119,9 +119,14 @@ class TrainConfig:
         return [self.class_prompt, *subject] if self.class_prompt else subject
 
     @property
+    def saves_memory(self) -> bool:
+        """Whether any mode is on that trades speed or exactness for memory."""
+        return self.gradient_checkpointing or self.use_8bit_adam or self.optimizer_in_backward
+
+    @property
     def grid_batch_size(self) -> int:
         """Pictures of the grids that are drawn at once: fewer where memory is short."""
-        return min(8, self.sample_batch_size) if self.gradient_checkpointing else 8
+        return min(8, self.sample_batch_size) if self.saves_memory else 8
 
     def check(self) -> None:
         """Raise UserError for settings that cannot work, before anything is read or written."""

@@ -132,8 +132,8 @@ def test_captured_and_eager_training_are_the_same(changes, tmp_path, monkeypatch
     eager, losses, _ = trained(tmp_path / "eager", **settings)
     made = []
 
-    def captured(function, device):
-        made.append(graphs.Captured(function, recorded))
+    def captured(function, device, undo):
+        made.append(graphs.Captured(function, recorded, undo=undo))
         return made[-1]
 
     monkeypatch.setattr(graphs, "captured", captured)
