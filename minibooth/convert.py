@@ -39,7 +39,7 @@ class ConvertConfig:
     )
     base: str | None = option(None, "the model that --model was trained from")
     vae: str | None = option(None, "folder, file or hub id of a VAE to put in")
-    tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
+    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )

@@ -210,8 +210,8 @@ class StableDiffusion:
     ) -> None:
         """Write one .safetensors in LDM layout, for A1111, ComfyUI and from_single_file.
 
-        `metadata` goes into its header as well. Words that were added stay out: a single file holds
-        no tokenizer. Raises UserError if the disk is too full.
+        `metadata` goes into its header as well. Words that were added stay out: the
+        readers of single files know CLIP's alone. Raises UserError if the disk is too full.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
@@ -229,7 +229,7 @@ class StableDiffusion:
             "minibooth.licence_files": json.dumps(self.licence_files),
             **(metadata or {}),
         }
-        checkpoint.write_single_file(path, configs, tensors, dtype, about)
+        checkpoint.write_single_file(path, configs, tensors, self.tokenizer, dtype, about)
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
@@ -313,15 +313,13 @@ def load(
 ) -> StableDiffusion:
     """Load a model: a folder in diffusers' layout, a single file, or an id on the hub.
 
-    `tokenizer` (a folder or id) is for single files, which hold none; `vae` (folder, id or file)
-    replaces the model's own; `prediction_type` overrides what the model says, "epsilon" or
-    "v_prediction"; `revision` is a branch, tag or commit on the hub. With dtype fp16 the VAE stays
-    fp32, since some overflow to black pictures. Raises UserError where the source is no model,
-    damaged, hostile, of another kind or incomplete, or its parts do not fit together.
+    `tokenizer` (a folder or id) and `vae` (folder, id or file) replace the model's own; a single
+    file that holds no vocabulary has CLIP's. `prediction_type` overrides what the model says,
+    "epsilon" or "v_prediction"; `revision` is a branch, tag or commit on the hub. With dtype fp16
+    the VAE stays fp32, since some overflow to black pictures. Raises UserError where the source is
+    no model, damaged, hostile, of another kind or incomplete, or its parts do not fit together.
     """
-    found = checkpoint.read(source, tokenizer, revision)
-    if vae is not None:
-        found.configs["vae"], found.tensors["vae"] = checkpoint.read_vae(vae, found.configs["vae"])
+    found = checkpoint.read(source, tokenizer, vae, revision)
     scheduler = found.configs["scheduler"]
     if prediction_type is not None:
         scheduler["prediction_type"] = prediction_type

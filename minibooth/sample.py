@@ -52,7 +52,7 @@ class SampleConfig:
         (), "Textual Inversion file, whose word prompts can then use; several as well"
     )
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
-    tokenizer: str | None = option(None, "folder or hub id of a tokenizer, for single files")
+    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )

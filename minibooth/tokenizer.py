@@ -13,7 +13,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from .common.errors import UserError, first_line
-from .common.files import write_text
+from .common.files import read_text, write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Special tokens, English contractions, runs of letters, single digits, runs of anything else.
@@ -86,11 +86,11 @@ class Tokenizer:
         folder = Path(folder)
         try:
             if (folder / "vocab.json").exists():
-                vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-                lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+                vocab = json.loads(read_text(folder / "vocab.json"))
+                lines = read_text(folder / "merges.txt").split("\n")
                 lines = [line for line in lines if line and not line.startswith("#version")]
             else:
-                model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+                model = json.loads(read_text(folder / "tokenizer.json"))["model"]
                 vocab, lines = model["vocab"], model["merges"]
             merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in lines]
             added = {w: i for w, i in added_words(folder).items() if w not in vocab}
@@ -176,7 +176,7 @@ def pad_token(folder: Path) -> str:
     """special_tokens_map.json wins over tokenizer_config.json, as in the reference."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            pad = json.loads((folder / name).read_text("utf-8")).get("pad_token")
+            pad = json.loads(read_text(folder / name)).get("pad_token")
             if pad:
                 return pad["content"] if isinstance(pad, dict) else pad
     return EOS

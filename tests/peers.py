@@ -1,5 +1,6 @@
 """Small Stable Diffusion models with random weights, made by diffusers and transformers."""
 
+import atexit
 import functools
 import json
 import tempfile
@@ -121,6 +122,7 @@ def save(folder: Path, kind: str = "sd1", seed: int = 0) -> diffusers.StableDiff
 
 
 KEPT = tempfile.TemporaryDirectory()  # until the tests end
+atexit.register(KEPT.cleanup)
 
 
 @functools.cache

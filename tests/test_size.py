@@ -22,7 +22,9 @@ ORDER = [
 ]
 INSIDE = {  # the same within a room
     "common": ["errors", "files", "cli"],
-    "formats": ["tensor_files", "configs", "hub", "ldm", "checkpoint", "adapters"],
+    "formats": [
+        *("tensor_files", "configs", "hub", "ldm", "vocabulary", "checkpoint", "adapters"),
+    ],
     "training": [
         *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
         *("resume", "snapshots", "verdicts", "trial", "settle"),

@@ -3,7 +3,6 @@
 import gzip
 import json
 import warnings
-from pathlib import Path
 
 import peers
 import pytest
@@ -11,9 +10,9 @@ import torch
 import transformers
 
 from minibooth.common.errors import UserError
+from minibooth.formats import vocabulary
 from minibooth.tokenizer import Tokenizer
 
-BPE = Path(__file__).parent.parent.parent / "shared" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 pytestmark = pytest.mark.filterwarnings("ignore:only the first 75 tokens")
 
@@ -24,9 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:only the first 75 tokens")
 @pytest.fixture(scope="module")
 def clip():
     """CLIP's own vocabulary, put together as the original code does it."""
-    if not BPE.exists():
-        pytest.skip(f"CLIP's merges are not here ({BPE})")
-    merges = gzip.decompress(BPE.read_bytes()).decode("utf-8").split("\n")[1:48895]
+    merges = gzip.decompress(vocabulary.MERGES.read_bytes()).decode("utf-8").split("\n")[1:48895]
     vocab, _ = peers.vocabulary()
     symbols = list(vocab)[:256]
     tokens = symbols + [s + "</w>" for s in symbols]

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .errors import UserError
+from .errors import UserError, first_line
+from .files import read_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -93,9 +94,9 @@ def underscored(argument: str) -> str:
 def read_config(path: Path, cls) -> dict:
     """The settings in a config.json that a run wrote, checked against the fields of `cls`."""
     try:
-        settings = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path} is not a config file: {e}") from None
+        settings = dict(json.loads(read_text(path)))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is not a config file: {first_line(e)}") from None
     hints = typing.get_type_hints(cls)
     for key, value in settings.items():
         if key not in hints:

@@ -34,6 +34,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
             part.unlink()
 
 
+LARGEST_TEXT = 5 * 10**6  # bytes; the largest that is read is CLIP's vocabulary, 2 to 4 MB
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """A text in UTF-8. Raises UserError, after its first MB, where it is larger than any that
+    belongs to a model or a run; OSError and UnicodeDecodeError."""
+    with open(path, encoding="utf-8", errors=errors) as f:
+        text = f.read(LARGEST_TEXT + 1)
+    if len(text) > LARGEST_TEXT:
+        raise UserError(f"{path} is larger than {gigabytes(LARGEST_TEXT)}: not what it should be")
+    return text
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic(path) as part:
         part.write_text(text, "utf-8")

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
-from ..common.files import write_json
+from ..common.files import read_text, write_json
 from ..text_encoder import TextEncoder
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
-from . import hub, ldm
+from . import hub, ldm, vocabulary
 from .configs import SD2_V, SINGLE_FILE, check_config
-from .tensor_files import read_tensors, write_safetensors
+from .tensor_files import json_metadata, read_tensors, write_safetensors
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 DIFFUSERS = "diffusion_pytorch_model"
@@ -120,20 +120,28 @@ def warn_unexpected(where: str, keys: list[str]) -> None:
 
 
 def read(
-    source: str | Path, tokenizer: str | Path | Tokenizer | None = None, revision: str | None = None
+    source: str | Path,
+    tokenizer: str | Path | Tokenizer | None = None,
+    vae: str | Path | None = None,
+    revision: str | None = None,
 ) -> Checkpoint:
-    """A folder in diffusers' layout, a single file, "toybox", or the id of a model on the hub.
+    """A folder in diffusers' layout, a single file, "toybox", or the id of a model on the hub;
+    `tokenizer` and `vae` are read instead of its own.
 
     Raises UserError where there is no such model or a part of it is missing or damaged.
     """
     path = Path(source)
     if path.is_file():
-        return read_single_file(path, tokenizer)
-    file = file_getter(source, revision)
-    if file("model_index.json") is None:
-        raise UserError(f"{source} is not a model: it has no model_index.json")
-    checkpoint = read_folder(file, str(source), tokenizer)
-    checkpoint.licence = hub.LICENCES.get(str(source), checkpoint.licence)
+        checkpoint = read_single_file(path, tokenizer)
+    else:
+        file = file_getter(source, revision)
+        if file("model_index.json") is None:
+            raise UserError(f"{source} is not a model: it has no model_index.json")
+        checkpoint = read_folder(file, str(source), tokenizer, with_vae=vae is None)
+        checkpoint.licence = hub.LICENCES.get(str(source), checkpoint.licence)
+    if vae is not None:
+        config = checkpoint.configs["vae"]
+        checkpoint.configs["vae"], checkpoint.tensors["vae"] = read_vae(vae, config)
     return checkpoint
 
 
@@ -159,22 +167,26 @@ def prefix_of(path: Path, source: str | Path, inner: str) -> str:
 
 
 def read_folder(
-    file: Callable[..., Path | None], source: str, tokenizer: str | Path | Tokenizer | None
+    file: Callable[..., Path | None],
+    source: str,
+    tokenizer: str | Path | Tokenizer | None,
+    with_vae: bool,
 ) -> Checkpoint:
     checkpoint = Checkpoint({}, {})
     for name in NETWORKS:
         checkpoint.configs[name] = read_config(file(f"{name}/config.json"), f"{source}/{name}")
-        checkpoint.tensors[name] = read_weights(file, name, f"{name}/", source)
+        if name != "vae" or with_vae:
+            checkpoint.tensors[name] = read_weights(file, name, f"{name}/", source)
     scheduler = file("scheduler/scheduler_config.json")
     checkpoint.configs["scheduler"] = read_config(scheduler, f"{source}/scheduler")
     tokenizer = tokenizer or tokenizer_folder(file, ("tokenizer/",), source)
     checkpoint.tokenizer = read_tokenizer(tokenizer, checkpoint.configs["text_encoder"])
     if card := file("README.md", optional=True):
-        licence = re.search(r"^license: *(\S+)", card.read_text("utf-8", "replace"), re.MULTILINE)
+        licence = re.search(r"^license: *(\S+)", read_text(card, "replace"), re.MULTILINE)
         checkpoint.licence = licence and licence[1].strip("\"'")
     for name in LICENCE_FILES:
         if path := file(name, optional=True):
-            checkpoint.licence_files[name] = path.read_text("utf-8", "replace")
+            checkpoint.licence_files[name] = read_text(path, "replace")
     return checkpoint
 
 
@@ -182,7 +194,7 @@ def read_config(path: Path | None, where: str) -> dict:
     if path is None:
         raise UserError(f"{where} has no config file")
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(read_text(path))
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{path} cannot be read: {first_line(e)}") from None
     if not isinstance(config, dict):
@@ -252,11 +264,14 @@ def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Ch
     found = ldm.from_ldm(configs, keys, tensors)
     if unexpected := sorted(k for k in tensors if not IGNORED.fullmatch(k)):
         warn_unexpected(str(path), unexpected)
+    text_config = configs["text_encoder"]
+    if tokenizer is None:
+        tokenizer = vocabulary.from_metadata(path, metadata, text_config)
     licences = json_metadata(path, metadata, "minibooth.licence_files")
     return Checkpoint(
         configs,
         found,
-        single_file_tokenizer(path, tokenizer, configs["text_encoder"]),
+        read_tokenizer(tokenizer, text_config),
         licence=metadata.get("modelspec.license"),
         licence_files={n: str(licences[n]) for n in LICENCE_FILES if n in licences},
         needs_probe=not known,
@@ -283,31 +298,6 @@ def guess_configs(
         configs["scheduler"]["prediction_type"] = "v_prediction"
         configs["unet"] |= SD2_V if open_clip else {}
     return configs, stated in ("epsilon", "v") or not open_clip
-
-
-def single_file_tokenizer(
-    path: Path, given: str | Path | Tokenizer | None, text_config: dict
-) -> Tokenizer:
-    if given is not None:
-        return read_tokenizer(given, text_config)
-    try:
-        tokenizer = read_tokenizer(hub.CLIP_TOKENIZER, text_config)
-    except UserError as e:
-        raise UserError(
-            f"{path} holds no tokenizer, as no single file does: give --tokenizer with the folder "
-            f"of one ({e})"
-        ) from None
-    if text_config.get("hidden_act") == "gelu":  # SD 2.x: the same words, but it pads with "!"
-        return Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.max_length, pad="!")
-    return tokenizer
-
-
-def json_metadata(path: Path, metadata: dict[str, str], key: str) -> dict:
-    """What write_single_file leaves in a file's metadata: a dictionary as JSON."""
-    try:
-        return dict(json.loads(metadata.get(key, "{}")))
-    except (ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"{path} has damaged metadata ({key}: {first_line(e)})") from None
 
 
 def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -378,6 +368,7 @@ def write_single_file(
     path: Path,
     configs: dict[str, dict],
     tensors: dict[str, dict[str, Tensor]],
+    tokenizer: Tokenizer,
     dtype: torch.dtype | None,
     metadata: dict[str, str],
 ) -> None:
@@ -394,5 +385,6 @@ def write_single_file(
         "modelspec.title": path.stem,
         "modelspec.prediction_type": "v" if v else "epsilon",
         "minibooth.configs": json.dumps(configs),
+        **vocabulary.to_metadata(tokenizer, configs["text_encoder"]),
     } | metadata
     write_safetensors(path, ldm.to_ldm(configs, tensors), dtype, metadata)

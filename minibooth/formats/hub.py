@@ -20,7 +20,6 @@ LICENCES = {
     "stabilityai/sd-turbo": "stabilityai-ai-community",
     "stabilityai/sd-vae-ft-mse": "mit",
 }
-CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of SD 1.x and of SD 2.x
 
 
 def toybox() -> Path:
@@ -36,7 +35,9 @@ def toybox() -> Path:
 
 
 def is_repo_id(source: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".")
+    """Whether it can be one: a missing file, models/dog.safetensors, is nothing to ask the hub."""
+    names = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)
+    return names is not None and Path(source).suffix not in (".safetensors", ".ckpt", ".bin", ".pt")
 
 
 class Repo:

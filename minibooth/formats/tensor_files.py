@@ -1,18 +1,20 @@
 """Files of tensors: safetensors in and out, pickles in without running what is in them."""
 
 import json
+import os
 import re
 import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from ..common.errors import UserError, first_line
-from ..common.files import atomic, require_space
+from ..common.files import atomic, gigabytes, require_space
 
 DTYPES = {
     torch.float32: ("F32", torch.int32),
@@ -66,9 +68,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as f:
-                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-                return tensors, f.metadata() or {}
+            return read_safetensors(path)
         return read_pickle(path), {}
     except UserError:
         raise
@@ -80,6 +80,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
+# A model has 2,000 tensors, full checkpoints 6,000. What describes them is small: a header of
+# 300 kB, a pickle of 250 kB. A file that says more is made to cost memory or time.
+MOST_TENSORS = 20_000
+MOST_HEADER = 5 * 10**6  # bytes; its metadata may hold a vocabulary
+MOST_PICKLED = 10**6  # bytes without the weights; each can become an object of 200
+
+
+def oversized(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged or hostile: {what} is larger than any model's")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+    if MOST_HEADER < length < path.stat().st_size:
+        raise oversized(path, f"its header of {gigabytes(length)}")
+    with safe_open(path, framework="pt") as f:
+        keys = f.keys()
+        if len(keys) > MOST_TENSORS:
+            raise oversized(path, f"its table of {len(keys)} tensors")
+        return {key: f.get_tensor(key) for key in keys}, f.metadata() or {}
+
+
+def json_metadata(path: Path, metadata: dict[str, str], key: str) -> dict:
+    """A dictionary that was left as JSON in a file's metadata. Raises UserError if it is none."""
+    try:
+        return dict(json.loads(metadata.get(key, "{}")))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} has damaged metadata ({key}: {first_line(e)})") from None
+
+
 # Checkpoints of Lightning carry objects of these beside the weights. They become empty shells.
 INERT = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|typing|collections|numpy)\..*"
@@ -89,21 +120,76 @@ NESTED = ("state_dict", "string_to_param")  # the latter in A1111's embeddings
 MOST_NESTED = 10  # state_dict within state_dict; a pickle can also hold itself, without end
 
 
+# What torch's unpickler lets pass and no checkpoint uses: bytearray(10**12) is a terabyte of zeros,
+# and these two ways to encode a text take the square of its length.
+GREEDY = re.compile(rb"\nbytearray\n|(?i:[XU]\x08(?:\0\0\0)?punycode|[XU]\x04(?:\0\0\0)?idna)")
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    zipped, shells = zipfile.is_zipfile(path), []
-    if zipped:
-        foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        if refused := [name for name in foreign if not INERT.fullmatch(name)]:
-            raise wants_to_run_code(path, refused)
-        shells = [(type(name.rpartition(".")[2], (Shell,), {}), name) for name in foreign]
-    with torch.serialization.safe_globals(shells):
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    """A dictionary of tensors, those in a zip memory-mapped, from torch.save's old or new format."""
+    with open(path, "rb") as f:
+        if f.read(4) == b"PK\3\4":  # as torch tells them apart
+            value = read_zip(path, f)
+        else:
+            f.seek(0)
+            check_pickled(path, f.read(MOST_PICKLED))
+            f.seek(0)
+            value = torch.load(Frugal(path, f), map_location="cpu", weights_only=True)
     for key in NESTED * MOST_NESTED:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no dictionary of weights")
     return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def read_zip(path: Path, file: BinaryIO):
+    """What was pickled. torch reads all but the weights into memory, however large they say that
+    they unpack; its own files are not compressed."""
+    with zipfile.ZipFile(Frugal(path, file)) as directory:
+        for member in directory.infolist():
+            weights = re.search(r"/data/\w+$", member.filename)
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise oversized(path, f"{member.filename:.80}, compressed,")
+            if member.file_size > (path.stat().st_size if weights else MOST_PICKLED):
+                raise oversized(path, f"{member.filename:.80}")
+            if not weights:
+                file.seek(member.header_offset + 26)  # zipfile's read() wants a checksum: optional
+                name_length, extra_length = struct.unpack("<HH", file.read(4))
+                file.seek(name_length + extra_length, os.SEEK_CUR)
+                check_pickled(path, file.read(member.file_size))
+    foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if refused := [name for name in foreign if not INERT.fullmatch(name)]:
+        raise wants_to_run_code(path, refused)
+    shells = [(type(name.rpartition(".")[2], (Shell,), {}), name) for name in foreign]
+    with torch.serialization.safe_globals(shells):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_pickled(path: Path, pickled: bytes) -> None:
+    if found := GREEDY.search(pickled):
+        raise wants_to_run_code(path, [re.search(rb"[a-z]{4,}", found[0], re.I)[0].decode()])
+
+
+class Frugal:
+    """A file of which no more than MOST_PICKLED bytes can be read, but for weights: those are read
+    into memory that is there for them."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file, self.left = path, file, MOST_PICKLED
+        self.seek, self.tell, self.readinto = file.seek, file.tell, file.readinto
+
+    def read(self, size: int = -1) -> bytes:
+        return self.spent(self.file.read(self.left + 1 if size < 0 else min(size, self.left + 1)))
+
+    def readline(self) -> bytes:
+        return self.spent(self.file.readline(self.left + 1))
+
+    def spent(self, data: bytes) -> bytes:
+        self.left -= len(data)
+        if self.left < 0:
+            raise oversized(self.path, "what it holds beside weights")
+        return data
 
 
 def wants_to_run_code(path: Path, names: list[str]) -> UserError:

@@ -202,8 +202,6 @@ def fit(
                 saved = needed(sd, exact)["averages"] - needed(sd, other)["averages"]
                 line += f"; {INSTALL} would make it fit: --use_8bit_adam saves {gigabytes(saved)}"
                 break
-    if precision == "fp16":
-        line += "; fp16 rules out --optimizer_in_backward: what such a card can do is --method lora"
     return fitted, line
 
 

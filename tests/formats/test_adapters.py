@@ -247,7 +247,10 @@ Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         (lambda t: {k.replace("blocks_0", "blocks_7"): v for k, v in t.items()}, "another model"),
         (lambda t: {k.replace("to_q", "norm"): v for k, v in t.items()}, "linear layer"),
         (lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_up.weight"}, "lacks one"),
-        (lambda t: {k: v[:, :-1] if "lora_down" in k else v for k, v in t.items()}, r"layer is \d+ →"),
+        (
+            lambda t: {k: v[:, :-1] if "lora_down" in k else v for k, v in t.items()},
+            r"layer is \d+ →",
+        ),
         (lambda t: {k: v[:-1] if "lora_up" in k else v for k, v in t.items()}, "another model"),
         (lambda t: {k: v[:0] if "lora_down" in k else v for k, v in t.items()}, "another model"),
         (lambda t: t | {f"{Q}.alpha": torch.ones(2)}, "alpha of .* is not one number"),

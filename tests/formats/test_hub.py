@@ -102,29 +102,20 @@ def test_a_vae_of_its_own_repository_is_downloaded_by_exact_names(tmp_path, monk
     assert fake.asked == names
 
 
-@pytest.mark.parametrize("pad, kind", [("<|endoftext|>", "sd1"), ("!", "sd2")])
-def test_a_single_file_fetches_its_vocabulary(pad, kind, tmp_path, monkeypatch):
-    folder, pipe = peers.model(kind)
-    peers.write_tokenizer(tmp_path / "clip")  # the hub's pads with the end token
-    minibooth.load(folder).save_single_file(tmp_path / "x.safetensors")
-    fake = FakeHub(monkeypatch, tmp_path, tmp_path / "clip")
-    sd = minibooth.load(tmp_path / "x.safetensors")
-    assert sd.tokenizer.pad == pad
-    assert fake.asked == [
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-    ]
-    want = pipe.tokenizer(["a sks dog!"], padding="max_length", max_length=77).input_ids
-    assert sd.tokenizer(["a sks dog!"]).tolist() == want
+def test_a_vae_given_instead_is_downloaded_instead(tmp_path, monkeypatch, other_vae):
+    folder, _ = copy("sd1", tmp_path)
+    other_vae.save_pretrained(tmp_path / "vae")
+    fake = FakeHub(monkeypatch, tmp_path, folder)
+    sd = minibooth.load("someone/some-model", vae=tmp_path / "vae")
+    assert_same_state(sd.vae.state_dict(), peers.tensors(other_vae))
+    assert [n for n in fake.asked if n.startswith("vae/")] == ["vae/config.json"]
 
 
-def test_a_single_file_without_network_asks_for_a_tokenizer(tmp_path, monkeypatch):
-    minibooth.load(peers.model("sd1")[0]).save_single_file(tmp_path / "x.safetensors")
-    FakeHub(monkeypatch, tmp_path, tmp_path, hub_errors.LocalEntryNotFoundError("no network"))
-    with pytest.raises(UserError, match="--tokenizer") as error:
-        minibooth.load(tmp_path / "x.safetensors")
+@pytest.mark.parametrize("name", ["dog.safetensors", "dog.ckpt", "dog.bin", "dog.pt"])
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(name):
+    """The fixture no_network refuses every download."""
+    with pytest.raises(UserError, match="no such folder or file") as error:
+        minibooth.load(f"models/{name}")
     one_line(error)
 
 

@@ -58,15 +58,6 @@ def test_advice_after_running_out_says_how_to_install_it():
     assert INSTALL not in memory.advice(sd15(), TrainConfig(use_8bit_adam=True))
 
 
-@pytest.mark.parametrize("free", [4e9, 8e9])
-def test_cards_with_fp16_alone_are_pointed_to_lora(free, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", eight_bit_stand_in.MODULE)
-    assert "may not be enough" in said(monkeypatch, free, "fp16")
-    assert "--method lora" in said(monkeypatch, free, "fp16")
-    assert "--method lora" not in said(monkeypatch, 80e9, "fp16")
-    assert "--method lora" not in said(monkeypatch, free, "bf16")
-
-
 def test_the_benchmark_imports_where_there_is_no_resource_module():
     """On Windows."""
     code = "import sys; sys.modules['resource'] = None; import minibooth.bench.peers"
