@@ -4,7 +4,6 @@ import copy
 
 import peers
 import pytest
-import runs
 import tiny
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from minibooth import UserError, convert, dreambooth, load, lora, sample
+from minibooth import UserError, dreambooth, load, lora
 from minibooth.schedule import Schedule
 from minibooth.text_encoder import TextEncoder
 from minibooth.unet import UNet

@@ -126,7 +126,7 @@ GREEDY = re.compile(rb"\nbytearray\n|(?i:[XU]\x08(?:\0\0\0)?punycode|[XU]\x04(?:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A dictionary of tensors, those in a zip memory-mapped, from torch.save's old or new format."""
+    """A dictionary of tensors, those in a zip memory-mapped, from either format of torch.save."""
     with open(path, "rb") as f:
         if f.read(4) == b"PK\3\4":  # as torch tells them apart
             value = read_zip(path, f)

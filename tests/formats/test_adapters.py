@@ -181,7 +181,7 @@ def test_what_diffusers_saves_we_draw_with(spelling, alpha, tmp_path):
 
 
 def test_old_spellings_are_read(tmp_path):
-    """The UNet's attention processors of 2023, the text encoder's linear layers, kohya's lora_te1."""
+    """The UNet's attention processors of 2023, the text encoder's layers, kohya's lora_te1."""
     sd = load(peers.model()[0])
     found = trained(sd, "attention")
     path = write("diffusers", tmp_path, sd, found)
