@@ -24,9 +24,7 @@ from .optimizer import AdamW8bit, bitsandbytes
 def needed(sd: StableDiffusion, config) -> dict[str, int]:
     """Bytes that are sure to be needed: the networks' weights, in fp32; of what trains, the weights
     alone, the gradients and AdamW's two averages."""
-    trained = list(sd.unet.parameters())
-    if config.train_text_encoder:
-        trained += sd.text_encoder.parameters()
+    trained = trainable(sd, config)
     weights = sum(size_of(network) for network in sd.networks.values())
     averages = 2 * sum(size(p) for p in trained)
     if config.use_8bit_adam:
@@ -34,6 +32,12 @@ def needed(sd: StableDiffusion, config) -> dict[str, int]:
     trained = sum(size(p) for p in trained)
     gradients = 0 if config.optimizer_in_backward else trained
     return {"weights": weights, "trained": trained, "gradients": gradients, "averages": averages}
+
+
+def trainable(sd: StableDiffusion, config) -> list[nn.Parameter]:
+    """The weights that train."""
+    text = sd.text_encoder.parameters() if config.train_text_encoder else ()
+    return [*sd.unet.parameters(), *text]
 
 
 def size(p: nn.Parameter) -> int:
@@ -80,15 +84,6 @@ def require(sd: StableDiffusion, config, device: torch.device) -> None:
         total -= need["weights"] - need["trained"]
     if free is not None and total > free:
         raise UserError(f"{advice(sd, config)}; {gigabytes(free)} are free")
-
-
-def disk_needed(sd: StableDiffusion, config) -> int:
-    """Bytes that a run writes: the model, snapshots, a state while the last one is there."""
-    need = needed(sd, config)
-    snapshots = (config.max_train_steps - 1) // config.checkpointing_steps
-    snapshots = min(snapshots, config.checkpoints_total_limit or snapshots)
-    states = 2 * (need["trained"] + need["averages"])
-    return need["weights"] + need["weights"] // 2 * snapshots + states
 
 
 @contextmanager
