@@ -147,24 +147,37 @@ DECODING = 197_000  # in the VAE, which computes in fp32 and takes one picture o
 SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
 
 
-def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
-    """Bytes that training needs at most on a GPU, about: `pixels` of the latents; whether the
-    networks compute in 16 bits. --explain, which looks before there are averages, needs less."""
+def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int]:
+    """Bytes that training needs on a GPU, about, by what they are for. Not all at a time: see peak.
+    `pixels` of the latents; whether the networks compute in 16 bits."""
     need, samples = needed(sd, config), config.train_batch_size * (1 + config.uses_prior)
     short = config.gradient_checkpointing
-    kept = samples * pixels * KEPT[half][short]
     copies = need["trained"] // 2 * (half and not short)
-    # While the backward pass adds gradients, it gives back what was kept for them.
-    step, drawing = max(kept + copies, need["gradients"]), 0
+    drawing = 0
     if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
         text = 0 if config.train_text_encoder else size_of(sd.text_encoder)
         guided = 2 * config.grid_batch_size
         predicting = text + copies + guided * pixels * PREDICTING[half]
         drawing = max(predicting, size_of(sd.vae) + pixels * DECODING)
+    return {
+        "weights": need["trained"],
+        "gradients": need["gradients"],
+        "averages": need["averages"],
+        "activations": samples * pixels * KEPT[half][short] + copies,
+        "pictures": drawing,
+    }
+
+
+def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
+    """Bytes that training needs at most on a GPU, about; the arguments are those of `parts`.
+    --explain, which looks before there are averages, needs less."""
+    part = parts(sd, config, pixels, half)
+    # While the backward pass adds gradients, it gives back what was kept for them.
+    step, drawing = max(part["activations"], part["gradients"]), part["pictures"]
     # What a CUDA graph of the step works in is its own, also while pictures are drawn. Without one
     # they take turns.
     work = max(step, drawing) if config.use_8bit_adam else step + drawing
-    return int(need["trained"] + need["averages"] + (1 + SPARE[0]) * work + SPARE[1])
+    return int(part["weights"] + part["averages"] + (1 + SPARE[0]) * work + SPARE[1])
 
 
 def fit(
