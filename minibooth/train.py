@@ -202,7 +202,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
             if show and not last:
                 grids.save(step, grids.draw(sd, run.idle, run.precision))
             if save or last:
-                resume.save(folder, step, {**weights, **adam.state()}, identity)
+                resume.save(folder, step, {**weights, **adam.state()}, identity, config.save_state)
             if save and not last:
                 save_snapshot(run, step)
     adam.release()

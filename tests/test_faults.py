@@ -22,7 +22,7 @@ from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
-from minibooth.training import memory, report, snapshots
+from minibooth.training import memory, report, snapshots, start
 
 
 @pytest.fixture
@@ -210,10 +210,10 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_disk_too_full_is_noticed_before_the_run(fails, monkeypatch, tmp_path):
-    """A tiny model: 4 bytes a weight and a snapshot's 2, and twice 12 for each that trains."""
-    sd = runs.model()
-    sizes = {n: sum(p.numel() for p in net.parameters()) for n, net in sd.networks.items()}
-    needed = sum(sizes.values()) * (4 + 2) + 24 * sizes["unet"]
+    """A tiny model, one snapshot, and a second state beside the first."""
+    needed = start.disk_needed(
+        runs.model(), runs.config(tmp_path, checkpointing_steps=2, max_train_steps=3)
+    )
 
     def with_room_for(size):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, size + 2**20))

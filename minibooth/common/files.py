@@ -68,9 +68,9 @@ def require_space(path: str | Path, size: int) -> None:
         )
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes of the files in it."""
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+def folder_size(folder: Path, pattern: str = "*") -> int:
+    """Bytes of the files in it, at any depth."""
+    return sum(f.stat().st_size for f in folder.rglob(pattern) if f.is_file())
 
 
 def gigabytes(size: float) -> str:

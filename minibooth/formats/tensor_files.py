@@ -5,7 +5,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,16 +29,18 @@ DTYPES = {
 def write_safetensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Callable[[Tensor], torch.dtype] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Write a safetensors file, atomically: length of the header, JSON header, raw bytes.
 
-    Floating tensors are cast to `dtype` and moved to the CPU one at a time, so that no second copy
-    of a model is ever in memory.
+    Floating tensors are cast to `dtype`, or each tensor to what that says of it, and moved to the
+    CPU one at a time, so that no second copy of a model is ever in memory.
     """
 
     def stored(x: Tensor) -> torch.dtype:
+        if callable(dtype):
+            return dtype(x)
         return x.dtype if dtype is None or not x.is_floating_point() else dtype
 
     # The widest numbers first: so all are aligned, for those who map the file.

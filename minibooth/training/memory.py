@@ -24,9 +24,7 @@ from .optimizer import AdamW8bit, bitsandbytes
 def needed(sd: StableDiffusion, config) -> dict[str, int]:
     """Bytes that are sure to be needed: the networks' weights, in fp32; of what trains, the weights
     alone, the gradients and AdamW's two averages."""
-    trained = list(sd.unet.parameters())
-    if config.train_text_encoder:
-        trained += sd.text_encoder.parameters()
+    trained = trainable(sd, config)
     weights = sum(size_of(network) for network in sd.networks.values())
     averages = 2 * sum(size(p) for p in trained)
     if config.use_8bit_adam:
@@ -34,6 +32,12 @@ def needed(sd: StableDiffusion, config) -> dict[str, int]:
     trained = sum(size(p) for p in trained)
     gradients = 0 if config.optimizer_in_backward else trained
     return {"weights": weights, "trained": trained, "gradients": gradients, "averages": averages}
+
+
+def trainable(sd: StableDiffusion, config) -> list[nn.Parameter]:
+    """The weights that train."""
+    text = sd.text_encoder.parameters() if config.train_text_encoder else ()
+    return [*sd.unet.parameters(), *text]
 
 
 def size(p: nn.Parameter) -> int:
@@ -80,15 +84,6 @@ def require(sd: StableDiffusion, config, device: torch.device) -> None:
         total -= need["weights"] - need["trained"]
     if free is not None and total > free:
         raise UserError(f"{advice(sd, config)}; {gigabytes(free)} are free")
-
-
-def disk_needed(sd: StableDiffusion, config) -> int:
-    """Bytes that a run writes: the model, snapshots, a state while the last one is there."""
-    need = needed(sd, config)
-    snapshots = (config.max_train_steps - 1) // config.checkpointing_steps
-    snapshots = min(snapshots, config.checkpoints_total_limit or snapshots)
-    states = 2 * (need["trained"] + need["averages"])
-    return need["weights"] + need["weights"] // 2 * snapshots + states
 
 
 @contextmanager
@@ -152,24 +147,37 @@ DECODING = 197_000  # in the VAE, which computes in fp32 and takes one picture o
 SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
 
 
-def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
-    """Bytes that training needs at most on a GPU, about: `pixels` of the latents; whether the
-    networks compute in 16 bits. --explain, which looks before there are averages, needs less."""
+def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int]:
+    """Bytes that training needs on a GPU, about, by what they are for. Not all at a time: see peak.
+    `pixels` of the latents; whether the networks compute in 16 bits."""
     need, samples = needed(sd, config), config.train_batch_size * (1 + config.uses_prior)
     short = config.gradient_checkpointing
-    kept = samples * pixels * KEPT[half][short]
     copies = need["trained"] // 2 * (half and not short)
-    # While the backward pass adds gradients, it gives back what was kept for them.
-    step, drawing = max(kept + copies, need["gradients"]), 0
+    drawing = 0
     if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
         text = 0 if config.train_text_encoder else size_of(sd.text_encoder)
         guided = 2 * config.grid_batch_size
         predicting = text + copies + guided * pixels * PREDICTING[half]
         drawing = max(predicting, size_of(sd.vae) + pixels * DECODING)
+    return {
+        "weights": need["trained"],
+        "gradients": need["gradients"],
+        "averages": need["averages"],
+        "activations": samples * pixels * KEPT[half][short] + copies,
+        "pictures": drawing,
+    }
+
+
+def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
+    """Bytes that training needs at most on a GPU, about; the arguments are those of `parts`.
+    --explain, which looks before there are averages, needs less."""
+    part = parts(sd, config, pixels, half)
+    # While the backward pass adds gradients, it gives back what was kept for them.
+    step, drawing = max(part["activations"], part["gradients"]), part["pictures"]
     # What a CUDA graph of the step works in is its own, also while pictures are drawn. Without one
     # they take turns.
     work = max(step, drawing) if config.use_8bit_adam else step + drawing
-    return int(need["trained"] + need["averages"] + (1 + SPARE[0]) * work + SPARE[1])
+    return int(part["weights"] + part["averages"] + (1 + SPARE[0]) * work + SPARE[1])
 
 
 def fit(

@@ -135,6 +135,14 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
+def fresh_state(p: Tensor, eight_bit: bool) -> dict[str, Tensor]:
+    """What an Update keeps of a weight, before the first step."""
+    if eight_bit:
+        return AdamW8bit.fresh_state(p)
+    averages = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), device=p.device), **averages}
+
+
 class Update:
     """AdamW over {learning rate: parameters}. `apply` turns gradients into new weights.
 
@@ -235,11 +243,7 @@ class Update:
             self.adam.state[parameter] = fresh
 
     def fresh_state(self, p: Tensor) -> dict[str, Tensor]:
-        """An optimizer state of the right shapes."""
-        if self.eight_bit:
-            return self.adam.fresh_state(p)
-        averages = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-        return {"step": torch.zeros((), device=p.device), **averages}
+        return fresh_state(p, self.eight_bit)
 
 
 class UpdateInBackward(Update):

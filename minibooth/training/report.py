@@ -219,12 +219,14 @@ def what_next(run: Path, instance_prompt: str, guidance_scale: float) -> str:
     options = f'--model {run} --prompt "{instance_prompt} in the snow"'
     if guidance_scale != TrainConfig.validation_guidance_scale:
         options += f" --guidance_scale {guidance_scale:g}"
-    return (
+    lines = (
         f"done: {run} is the model\n"
         f"  draw:     python -m minibooth.sample {options}\n"
-        f"  one file: python -m minibooth.convert --model {run} --output {run}.safetensors\n"
-        f"  {run}/state ({gigabytes(folder_size(run / 'state'))}) is only needed for more steps"
+        f"  one file: python -m minibooth.convert --model {run} --output {run}.safetensors"
     )
+    if (state := run / "state").exists():
+        lines += f"\n  {state} ({gigabytes(folder_size(state))}) is only needed for more steps"
+    return lines
 
 
 def model_card(sd: StableDiffusion, config, steps: int) -> str:

@@ -10,18 +10,19 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
 from ..common.files import write_json
 from ..formats.tensor_files import read_tensors, write_safetensors
 from ..pipeline import StableDiffusion
-from . import report
-from .optimizer import Update
+from . import memory, report
+from .optimizer import Update, fresh_state
 from .photos import Photos
 from .settings import TrainConfig
 
@@ -30,19 +31,46 @@ LEFTOVER = re.compile(r"\.(checkpoint-\d+|step-\d{8}|.+\.\d+)\.tmp")
 HASHED = ("model", "photographs", "class images")  # kept as hashes, which tell a reader nothing
 
 
-def save(run: Path, step: int, tensors: dict[str, Tensor], identity: dict) -> None:
-    """Write the state after `step` updates and remove all others. Raises UserError if the disk is
-    too full."""
+def save(run: Path, step: int, tensors: dict[str, Tensor], identity: dict, bits: str) -> None:
+    """Write the state after `step` updates and remove all others. `bits` is --save_state. Raises
+    UserError if the disk is too full."""
+    if bits == "none":
+        return
     folder = run / "state" / f"step-{step:08d}"
     part = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        write_safetensors(part / "state.safetensors", tensors)
+        write_safetensors(part / "state.safetensors", tensors, STORED[bits])
         write_json(part / "identity.json", identity)
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     keep_only(run, step)
+
+
+def in_16_bits(x: Tensor) -> torch.dtype:
+    """Weights in fp16, as in a snapshot; averages, which are too small for it, in bf16; counts and
+    codes as they are."""
+    if x.ndim == 0 or not x.is_floating_point():
+        return x.dtype
+    return torch.float16 if isinstance(x, nn.Parameter) else torch.bfloat16
+
+
+STORED: dict[str, Callable[[Tensor], torch.dtype]] = {
+    "full": lambda x: x.dtype,
+    "half": in_16_bits,
+}  # --save_state → what a tensor of the state is written as
+
+
+def size(sd: StableDiffusion, config: TrainConfig) -> int:
+    """Bytes of a state's tensors."""
+    if config.save_state == "none":
+        return 0
+    stored, tensors = STORED[config.save_state], [torch.zeros(()), torch.zeros(())]  # fp16's scale
+    for p in memory.trainable(sd, config):
+        weight = nn.Parameter(torch.empty_like(p, dtype=torch.float32, device="meta"))
+        tensors += [weight, *fresh_state(weight.detach(), config.use_8bit_adam).values()]
+    return sum(x.numel() * stored(x).itemsize for x in tensors)
 
 
 def keep_only(run: Path, step: int) -> None:

@@ -81,6 +81,11 @@ class TrainConfig:
     validation_inference_steps: int = option(25, "sampler steps of the grids' pictures")
     validation_guidance_scale: float = option(7.5, "their guidance")
     checkpointing_steps: int = option(200, "updates between two snapshots and resume states")
+    save_state: str = option(
+        "full",
+        "the state that a run goes on from: full, bit for bit; half, rounded to 16 bits; or none",
+        choices=("full", "half", "none"),
+    )
     checkpoints_total_limit: int | None = option(None, "newest snapshots to keep [all]")
     resume_from_checkpoint: str | None = option(
         None, "go on where the run in output_dir stopped", choices=("latest",)

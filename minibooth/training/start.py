@@ -86,8 +86,8 @@ def check_folder(folder: Path, goes_on: bool) -> None:
         )
     if models and not state:
         raise UserError(
-            f"{folder} holds a model but no state to resume from: to train it further, give "
-            f"--model {models[0]} and another --output_dir"
+            f"{folder} holds a model but no state to resume from (--save_state none keeps none): "
+            f"to train it further, give --model {models[0]} and another --output_dir"
         )
 
 
@@ -170,12 +170,31 @@ def try_kernels(run: Run) -> None:
         settle.settle(met, run.device)
 
 
+def disk_needed(
+    sd: StableDiffusion, config: TrainConfig, resumed: bool = False, finished: bool = False
+) -> int:
+    """Bytes of weights and states that a run has on disk at most.
+
+    A state is written while the one before is there, the model beside the last. A run that is
+    `resumed` has a state already and, where it was `finished`, a model, which is replaced file by
+    file.
+    """
+    networks = [memory.size_of(network) for network in sd.networks.values()]
+    written = (config.max_train_steps - 1) // config.checkpointing_steps
+    kept = min(written, config.checkpoints_total_limit or written)
+    state = resume.size(sd, config)
+    before = state if written or resumed else 0
+    last = sum(networks) + max(before, *networks) if finished else max(before, sum(networks))
+    return kept * (sum(networks) // 2) + state + last
+
+
 def announce(run: Run) -> None:
     """Take the folder: say and write what is about to run."""
     config, folder = run.config, run.folder
     resume.remove_leftovers(folder)
-    need = memory.disk_needed(run.sd, config)
-    require_space(folder, max(0, need - folder_size(folder)))
+    finished = snapshots.is_model(folder)
+    need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)
+    require_space(folder, max(0, need - folder_size(folder, "*.safetensors")))
     tokenizer = run.sd.tokenizer
     print(report.describe_prompts(tokenizer, config.instance_prompt, config.class_prompt))
     print(

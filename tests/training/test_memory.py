@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import weakref
+from pathlib import Path
 
 import eight_bit_stand_in
 import pytest
@@ -263,6 +264,24 @@ def test_what_is_likely_to_be_needed_for_sd_15():
     assert peak(**least) < 7.0e9  # which leaves a card of 8 GB some room
     many = {"train_batch_size": 8, "prior_loss_weight": 0.0, "num_validation_images": 0}
     assert peak(**many) == about(state, 8 * kept + copies)
+
+
+def test_the_readme_s_table_of_modes_is_what_is_counted():
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    rows = readme.split("| GB | weights |")[1].split("\n\n")[0].splitlines()
+    sd, pixels = sd15(), 64 * 64
+    assert [name.strip() for name in rows[0].split("|") if name.strip()] == [
+        *list(memory.parts(sd, config(), pixels, half=True))[1:],
+        "at most",
+    ]
+    for row, mode in zip(rows[2:], memory.MODES, strict=True):
+        given = config(**dict.fromkeys(mode, True))
+        sizes = [*memory.parts(sd, given, pixels, half=True).values()]
+        sizes.append(memory.peak(sd, given, pixels, half=True))
+        name, *shown = (cell.strip() for cell in row.strip("|").split("|"))
+        assert name == (", ".join(f"`{option}`" for option in mode) or "none of them")
+        assert shown == [f"{size / 1e9:.1f}" for size in sizes]
+    assert f"All three options together need {shown[-1]} GB" in readme
 
 
 @pytest.mark.parametrize("mode", memory.MODES)
