@@ -75,6 +75,15 @@ def matrix(layer: nn.Module) -> Tensor:
     return layer.weight.flatten(1)
 
 
+def shapes(network: nn.Module, rank: int, targets: str) -> list[tuple[int, int]]:
+    """Of all that `create` would make to train: A: (r, c_in) and B: (c_out, r) of each layer."""
+    out = []
+    for layer in layers(network, targets).values():
+        c_out, c_in = matrix(layer).shape
+        out += [(rank, c_in), (c_out, rank)]
+    return out
+
+
 def collect(adapters: list[Adapter]) -> nn.ModuleDict:
     """Adapters as one module; its keys are the layers' names, in which it allows no dots."""
     return nn.ModuleDict({a.layer.replace(".", "_"): a for a in adapters})

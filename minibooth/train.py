@@ -7,6 +7,7 @@ called there stand for is in minibooth/training; the loss itself is dreambooth.s
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from . import toybox
 from .common import cli
 from .common.errors import UserError
-from .common.files import write_text
 from .dreambooth import Step
 from .explain import first_step
 from .pipeline import StableDiffusion
@@ -25,6 +25,7 @@ from .training import (
     finite,
     graphs,
     memory,
+    methods,
     optimizer,
     photos,
     report,
@@ -118,11 +119,12 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
 
 
 def make_optimizer(run: Run) -> Update:
-    """fp32 copies of the weights that train, and AdamW over them."""
+    """fp32 copies of the weights that train, in their networks, and AdamW over them."""
     config = run.config
     for network in run.idle:
         network.to("cpu")
     optimizer.make_trainable(run.trained.values(), run.device)
+    methods.freeze(run.sd, run.trained, run.precision.dtype)
     rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
     return optimizer.adamw(
         [(rates[name], list(network.parameters())) for name, network in run.trained.items()],
@@ -210,8 +212,8 @@ def learn(run: Run, on_step: Watcher | None) -> None:
 
 
 def save_snapshot(run: Run, step: int) -> None:
-    card = report.model_card(run.sd, run.config, step)
-    snapshots.save(run.folder, step, run.sd, card, keep=run.config.checkpoints_total_limit)
+    write = partial(methods.write, run.sd, run.config, run.trained, step)
+    snapshots.save(run.folder, step, write, keep=run.config.checkpoints_total_limit)
 
 
 def finish(run: Run, grids: Grids, before: list[list], originals: dict[str, Tensor]) -> None:
@@ -221,14 +223,12 @@ def finish(run: Run, grids: Grids, before: list[list], originals: dict[str, Tens
     grids.save(config.max_train_steps, after)
     grids.save_before_after(before, after)
     report.save_loss_chart(folder)
-    # An older model, of a run that now had more steps, must not be half of this one.
+    # An older model, of a run with fewer steps, must not be half of this one.
     (folder / "model_index.json").unlink(missing_ok=True)
-    sd.save(folder)
-    write_text(folder / "README.md", report.model_card(sd, config, config.max_train_steps))
-    for name, network in run.trained.items():
-        share = optimizer.moved(name, network, originals)
+    methods.write(sd, config, run.trained, config.max_train_steps, folder)
+    for name, share in methods.moved(sd, run.trained, originals).items():
         print(f"the {name}'s weights moved by {share:.3%} of their norm")
-    print(report.what_next(folder, config.instance_prompt, config.validation_guidance_scale))
+    print(report.what_next(folder, config))
     sd.to(run.device)
 
 
@@ -240,7 +240,7 @@ def main() -> None:
             "DreamBooth: teach Stable Diffusion a subject from a few photographs of it. Without "
             "options it trains the toybox, a small model that is shipped, in a minute or two. The "
             "defaults below are Stable Diffusion's; its own are in minibooth/toybox/__init__.py.",
-            defaults=toybox.train_settings,
+            defaults=lambda given: methods.defaults(given) | toybox.train_settings(given),
         )
     )
 

@@ -27,7 +27,7 @@ INSIDE = {  # the same within a room
     ],
     "training": [
         *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
-        *("resume", "snapshots", "verdicts", "trial", "settle"),
+        *("methods", "resume", "snapshots", "verdicts", "trial", "settle"),
         *("start", "loss", "grids", "finite"),
     ],
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],

@@ -51,6 +51,8 @@ def train_settings(given: dict) -> dict:
     if chosen != "toybox" or "config" in given:
         return {}
     suitable = default_run()
+    if given.get("method") == "lora":
+        suitable |= {"rank": 16, "learning_rate": 2e-3, "text_encoder_learning_rate": 2e-3}
     if "instance_data_dir" in given:
         for name in ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt"):
             del suitable[name]

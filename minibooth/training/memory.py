@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import lora
 from ..common.cli import is_out_of_memory
 from ..common.errors import UserError
 from ..common.files import gigabytes
@@ -30,17 +31,26 @@ def needed(sd: StableDiffusion, config) -> dict[str, int]:
     if config.use_8bit_adam:
         averages = sum(eight_bit(p) for p in trained)
     trained = sum(size(p) for p in trained)
+    if config.method == "lora":
+        weights += trained  # adapters, beside the weights that stay
     gradients = 0 if config.optimizer_in_backward else trained
     return {"weights": weights, "trained": trained, "gradients": gradients, "averages": averages}
 
 
-def trainable(sd: StableDiffusion, config) -> list[nn.Parameter]:
-    """The weights that train."""
-    text = sd.text_encoder.parameters() if config.train_text_encoder else ()
-    return [*sd.unet.parameters(), *text]
+def trained_networks(sd: StableDiffusion, config) -> list[nn.Module]:
+    return [sd.unet, sd.text_encoder] if config.train_text_encoder else [sd.unet]
 
 
-def size(p: nn.Parameter) -> int:
+def trainable(sd: StableDiffusion, config) -> list[Tensor]:
+    """The weights that train, or for adapters, which are not there yet, their shapes."""
+    networks = trained_networks(sd, config)
+    if config.method == "lora":
+        shapes = [s for n in networks for s in lora.shapes(n, config.rank, config.lora_targets)]
+        return [torch.empty(shape, device="meta") for shape in shapes]
+    return [p for network in networks for p in network.parameters()]
+
+
+def size(p: Tensor) -> int:
     return 4 * p.numel()
 
 
@@ -48,7 +58,7 @@ def size_of(network: nn.Module) -> int:
     return sum(size(p) for p in network.parameters())
 
 
-def eight_bit(p: nn.Parameter) -> int:
+def eight_bit(p: Tensor) -> int:
     """Bytes of the averages that AdamW8bit keeps of it."""
     state = AdamW8bit.fresh_state(torch.empty_like(p, device="meta"))
     return sum(x.nbytes for name, x in state.items() if name != "step")
@@ -152,7 +162,9 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     `pixels` of the latents; whether the networks compute in 16 bits."""
     need, samples = needed(sd, config), config.train_batch_size * (1 + config.uses_prior)
     short = config.gradient_checkpointing
-    copies = need["trained"] // 2 * (half and not short)
+    copies, frozen = need["trained"] // 2 * (half and not short), 0
+    if config.method == "lora":
+        frozen = sum(size_of(n) for n in trained_networks(sd, config)) // (2 if half else 1)
     drawing = 0
     if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
         text = 0 if config.train_text_encoder else size_of(sd.text_encoder)
@@ -160,7 +172,7 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
         predicting = text + copies + guided * pixels * PREDICTING[half]
         drawing = max(predicting, size_of(sd.vae) + pixels * DECODING)
     return {
-        "weights": need["trained"],
+        "weights": need["trained"] + frozen,
         "gradients": need["gradients"],
         "averages": need["averages"],
         "activations": samples * pixels * KEPT[half][short] + copies,

@@ -306,12 +306,15 @@ class UpdateInBackward(Update):
 
 
 def named_weights(networks: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Their weights as "unet.conv_in.weight" and so on."""
-    return {
-        f"{name}.{key}": p
-        for name, network in networks.items()
-        for key, p in network.named_parameters()
-    }
+    """Their weights as "unet.conv_in.weight" and so on; those of adapters with a layer's name."""
+    named = {}
+    for name, network in networks.items():
+        if isinstance(network, nn.ModuleDict):
+            for a in network.values():
+                named |= {f"{name}.{a.layer}.{key}": p for key, p in a.named_parameters()}
+        else:
+            named |= {f"{name}.{key}": p for key, p in network.named_parameters()}
+    return named
 
 
 def originals(networks: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -214,15 +214,19 @@ def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
 # ---- after the run -----------------------------------------------------------------------------
 
 
-def what_next(run: Path, instance_prompt: str, guidance_scale: float) -> str:
+def what_next(run: Path, config: TrainConfig) -> str:
     """The last lines of a run."""
-    options = f'--model {run} --prompt "{instance_prompt} in the snow"'
-    if guidance_scale != TrainConfig.validation_guidance_scale:
-        options += f" --guidance_scale {guidance_scale:g}"
+    what, draw, merged = "the model", f"--model {run}", f"--model {run}"
+    if config.method == "lora":
+        what, draw = "a LoRA", f"--model {config.model} --lora {run}"
+        merged = f"--model {config.model} --merge_lora {run}"
+    draw += f' --prompt "{config.instance_prompt} in the snow"'
+    if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
+        draw += f" --guidance_scale {config.validation_guidance_scale:g}"
     lines = (
-        f"done: {run} is the model\n"
-        f"  draw:     python -m minibooth.sample {options}\n"
-        f"  one file: python -m minibooth.convert --model {run} --output {run}.safetensors"
+        f"done: {run} is {what}\n"
+        f"  draw:     python -m minibooth.sample {draw}\n"
+        f"  one file: python -m minibooth.convert {merged} --output {run}.safetensors"
     )
     if (state := run / "state").exists():
         lines += f"\n  {state} ({gigabytes(folder_size(state))}) is only needed for more steps"
@@ -237,6 +241,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     picture = "\n![before and after](before_after.png)\n"
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
+    how = f"LoRA of rank {config.rank}" if config.method == "lora" else "DreamBooth"
     return f"""---
 license: {sd.licence or "unknown"}
 base_model: {json.dumps(sd.source or "unknown")}
@@ -246,7 +251,7 @@ tags: [text-to-image, stable-diffusion, dreambooth]
 
 # {config.instance_prompt}
 
-`{sd.source}` fine-tuned with DreamBooth by minibooth on photographs of `{config.instance_prompt}`,
+`{sd.source}` fine-tuned with {how} by minibooth on photographs of `{config.instance_prompt}`,
 with {prior}. {steps} steps, learning rate
 {config.learning_rate}, batch {config.train_batch_size}, text encoder
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.

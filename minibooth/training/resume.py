@@ -100,6 +100,7 @@ def load(run: Path) -> State | None:
     for folder in steps(run):
         try:
             identity = json.loads((folder / "identity.json").read_text("utf-8"))
+            identity = {"method": "dreambooth"} | identity  # the only one there was at first
             tensors, _ = read_tensors(folder / "state.safetensors")
             return State(int(folder.name.removeprefix("step-")), tensors, identity)
         except (OSError, ValueError, UserError) as e:
@@ -141,7 +142,9 @@ def identify(
     names += ("lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
     names += ("train_batch_size", "gradient_accumulation_steps", "adam_weight_decay")
     names += ("use_8bit_adam", "optimizer_in_backward", "max_grad_norm", "snr_gamma")
-    names += ("random_flip", "num_class_images")
+    names += ("random_flip", "num_class_images", "method")
+    if config.method == "lora":
+        names += ("rank", "lora_alpha", "lora_targets")
     names += ("class_sampler", "class_steps", "class_guidance_scale")
     # 8-bit averages are in blocks of neighbours in memory, and a GPU lays out weights its way.
     place = {"device": device.type} if config.use_8bit_adam else {}

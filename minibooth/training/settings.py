@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from .. import ops, pipeline
+from .. import lora, ops, pipeline
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
+
+METHODS = ("dreambooth", "lora")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,20 @@ class TrainConfig:
     instance_prompt: str | None = option(None, 'names the subject, say "a sks dog"')
     class_prompt: str | None = option(None, 'names its class, say "a dog"')
     output_dir: str = option("minibooth-out", "where the trained model and all the rest go")
+
+    method: str = option(
+        "dreambooth",
+        "what is trained: dreambooth all weights, lora low-rank differences of some layers (small "
+        "files beside the model; learning rates 1e-4 and 5e-5 where none is given)",
+        choices=METHODS,
+    )
+    rank: int = option(4, "of LoRA's matrices")
+    lora_alpha: float | None = option(None, "LoRA's α, as in (α/rank) B A [the rank]")
+    lora_targets: str = option(
+        "attention",
+        "layers that get a LoRA: diffusers' choice, kohya's, or every linear layer",
+        choices=tuple(lora.TARGETS),
+    )
 
     prior_loss_weight: float = option(
         1.0, "λ of Eq. 2; 0 is plain fine-tuning, without class images"
@@ -152,12 +168,18 @@ class TrainConfig:
         at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
         at_least_one += ("sample_batch_size", "validation_steps", "checkpointing_steps")
         at_least_one += ("class_steps", "validation_inference_steps", "resolution")
-        at_least_one += ("checkpoints_total_limit",)
+        at_least_one += ("checkpoints_total_limit", "rank")
         cli.check_at_least_one(self, at_least_one)
         for name in ("num_class_images", "num_validation_images", "lr_warmup_steps", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise UserError(f"--{name} must be a number from 0 up")
-        for name in ("learning_rate", "text_encoder_learning_rate", "max_grad_norm", "snr_gamma"):
+        for name in (
+            "learning_rate",
+            "text_encoder_learning_rate",
+            "max_grad_norm",
+            "snr_gamma",
+            "lora_alpha",
+        ):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise UserError(f"--{name} must be a positive number")

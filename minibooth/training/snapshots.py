@@ -1,17 +1,17 @@
-"""checkpoint-N: the model alone after N steps, in fp16, whole or not there."""
+"""checkpoint-N: the model, or the LoRA, alone after N steps, in fp16, whole or not there."""
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..common.files import write_text
-from ..pipeline import StableDiffusion
+from ..formats.adapters import DIFFUSERS_LORA
 
 
 def is_model(folder: Path) -> bool:
-    return (folder / "model_index.json").exists()
+    return any((folder / name).exists() for name in ("model_index.json", DIFFUSERS_LORA))
 
 
 def found(run: Path) -> list[Path]:
@@ -20,17 +20,18 @@ def found(run: Path) -> list[Path]:
     return sorted(folders, key=lambda f: int(f.name.removeprefix("checkpoint-")))
 
 
-def save(run: Path, step: int, sd: StableDiffusion, card: str, keep: int | None) -> None:
-    """Write checkpoint-`step` with `card` as its README.md, unless it is there; then remove all but
-    the newest `keep`."""
+def save(
+    run: Path, step: int, write: Callable[[Path, torch.dtype], None], keep: int | None
+) -> None:
+    """Let `write` fill checkpoint-`step`, unless it is there; then remove all but the newest
+    `keep`."""
     final = run / f"checkpoint-{step}"
     part = final.with_name(f".{final.name}.tmp")
     if final.exists():
         return
     shutil.rmtree(part, ignore_errors=True)
     try:
-        sd.save(part, torch.float16)
-        write_text(part / "README.md", card)
+        write(part, torch.float16)
         os.replace(part, final)
     finally:
         shutil.rmtree(part, ignore_errors=True)

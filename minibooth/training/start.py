@@ -12,7 +12,7 @@ from ..common import cli
 from ..common.errors import UserError
 from ..common.files import folder_size, require_space, write_json
 from ..pipeline import StableDiffusion
-from . import memory, photos, report, resume, settle, snapshots
+from . import memory, methods, photos, report, resume, settle, snapshots
 from .optimizer import Precision, bitsandbytes
 from .photos import Photos
 from .resume import State
@@ -32,16 +32,11 @@ class Run:
     precision: Precision
     saved: State | None  # where an earlier run of the same settings stopped
     identity: dict  # what must be the same when a run goes on, but for the class images
-
-    @property
-    def trained(self) -> dict[str, nn.Module]:
-        """The networks that are trained, by name."""
-        names = ["unet", "text_encoder"] if self.config.train_text_encoder else ["unet"]
-        return {name: self.sd.networks[name] for name in names}
+    trained: dict[str, nn.Module]  # by network: itself, or its adapters
 
     @property
     def idle(self) -> list[nn.Module]:
-        """Those that are not."""
+        """The networks that have no part in training."""
         return [net for name, net in self.sd.networks.items() if name not in self.trained]
 
 
@@ -118,7 +113,10 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
                 "or more"
             )
     memory.require(sd, config, device)
-    return Run(config, sd, folder, device, resolution, pictures, precision, saved, identity)
+    trained = methods.to_train(sd, config)
+    return Run(
+        config, sd, folder, device, resolution, pictures, precision, saved, identity, trained
+    )
 
 
 def check_model(sd: StableDiffusion, resolution: int, sampler_steps: tuple[int, ...]) -> None:
@@ -180,6 +178,8 @@ def disk_needed(
     file.
     """
     networks = [memory.size_of(network) for network in sd.networks.values()]
+    if config.method == "lora":  # two files of it
+        networks = 2 * [sum(memory.size(p) for p in memory.trainable(sd, config))]
     written = (config.max_train_steps - 1) // config.checkpointing_steps
     kept = min(written, config.checkpoints_total_limit or written)
     state = resume.size(sd, config)
