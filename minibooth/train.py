@@ -102,10 +102,11 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
     if run.saved is not None:
         resume.check(run.folder, run.saved.identity, identity)
     T, size = sd.schedule.T, config.train_batch_size
-    batches = Batches(instance, prior, T, config.seed, size, device)
+    choice = methods.prompts_of(config, len(run.photos.files))
+    batches = Batches(instance, prior, T, config.seed, size, device, choice)
 
-    ids = sd.tokenizer(config.prompts).to(device)  # (terms, 77)
-    contexts = None if config.train_text_encoder else sd.text_encoder(ids)  # (terms, 77, D)
+    ids = sd.tokenizer(config.prompts).to(device)  # (prompts, 77)
+    contexts = None if config.text_changes else sd.text_encoder(ids)  # (prompts, 77, D)
     loss = Loss(
         sd,
         ids,
@@ -125,7 +126,7 @@ def make_optimizer(run: Run) -> Update:
         network.to("cpu")
     optimizer.make_trainable(run.trained.values(), run.device)
     methods.freeze(run.sd, run.trained, run.precision.dtype)
-    rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
+    rates = methods.rates(config)
     return optimizer.adamw(
         [(rates[name], list(network.parameters())) for name, network in run.trained.items()],
         config.adam_weight_decay,
@@ -227,7 +228,7 @@ def finish(run: Run, grids: Grids, before: list[list], originals: dict[str, Tens
     (folder / "model_index.json").unlink(missing_ok=True)
     methods.write(sd, config, run.trained, config.max_train_steps, folder)
     for name, share in methods.moved(sd, run.trained, originals).items():
-        print(f"the {name}'s weights moved by {share:.3%} of their norm")
+        print(f"{name} moved by {share:.3%} of their norm")
     print(report.what_next(folder, config))
     sd.to(run.device)
 

@@ -42,6 +42,17 @@ def default_run() -> dict:
     }
 
 
+# Of Textual Inversion: the prompts of the paper's list have words that this world does not know.
+WORD = {
+    "learnable_property": "prompt",
+    "train_text_encoder": False,
+    "learning_rate": 1e-2,
+    "max_train_steps": 400,
+    "validation_steps": 400,
+    "checkpointing_steps": 400,
+}
+
+
 def train_settings(given: dict) -> dict:
     """What suits the toybox, where it is the model; the whole run, where nothing else is given.
 
@@ -53,6 +64,12 @@ def train_settings(given: dict) -> dict:
     suitable = default_run()
     if given.get("method") == "lora":
         suitable |= {"rank": 16, "learning_rate": 2e-3, "text_encoder_learning_rate": 2e-3}
+    if given.get("method") == "textual_inversion":
+        word = {"placeholder_token": "<sks>", "initializer_token": "dog"} | given
+        name, common = f"a {word['placeholder_token']}", suitable["instance_prompt"]
+        prompts = tuple(p.replace(common, name) for p in suitable["validation_prompt"])
+        suitable |= {"instance_prompt": name, "validation_prompt": prompts} | WORD
+        suitable |= {k: word[k] for k in ("placeholder_token", "initializer_token")}
     if "instance_data_dir" in given:
         for name in ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt"):
             del suitable[name]

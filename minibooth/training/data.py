@@ -96,13 +96,27 @@ class Batches:
     seed: int
     size: int  # photographs in a batch, and as many class images
     device: torch.device
+    # For each term (P, k): by photograph, the numbers of the prompts it can come under. Empty where
+    # each term has one prompt.
+    prompts: tuple[Tensor, ...] = ()
 
     def draw(self, n: int) -> list[Tensor]:
-        """Batch n: x0, eps and t of the photographs, then of the class images."""
-        drawn = [*self.draw_term(self.instance, "instance", n)]
-        if self.prior is not None:
-            drawn += self.draw_term(self.prior, "class", n)
+        """Batch n: x0, eps and t of the photographs, then of the class images; last, where there is
+        a choice, the numbers of all their prompts."""
+        terms = {"instance": self.instance} | ({"class": self.prior} if self.prior else {})
+        drawn = [x for name, latents in terms.items() for x in self.draw_term(latents, name, n)]
+        if self.prompts:
+            of_terms = zip(terms.items(), self.prompts, strict=True)
+            numbers = [self.draw_prompts(latents, of, name, n) for (name, latents), of in of_terms]
+            drawn.append(to_device(torch.cat(numbers), self.device))
         return drawn
+
+    def draw_prompts(self, latents: Latents, prompts: Tensor, name: str, n: int) -> Tensor:
+        """(B,): for each picture of the batch one at random of its photograph's prompts."""
+        rows = pick(latents, self.seed, name, n, self.size)
+        choice = prompts[latents.photo[rows]]  # (B, k)
+        g = rng(self.seed, name, "prompt", n)
+        return choice.gather(1, torch.randint(choice.shape[1], (self.size, 1), generator=g))[:, 0]
 
     def draw_term(self, latents: Latents, name: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
         return draw_batch(latents, self.T, self.seed, name, n, self.size, self.device)

@@ -19,8 +19,9 @@ class Loss:
     """Called with what `Batches.draw` gave, it is `dreambooth.step` of it."""
 
     sd: StableDiffusion
-    ids: Tensor  # (terms, 77) tokens of the instance prompt and, with a prior, the class prompt
-    contexts: Tensor | None  # (terms, 77, D) encoded once; None where the text encoder is trained
+    ids: Tensor  # (prompts, 77) tokens; the instance prompt and, with a prior, the class prompt,
+    # unless the batches say which of more they drew
+    contexts: Tensor | None  # (prompts, 77, D) encoded once; None where they change with training
     prior_loss_weight: float  # λ
     snr_gamma: float | None  # γ of Min-SNR; None for the plain loss
     precision: Precision
@@ -35,16 +36,25 @@ class Loss:
 
     def terms(self, drawn: Sequence[Tensor]) -> tuple[Term, Term | None, Tensor | None]:
         """The two terms of Eq. 2 and, for Min-SNR, their samples' weights."""
-        contexts = self.sd.text_encoder(self.ids) if self.contexts is None else self.contexts
-        c = contexts[:, None].expand(-1, len(drawn[0]), -1, -1)  # (terms, B, 77, D)
+        c = self.encoded(drawn)  # (terms, B, 77, D)
         instance = Term(*drawn[:3], c[0])
-        prior = Term(*drawn[3:], c[1]) if len(c) == 2 else None
+        prior = Term(*drawn[3:6], c[1]) if len(c) == 2 else None
         weight = None
         if self.snr_gamma is not None:
             weight = dreambooth.min_snr_weight(
                 self.sd.schedule, torch.cat(drawn[2::3]), self.snr_gamma
             )
         return instance, prior, weight
+
+    def encoded(self, drawn: Sequence[Tensor]) -> Tensor:
+        """The prompts of a batch: (terms, B, 77, D)."""
+        encode, batch = self.sd.text_encoder, len(drawn[0])
+        if len(drawn) % 3 == 0:  # one for each term
+            contexts = encode(self.ids) if self.contexts is None else self.contexts
+            return contexts[:, None].expand(-1, batch, -1, -1)
+        which = drawn[-1]  # (terms · B,)
+        contexts = encode(self.ids[which]) if self.contexts is None else self.contexts[which]
+        return contexts.unflatten(0, (-1, batch))
 
     def checkpointing(self) -> AbstractContextManager:
         return memory.checkpoint_gradients(self.sd.unet, self.gradient_checkpointing)

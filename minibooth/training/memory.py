@@ -31,19 +31,23 @@ def needed(sd: StableDiffusion, config) -> dict[str, int]:
     if config.use_8bit_adam:
         averages = sum(eight_bit(p) for p in trained)
     trained = sum(size(p) for p in trained)
-    if config.method == "lora":
-        weights += trained  # adapters, beside the weights that stay
+    if config.method != "dreambooth":
+        weights += trained  # beside the weights that stay
     gradients = 0 if config.optimizer_in_backward else trained
     return {"weights": weights, "trained": trained, "gradients": gradients, "averages": averages}
 
 
 def trained_networks(sd: StableDiffusion, config) -> list[nn.Module]:
-    return [sd.unet, sd.text_encoder] if config.train_text_encoder else [sd.unet]
+    """Which train, or through which the gradient of what trains goes."""
+    return [sd.unet, sd.text_encoder] if config.text_changes else [sd.unet]
 
 
 def trainable(sd: StableDiffusion, config) -> list[Tensor]:
     """The weights that train, or for adapters, which are not there yet, their shapes."""
     networks = trained_networks(sd, config)
+    if config.trains_word:
+        width = sd.text_encoder.final_layer_norm.weight.shape[0]
+        return [torch.empty(config.num_vectors, width, device="meta")]
     if config.method == "lora":
         shapes = [s for n in networks for s in lora.shapes(n, config.rank, config.lora_targets)]
         return [torch.empty(shape, device="meta") for shape in shapes]
@@ -163,11 +167,11 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     need, samples = needed(sd, config), config.train_batch_size * (1 + config.uses_prior)
     short = config.gradient_checkpointing
     copies, frozen = need["trained"] // 2 * (half and not short), 0
-    if config.method == "lora":
+    if config.method != "dreambooth":
         frozen = sum(size_of(n) for n in trained_networks(sd, config)) // (2 if half else 1)
     drawing = 0
     if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
-        text = 0 if config.train_text_encoder else size_of(sd.text_encoder)
+        text = 0 if config.text_changes else size_of(sd.text_encoder)
         guided = 2 * config.grid_batch_size
         predicting = text + copies + guided * pixels * PREDICTING[half]
         drawing = max(predicting, size_of(sd.vae) + pixels * DECODING)

@@ -1,15 +1,16 @@
-"""What a run trains: all weights of a network, or low-rank differences of some. One loss for both.
+"""What a run trains: all weights of a network, low-rank differences of some, or one new word.
 
-The names of the networks are the same for both; what the optimizer is given for each is not.
+One loss and one run for all three: what the optimizer is given for each network differs.
 """
 
 import math
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .. import lora
+from .. import lora, textual_inversion
 from ..common.files import write_text
 from ..formats import adapters
 from ..pipeline import StableDiffusion
@@ -20,14 +21,23 @@ LORA_FILE = "lora.safetensors"  # kohya's form, for A1111 and ComfyUI
 # What is usual for LoRA: B starts at zero, and steps that suit whole weights would hardly move it.
 LORA_RATES = {"learning_rate": 1e-4, "text_encoder_learning_rate": 5e-5}
 
+WORD = {"learning_rate": 5e-4, "max_train_steps": 3000}  # as diffusers' script
+
 
 def defaults(given: dict) -> dict:
     """The settings that suit the method, where nothing else is said."""
-    return LORA_RATES if given.get("method") == "lora" and "config" not in given else {}
+    method = None if "config" in given else given.get("method")
+    if method == "textual_inversion":
+        return WORD | {"instance_prompt": f"a {given.get('placeholder_token')}"}
+    return LORA_RATES if method == "lora" else {}
 
 
 def to_train(sd: StableDiffusion, config: TrainConfig) -> dict[str, nn.Module]:
-    """What is trained, by the name of its network: the network itself, or adapters of it."""
+    """What is trained, by the name of its network: itself, adapters of it, or a word for it, which
+    is added to the model."""
+    if config.method == "textual_inversion":
+        word = (config.placeholder_token, config.initializer_token, config.num_vectors)
+        return {"text_encoder": textual_inversion.create(sd, *word)}
     names = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
     if config.method == "dreambooth":
         return {name: sd.networks[name] for name in names}
@@ -38,10 +48,28 @@ def to_train(sd: StableDiffusion, config: TrainConfig) -> dict[str, nn.Module]:
     }
 
 
+def rates(config: TrainConfig) -> dict[str, float]:
+    """Learning rates, by what `to_train` gives."""
+    of_text = config.learning_rate if config.trains_word else config.text_encoder_learning_rate
+    return {"unet": config.learning_rate, "text_encoder": of_text}
+
+
+def prompts_of(config: TrainConfig, photographs: int) -> tuple[Tensor, ...]:
+    """Batches.prompts: every photograph can come under every prompt, if there are several."""
+    if not config.trains_word or len(config.prompts) == 1:
+        return ()
+    return (torch.arange(len(config.prompts)).expand(photographs, -1),)
+
+
 def freeze(sd: StableDiffusion, trained: dict[str, nn.Module], dtype: torch.dtype | None) -> None:
-    """Networks with adapters keep their weights, in `dtype` where the run computes in 16 bits, and
-    compute with the adapters from now on."""
+    """Networks that keep their weights have them in `dtype` where the run computes in 16 bits, and
+    compute with what is trained from now on."""
     for name, of_it in trained.items():
+        if isinstance(of_it, textual_inversion.Word):
+            for network in (sd.unet, sd.text_encoder):
+                network.requires_grad_(False).to(dtype)
+            textual_inversion.attach(sd, of_it)
+            continue
         network = sd.networks[name]
         if of_it is not network:
             network.requires_grad_(False).to(dtype)
@@ -57,29 +85,41 @@ def write(
     dtype: torch.dtype | None = None,
 ) -> None:
     """The result after `step` updates, or a snapshot, and its card: the model as a diffusers
-    folder, or both forms of a LoRA file."""
+    folder, or both forms of a LoRA's or a word's file."""
     if config.method == "dreambooth":
         sd.save(folder, dtype)
+    elif config.method == "textual_inversion":
+        [word], token = trained.values(), config.placeholder_token
+        textual_inversion.store(sd, word)
+        adapters.write_embedding(folder / adapters.DIFFUSERS_EMBEDDING, token, word.vectors)
+        adapters.write_embedding(folder / a1111_name(token), "emb_params", word.vectors)
     else:
         adapters.write_kohya_lora(folder / LORA_FILE, sd.networks, trained, dtype)
         adapters.write_diffusers_lora(folder, sd.networks, trained, dtype)
     write_text(folder / "README.md", report.model_card(sd, config, step))
 
 
+def a1111_name(token: str) -> str:
+    """The file whose name is the word in A1111 and ComfyUI: <my-dog> is my-dog there."""
+    return (re.sub(r"[^\w-]", "", token) or "word") + ".safetensors"
+
+
 @torch.no_grad()
 def moved(
     sd: StableDiffusion, trained: dict[str, nn.Module], originals: dict[str, Tensor]
 ) -> dict[str, float]:
-    """By network ‖w − w_original‖ / ‖w_original‖; with adapters ‖ΔW‖ / ‖W‖ over their layers."""
+    """‖w − w_original‖ / ‖w_original‖ by what moved; with adapters ‖ΔW‖ / ‖W‖ over their layers."""
     shares = {}
     for name, module in trained.items():
-        network = sd.networks[name]
-        if module is network:
-            shares[name] = optimizer.moved(name, network, originals)
+        network, what = sd.networks[name], f"the {name}'s weights"
+        if isinstance(module, textual_inversion.Word):
+            what = "the word's vectors"
+        if not isinstance(module, nn.ModuleDict):
+            shares[what] = optimizer.moved(name, module, originals)
             continue
         change = norm = 0.0
         for a in module.values():
             change += a.delta().square().sum().item()
             norm += network.get_submodule(a.layer).weight.float().square().sum().item()
-        shares[name] = math.sqrt(change / norm)
+        shares[what] = math.sqrt(change / norm)
     return shares

@@ -61,6 +61,8 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
         ids = [i for _, i in pieces]
         lines.append(f"{name!r} is {len(ids)} token{'s' * (len(ids) > 1)} {ids}")
         # Merges are listed by frequency in CLIP's training text: a low id is a common word.
+        if name in tokenizer.added:
+            continue
         if len(ids) > 2:
             warnings.warn(
                 f"{name!r} is {len(ids)} tokens: a shorter rare word binds better", stacklevel=2
@@ -220,14 +222,14 @@ def what_next(run: Path, config: TrainConfig) -> str:
     if config.method == "lora":
         what, draw = "a LoRA", f"--model {config.model} --lora {run}"
         merged = f"--model {config.model} --merge_lora {run}"
+    if config.trains_word:
+        what, draw = "a word", f"--model {config.model} --embedding {run}"
     draw += f' --prompt "{config.instance_prompt} in the snow"'
     if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
         draw += f" --guidance_scale {config.validation_guidance_scale:g}"
-    lines = (
-        f"done: {run} is {what}\n"
-        f"  draw:     python -m minibooth.sample {draw}\n"
-        f"  one file: python -m minibooth.convert {merged} --output {run}.safetensors"
-    )
+    lines = f"done: {run} is {what}\n  draw:     python -m minibooth.sample {draw}"
+    if not config.trains_word:
+        lines += f"\n  one file: python -m minibooth.convert {merged} --output {run}.safetensors"
     if (state := run / "state").exists():
         lines += f"\n  {state} ({gigabytes(folder_size(state))}) is only needed for more steps"
     return lines
@@ -241,7 +243,11 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     picture = "\n![before and after](before_after.png)\n"
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
-    how = f"LoRA of rank {config.rank}" if config.method == "lora" else "DreamBooth"
+    how = {
+        "dreambooth": "DreamBooth",
+        "lora": f"LoRA of rank {config.rank}",
+        "textual_inversion": f"Textual Inversion of the word `{config.placeholder_token}`",
+    }[config.method]
     return f"""---
 license: {sd.licence or "unknown"}
 base_model: {json.dumps(sd.source or "unknown")}

@@ -145,6 +145,8 @@ def identify(
     names += ("random_flip", "num_class_images", "method")
     if config.method == "lora":
         names += ("rank", "lora_alpha", "lora_targets")
+    if config.trains_word:
+        names += ("placeholder_token", "initializer_token", "num_vectors", "learnable_property")
     names += ("class_sampler", "class_steps", "class_guidance_scale")
     # 8-bit averages are in blocks of neighbours in memory, and a GPU lays out weights its way.
     place = {"device": device.type} if config.use_8bit_adam else {}

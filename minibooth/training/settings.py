@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass
 
-from .. import lora, ops, pipeline
+from .. import lora, ops, pipeline, textual_inversion
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
 
-METHODS = ("dreambooth", "lora")
+METHODS = ("dreambooth", "lora", "textual_inversion")
+PROPERTIES = (*textual_inversion.TEMPLATES, "prompt")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class TrainConfig:
 
     method: str = option(
         "dreambooth",
-        "what is trained: dreambooth all weights, lora low-rank differences of some layers (small "
-        "files beside the model; learning rates 1e-4 and 5e-5 where none is given)",
+        "what is trained: dreambooth all weights; lora low-rank differences of some layers (small "
+        "files beside the model; learning rates 1e-4 and 5e-5 where none is given); "
+        "textual_inversion one new word (5e-4, 3000 steps, no prior term)",
         choices=METHODS,
     )
     rank: int = option(4, "of LoRA's matrices")
@@ -38,6 +40,15 @@ class TrainConfig:
         "attention",
         "layers that get a LoRA: diffusers' choice, kohya's, or every linear layer",
         choices=tuple(lora.TARGETS),
+    )
+    placeholder_token: str | None = option(None, "Textual Inversion's new word, say <my-dog>")
+    initializer_token: str | None = option(None, "the word that it starts as, say dog")
+    num_vectors: int = option(1, "of the new word; it counts as so many tokens")
+    learnable_property: str = option(
+        "object",
+        "what the word is for, which chooses the prompts it is trained with: the paper's for an "
+        "object or a style, or the instance prompt alone",
+        choices=PROPERTIES,
     )
 
     prior_loss_weight: float = option(
@@ -59,7 +70,7 @@ class TrainConfig:
     )
 
     max_train_steps: int = option(800, "updates of the weights")
-    learning_rate: float = option(5e-6, "of the UNet")
+    learning_rate: float = option(5e-6, "of the UNet, or of the new word")
     lr_warmup_steps: int = option(0, "updates over which the learning rates rise from 0")
     train_text_encoder: bool = option(
         False, "train the text encoder too: helps faces, needs memory"
@@ -124,11 +135,23 @@ class TrainConfig:
 
     @property
     def uses_prior(self) -> bool:
-        return self.prior_loss_weight > 0
+        return self.prior_loss_weight > 0 and not self.trains_word
+
+    @property
+    def trains_word(self) -> bool:
+        return self.method == "textual_inversion"
+
+    @property
+    def text_changes(self) -> bool:
+        """Whether training changes what a prompt is encoded to."""
+        return self.train_text_encoder or self.trains_word
 
     @property
     def prompts(self) -> list[str]:
-        """Of the terms of Eq. 2."""
+        """Of the terms of Eq. 2; of Textual Inversion all that a photograph can come under."""
+        if self.trains_word and self.learnable_property != "prompt":
+            templates = textual_inversion.TEMPLATES[self.learnable_property]
+            return [template.format(self.placeholder_token) for template in templates]
         return [self.instance_prompt] + [self.class_prompt] * self.uses_prior
 
     @property
@@ -149,8 +172,24 @@ class TrainConfig:
         """Pictures of the grids that are drawn at once: fewer where memory is short."""
         return min(8, self.sample_batch_size) if self.saves_memory else 8
 
+    def check_word(self) -> None:
+        if self.placeholder_token is None or self.initializer_token is None:
+            raise UserError(
+                "--method textual_inversion wants --placeholder_token (the new word, say <my-dog>) "
+                "and --initializer_token (the word that it starts as, say dog)"
+            )
+        if self.placeholder_token not in (self.instance_prompt or self.placeholder_token):
+            raise UserError(
+                f"--instance_prompt {self.instance_prompt!r} does not have the word that is "
+                f"trained, {self.placeholder_token}"
+            )
+        if self.train_text_encoder:
+            raise UserError("--method textual_inversion trains no network: no --train_text_encoder")
+
     def check(self) -> None:
         """Raise UserError for settings that cannot work, before anything is read or written."""
+        if self.trains_word:
+            self.check_word()
         if self.instance_data_dir is None or self.instance_prompt is None:
             raise UserError(
                 'give --instance_data_dir (the photographs) and --instance_prompt ("a sks dog")'
@@ -168,7 +207,7 @@ class TrainConfig:
         at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
         at_least_one += ("sample_batch_size", "validation_steps", "checkpointing_steps")
         at_least_one += ("class_steps", "validation_inference_steps", "resolution")
-        at_least_one += ("checkpoints_total_limit", "rank")
+        at_least_one += ("checkpoints_total_limit", "rank", "num_vectors")
         cli.check_at_least_one(self, at_least_one)
         for name in ("num_class_images", "num_validation_images", "lr_warmup_steps", "seed"):
             if not 0 <= getattr(self, name) < 2**63:

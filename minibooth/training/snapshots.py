@@ -1,4 +1,4 @@
-"""checkpoint-N: the model, or the LoRA, alone after N steps, in fp16, whole or not there."""
+"""checkpoint-N: the model, LoRA or word alone after N steps, in fp16, whole or not there."""
 
 import os
 import shutil
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..formats.adapters import DIFFUSERS_LORA
+from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 
 
 def is_model(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("model_index.json", DIFFUSERS_LORA))
+    names = ("model_index.json", DIFFUSERS_LORA, DIFFUSERS_EMBEDDING)
+    return any((folder / name).exists() for name in names)
 
 
 def found(run: Path) -> list[Path]:

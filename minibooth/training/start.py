@@ -32,12 +32,13 @@ class Run:
     precision: Precision
     saved: State | None  # where an earlier run of the same settings stopped
     identity: dict  # what must be the same when a run goes on, but for the class images
-    trained: dict[str, nn.Module]  # by network: itself, or its adapters
+    trained: dict[str, nn.Module]  # by network: itself, its adapters, or a word for it
 
     @property
     def idle(self) -> list[nn.Module]:
         """The networks that have no part in training."""
-        return [net for name, net in self.sd.networks.items() if name not in self.trained]
+        at_work = {"unet", *self.trained}
+        return [net for name, net in self.sd.networks.items() if name not in at_work]
 
 
 def check(config: TrainConfig, has_model: bool) -> torch.device:
@@ -162,7 +163,7 @@ def try_kernels(run: Run) -> None:
             side,
             side,
             drawing=(config.sample_batch_size, config.grid_batch_size),
-            training=config.train_batch_size * len(config.prompts),
+            training=config.train_batch_size * (1 + config.uses_prior),
             autocast=run.precision.autocast,
         )
         settle.settle(met, run.device)
@@ -178,7 +179,7 @@ def disk_needed(
     file.
     """
     networks = [memory.size_of(network) for network in sd.networks.values()]
-    if config.method == "lora":  # two files of it
+    if config.method != "dreambooth":  # two files of it
         networks = 2 * [sum(memory.size(p) for p in memory.trainable(sd, config))]
     written = (config.max_train_steps - 1) // config.checkpointing_steps
     kept = min(written, config.checkpoints_total_limit or written)
@@ -196,7 +197,10 @@ def announce(run: Run) -> None:
     need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)
     require_space(folder, max(0, need - folder_size(folder, "*.safetensors")))
     tokenizer = run.sd.tokenizer
-    print(report.describe_prompts(tokenizer, config.instance_prompt, config.class_prompt))
+    noun = None if config.trains_word else config.class_prompt  # the word stands alone
+    print(report.describe_prompts(tokenizer, config.instance_prompt, noun))
+    if config.trains_word:
+        print("Textual Inversion changes no weight, so no class can drift: there is no prior term")
     print(
         f"{len(run.photos.files)} photographs, {len(run.photos)} crops of "
         f"{run.resolution}² pixels; device {run.device}, precision {run.precision.name}"

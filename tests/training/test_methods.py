@@ -5,10 +5,10 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-from minibooth import UserError, train
+from minibooth import UserError, textual_inversion, train
 from minibooth.bench import models
 from minibooth.formats import adapters
-from minibooth.training import memory, methods
+from minibooth.training import data, memory, methods
 from minibooth.training.settings import TrainConfig
 
 LORA = {"method": "lora", "rank": 2, "lora_alpha": 4.0}
@@ -101,3 +101,144 @@ def test_what_sd15_would_train_and_need():
 def test_rates_suit_the_method_where_none_is_given():
     assert methods.defaults({"method": "lora"}) == methods.LORA_RATES
     assert methods.defaults({}) == {}
+
+
+WORD = {"method": "textual_inversion", "placeholder_token": "<sks>", "initializer_token": "dog"}
+WORD |= {"instance_prompt": "a <sks>"}
+
+
+def inverted(folder, **changes):
+    sd = runs.model()
+    train.train(runs.config(folder, **WORD | changes), sd)
+    return sd
+
+
+def vectors_of(folder):
+    found = load_file(folder / adapters.DIFFUSERS_EMBEDDING)
+    assert set(found) == {"<sks>"}
+    return found["<sks>"]
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_a_word_is_trained_and_no_weight(vectors, tmp_path):
+    before = {name: net.state_dict() for name, net in runs.model().networks.items()}
+    sd = inverted(tmp_path, num_vectors=vectors)
+    for name, network in sd.networks.items():
+        for key, now in network.state_dict().items():
+            old = before[name][key]
+            assert torch.equal(now[: len(old)] if old.ndim else now, old), key
+    base = runs.model()
+    start = before["text_encoder"]["embeddings.token_embedding.weight"]
+    [(_, dog)] = base.tokenizer.pieces("dog")
+    learned = vectors_of(tmp_path)
+    assert learned.shape == (vectors, start.shape[1]) and learned.dtype == torch.float32
+    # AdamW's first step is as long as the learning rate in every number, the others no longer.
+    change = (learned - start[dog]).abs()
+    assert 1e-3 < change.max() < 3.1e-3
+
+    word, read = adapters.read_embedding(tmp_path / "sks.safetensors")
+    assert word == "sks" and torch.equal(read, learned)
+    textual_inversion.add_word(base, "<sks>", learned)
+    draw = {"steps": 2, "seed": 1, "guidance_scale": 2.0, "output": "latent"}
+    wanted = sd.generate(["a <sks>"], **draw)
+    torch.testing.assert_close(base.generate(["a <sks>"], **draw), wanted, atol=1e-6, rtol=0)
+
+
+def test_the_gradient_is_the_new_rows_of_the_whole_embedding_s(tmp_path):
+    """The same loss with the whole table of words as what is trained, as diffusers' script has
+    it: the gradient of its last row."""
+    sd, seen = runs.model(), {}
+
+    def keep(step, result):
+        seen.setdefault("x_t", result.x_t.detach())
+        seen.setdefault("target", result.target)
+
+    train.train(runs.config(tmp_path, **WORD, max_train_steps=1, adam_weight_decay=0), sd, keep)
+    moved = vectors_of(tmp_path)
+
+    other = runs.model()
+    config = runs.config(tmp_path / "other", **WORD)
+    start = textual_inversion.embedding_of(other).weight[other.tokenizer.pieces("dog")[0][1]]
+    textual_inversion.add_word(other, "<sks>", start.detach()[None])
+    table = textual_inversion.embedding_of(other).weight.requires_grad_(True)
+    [prompt] = {config.prompts[i] for i in drawn_prompt(config)}
+    context = other.text_encoder(other.tokenizer([prompt]))
+    t = data.rng(config.seed, "instance", "noise", 0)
+    shape = (1, *seen["x_t"].shape[1:])
+    for _ in range(2):
+        torch.randn(shape, generator=t)
+    t = torch.randint(1000, (1,), generator=t)
+    loss = (other.unet(seen["x_t"], t, context) - seen["target"]).square().mean()
+    loss.backward()
+    # The first step of AdamW from zero averages: g / (|g| + ε), times the learning rate.
+    g = table.grad[-1]
+    clip = max(1.0, g.norm().item())
+    wanted = start - 1e-3 * (g / clip) / ((g / clip).abs() + 1e-8)
+    torch.testing.assert_close(moved[0], wanted.detach(), atol=2e-6, rtol=0)
+
+
+def drawn_prompt(config):
+    choices = torch.arange(len(config.prompts)).expand(3, -1)
+    latents = data.Latents(torch.zeros(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), torch.arange(3))
+    batches = data.Batches(
+        latents, None, 1000, config.seed, config.train_batch_size, torch.device("cpu"), (choices,)
+    )
+    return batches.draw(0)[-1].tolist()
+
+
+def test_all_prompts_are_drawn_and_each_photograph_only_under_its_own():
+    latents = data.Latents(torch.zeros(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), torch.arange(3))
+    own = torch.tensor([[0, 3], [1, 4], [2, 5]])
+    batches = data.Batches(latents, latents, 9, 0, 2, torch.device("cpu"), (own, own + 6))
+    count = torch.zeros(12)
+    for n in range(300):
+        which = batches.draw(n)[-1]
+        photo = [latents.photo[data.pick(latents, 0, name, n, 2)] for name in ("instance", "class")]
+        assert torch.equal(which % 3, torch.cat(photo))
+        count += torch.bincount(which, minlength=12)
+    assert count[:6].sum() == count[6:].sum() == 600
+    assert (count - 100).abs().max() < 4 * (600 * (1 / 6) * (5 / 6)) ** 0.5  # four deviations
+
+
+def test_a_word_s_run_goes_on_with_equal_bits(tmp_path):
+    inverted(tmp_path / "whole", max_train_steps=6)
+    inverted(tmp_path / "parts", max_train_steps=3, checkpointing_steps=2)
+    assert vectors_of(tmp_path / "parts" / "checkpoint-2").shape[0] == 1
+    inverted(tmp_path / "parts", max_train_steps=6, resume_from_checkpoint="latest")
+    assert torch.equal(vectors_of(tmp_path / "whole"), vectors_of(tmp_path / "parts"))
+
+
+def test_a_word_in_16_bits_and_with_little_memory(tmp_path):
+    inverted(tmp_path / "plain")
+    inverted(tmp_path / "short", gradient_checkpointing=True)
+    torch.testing.assert_close(
+        vectors_of(tmp_path / "short"), vectors_of(tmp_path / "plain"), atol=1e-5, rtol=0
+    )
+    sd = inverted(tmp_path / "bf16", mixed_precision="bf16", explain=True)
+    assert {p.dtype for p in sd.unet.parameters()} == {torch.bfloat16}
+    assert "text_encoder" in (tmp_path / "bf16" / "explain.html").read_text()
+
+
+def test_what_a_word_of_sd15_would_need():
+    sd = models.model("SD 1.5", torch.device("meta"))
+    config = TrainConfig(method="textual_inversion", gradient_checkpointing=True)
+    assert sum(p.numel() for p in memory.trainable(sd, config)) == 768
+    part = memory.parts(sd, config, 64 * 64, half=True)
+    frozen = sum(p.numel() for n in (sd.unet, sd.text_encoder) for p in n.parameters())
+    assert part["weights"] == 2 * frozen + 4 * 768
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initializer_token": None}, "initializer_token .the word that it starts as"),
+        ({"initializer_token": "stuffed animal"}, r"is \d+ tokens"),
+        ({"placeholder_token": "dog"}, "does not have the word that is trained, dog"),
+        ({"placeholder_token": "dog", "instance_prompt": "a dog"}, "knows 'dog' already"),
+        ({"train_text_encoder": True}, "trains no network"),
+        ({"num_vectors": 0}, "num_vectors must be"),
+    ],
+)
+def test_what_is_no_word(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        inverted(tmp_path, **changes)
