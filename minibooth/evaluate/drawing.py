@@ -8,15 +8,16 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from .. import pipeline
+from .. import pipeline, textual_inversion
 from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic
+from ..formats import adapters
 from ..pipeline import StableDiffusion
 from ..sample import slug
-from ..training import photos
+from ..training import photos, snapshots
 from .metrics import Picture
-from .options import Options
+from .options import Options, read_run
 
 CELL = 160  # pixels of a picture in a grid
 
@@ -48,10 +49,19 @@ def jobs(folder: Path, prompts: dict[str, str | None], count: int, seed: int) ->
     ]
 
 
-def load_model(source: str | Path, options: Options) -> StableDiffusion:
-    device = cli.pick_device(options.device)
+def load_model(source: str | Path, options: Options, base: str | None = None) -> StableDiffusion:
+    """A model; or where `source` is a folder with a LoRA or a word, the model `base` with it, which
+    is the one that the run in that folder trained if none is given. Raises UserError."""
+    device, folder = cli.pick_device(options.device), Path(source)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return pipeline.load(source, device=device, dtype=dtype)
+    if (folder / "model_index.json").exists() or not snapshots.is_model(folder):
+        return pipeline.load(source, device=device, dtype=dtype)
+    sd = pipeline.load(base or read_run(folder).model, device=device, dtype=dtype)
+    if (folder / adapters.DIFFUSERS_LORA).exists():
+        adapters.merge_files(sd.networks, [str(folder)])
+    else:
+        textual_inversion.add_word(sd, *adapters.read_embedding(folder))
+    return sd
 
 
 def missing(wanted: list[Job]) -> bool:

@@ -23,8 +23,8 @@ from ..common.errors import UserError
 from ..common.files import write_json, write_text
 from ..formats import hub
 from ..train import train
-from ..training import photos, report, resume
-from ..training.settings import TrainConfig
+from ..training import methods, photos, report, resume
+from ..training.settings import METHODS, TrainConfig
 from ..training.snapshots import is_model
 from . import drawing, judges, tables
 from .drawing import Job
@@ -48,6 +48,9 @@ class DatasetConfig(Options):
     subjects: str | None = option(None, "names with commas between [all whose folders are there]")
     prompts: int | None = option(None, "only so many of each subject's prompts [all]")
     tables: str = option("1,3,4", "of the paper, with commas between")
+    methods: str = option(
+        "dreambooth", "of training, for Table 1, with commas between: also lora, textual_inversion"
+    )
     averaging: str = option(
         "subjects",
         "over subjects, each counting the same; or over pairs, so that more photographs weigh more",
@@ -65,10 +68,23 @@ class DatasetConfig(Options):
         cli.check_at_least_one(self, ["prompts"])
         if wrong := [n for n in self.table_numbers if n not in TABLES]:
             raise UserError(f"--tables {wrong[0]!r}: give some of {', '.join(TABLES)}")
+        if wrong := [n for n in self.trained_by if n not in METHODS]:
+            raise UserError(f"--methods {wrong[0]!r}: give some of {', '.join(METHODS)}")
 
     @property
     def table_numbers(self) -> list[str]:
         return [number.strip() for number in self.tables.split(",")]
+
+    @property
+    def trained_by(self) -> list[str]:
+        return [method.strip() for method in self.methods.split(",")]
+
+    @property
+    def arms(self) -> list["Arm"]:
+        """All ways of training that the tables want."""
+        wanted = [arm for number in self.table_numbers for arm in TABLES[number]]
+        wanted += [BY_METHOD[m] for m in self.trained_by if "1" in self.table_numbers]
+        return list(dict.fromkeys(wanted))
 
 
 @dataclass(frozen=True)
@@ -78,14 +94,21 @@ class Arm:
     name: str  # its folder
     prior: bool  # with prior preservation
     noun: str = "correct"  # the class noun in the prompts: "correct", "none" or "wrong"
+    method: str = "dreambooth"
 
 
 WITH_PRIOR, WITHOUT_PRIOR = Arm("with_prior", True), Arm("without_prior", False)
 # Without prior preservation, as what they are compared with: where there is no noun, there is no
 # class to preserve. The paper does not say how its Table 4 was trained.
 NO_NOUN, WRONG_NOUN = Arm("no_noun", False, "none"), Arm("wrong_noun", False, "wrong")
+BY_METHOD = {
+    "dreambooth": WITH_PRIOR,
+    "lora": Arm("lora", True, method="lora"),
+    # The word stands alone in its prompts, as in that paper: what class it is of, it has learned.
+    "textual_inversion": Arm("textual_inversion", False, "none", "textual_inversion"),
+}
 TABLES = {
-    "1": (WITH_PRIOR,),
+    "1": (),  # what --methods says
     "3": (WITH_PRIOR, WITHOUT_PRIOR),
     "4": (WITHOUT_PRIOR, NO_NOUN, WRONG_NOUN),
 }
@@ -113,9 +136,9 @@ class Protocol:
     def __init__(self, config: DatasetConfig, found: list[Subject]):
         self.config, self.subjects, self.out = config, found, Path(config.output_dir)
         self.nouns = read_catalogue(dataset_folder(config.data) / FILE).nouns
-        wanted = [arm for number in config.table_numbers for arm in TABLES[number]]
-        self.arms = list(dict.fromkeys(wanted)) if config.model else []
-        self.training = training_settings(config) if config.model else {}
+        self.arms = config.arms if config.model else []
+        by = dict.fromkeys(["dreambooth", *(arm.method for arm in self.arms)])
+        self.training = {m: training_settings(config, m) for m in by if config.model}
         self.judge = judges.load(config)
         self.results: dict[tuple[str, str], dict[str, Mean]] = {}  # by row and subject
 
@@ -125,7 +148,11 @@ class Protocol:
         if config.model:
             names = ("model", "identifier", "steps", "guidance_scale", "seed")
             settings = {name: getattr(config, name) for name in names}
-            training = {f"training's {name}": value for name, value in self.training.items()}
+            training = {
+                f"{'training' if method == 'dreambooth' else method}'s {name}": value
+                for method, of_it in self.training.items()
+                for name, value in of_it.items()
+            }
             resume.remember(self.out, settings | training)
         for subject in tqdm(self.subjects, desc="real photographs", unit="subject"):
             rows = real_rows(self.judge, self.photographs(subject), config.self_pair_choices)
@@ -157,12 +184,17 @@ class Protocol:
         wrong = wrong_noun(subject, self.nouns) if arm.noun == "wrong" else ""
         return {"correct": subject.noun, "none": "", "wrong": wrong}[arm.noun]
 
+    def identifier(self, arm: Arm) -> str:
+        """The subject's word in its prompts."""
+        new = arm.method == "textual_inversion"
+        return f"<{self.config.identifier}>" if new else self.config.identifier
+
     def jobs(self, arm: Arm, subject: Subject) -> tuple[list[Job], list[Job]]:
         """The pictures to draw for the subject, and for its bare class."""
         config, folder, noun = self.config, self.folder(arm, subject), self.noun(arm, subject)
         prompts = {}
         for template in subject.prompts[: config.prompts]:
-            prompt = fill(template, config.identifier, noun)
+            prompt = fill(template, self.identifier(arm), noun)
             # What should be seen is the true class, whatever noun the prompt has.
             text = prompt if config.identifier_in_text else fill(template, "", subject.noun)
             prompts[prompt] = text
@@ -180,7 +212,7 @@ class Protocol:
             if not is_model(model):
                 with redirect_stdout(io.StringIO()):  # it tells of a model that will not stay
                     train(self.train_config(arm, subject))
-            sd = drawing.load_model(model, config)
+            sd = drawing.load_model(model, config, self.training[arm.method]["model"])
             drawing.draw(sd, wanted + bare, config, f"drawing {subject.name}")
         if not config.keep_models:
             remove(model)
@@ -223,14 +255,18 @@ class Protocol:
         return scores if same else None
 
     def train_config(self, arm: Arm, subject: Subject) -> TrainConfig:
-        noun = self.noun(arm, subject)
+        noun, settings, name = self.noun(arm, subject), self.training[arm.method], {}
+        if arm.method == "textual_inversion":
+            name["placeholder_token"] = self.identifier(arm)
+            name["initializer_token"] = subject.noun.split()[-1]
         return TrainConfig(
-            **self.training
+            **settings
+            | name
             | {
                 "instance_data_dir": str(subject.folder),
-                "instance_prompt": fill("a {0} {1}", self.config.identifier, noun),
+                "instance_prompt": fill("a {0} {1}", self.identifier(arm), noun),
                 "class_prompt": subject.class_prompt if arm.noun == "correct" else None,
-                "prior_loss_weight": self.training["prior_loss_weight"] if arm.prior else 0.0,
+                "prior_loss_weight": settings["prior_loss_weight"] if arm.prior else 0.0,
                 "output_dir": str(self.folder(arm, subject) / "model"),
                 # Of the frozen model: the same for all subjects of a class.
                 "class_data_dir": str(self.out / "class_images"),
@@ -266,7 +302,8 @@ class Protocol:
             size += f", {prompts} prompts, {config.images} pictures of each"
         mean = {arm.name: self.mean(arm.name) for arm in self.arms}
         real = {k: self.mean(tables.real_name(k)) for k in config.self_pair_choices}
-        parts = [f"## Table 1: fidelity ({size})", tables.table_1(real, mean.get("with_prior", {}))]
+        ours = {m: mean[BY_METHOD[m].name] for m in METHODS if BY_METHOD[m].name in mean}
+        parts = [f"## Table 1: fidelity ({size})", tables.table_1(real, ours)]
         if self.arms and "3" in config.table_numbers:
             parts.append("## Table 3: prior preservation (its second term doubles the batch)")
             parts.append(tables.table_3(mean["with_prior"], mean["without_prior"]))
@@ -282,13 +319,16 @@ class Protocol:
         return "\n\n".join(parts)
 
 
-def training_settings(config: DatasetConfig) -> dict:
+def training_settings(config: DatasetConfig, method: str) -> dict:
     """Settings of TrainConfig that all subjects share. Raises UserError for what cannot work."""
-    given = {}
+    given, by_method = {"method": method}, methods.defaults({"method": method})
     if config.model == "toybox":
-        given = toybox.default_run()
+        by_method |= toybox.train_settings({"model": "toybox", "method": method})
+        given |= toybox.default_run()
     if config.train_config:
-        given |= cli.read_config(Path(config.train_config), TrainConfig)
+        given |= cli.read_config(Path(config.train_config), TrainConfig) | {"method": method}
+    if method != "dreambooth":  # the file's rates and steps are for whole weights
+        given |= by_method
     # By its folder: train() scores a run on "toybox" by itself, which is done better here.
     model = str(hub.toybox()) if config.model == "toybox" else config.model
     shared = TrainConfig(**given | {"model": model, "device": config.device})
@@ -298,9 +338,11 @@ def training_settings(config: DatasetConfig) -> dict:
         "checkpoints_total_limit": 1,
         "config": None,
     }
-    if not shared.uses_prior:
+    if method == "dreambooth" and not shared.uses_prior:
         raise UserError(f"{config.train_config}: prior_loss_weight must be above 0 for Tables 1, 3")
-    placeholders = {"instance_data_dir": ".", "instance_prompt": ".", "class_prompt": "."}
+    names = ("instance_data_dir", "instance_prompt", "class_prompt")
+    names += ("placeholder_token", "initializer_token")
+    placeholders = dict.fromkeys(names, ".")
     TrainConfig(**settings | placeholders).check()
     return settings
 

@@ -65,7 +65,7 @@ def evaluate(config: SnapshotsConfig) -> dict[int, dict[str, Mean]]:
         wanted = drawing.jobs(folder / "pictures", texts, config.images, config.seed)
         bare = drawing.jobs(folder / "class", of_class, config.class_images, config.seed)
         if drawing.missing(wanted + bare):
-            sd = drawing.load_model(source, config)
+            sd = drawing.load_model(source, config, training.model)
             drawing.draw(sd, wanted + bare, config, f"drawing step {step}")
         of_class_images = [p.image for p in drawing.pictures(bare)]
         scores[step] = score(judge, real, drawing.pictures(wanted), of_class_images)

@@ -25,14 +25,23 @@ NOUNS = {
     "none": {"DINO": 0.303, "CLIP-I": 0.607},
     "wrong": {"DINO": 0.454, "CLIP-I": 0.728},
 }
+METHODS = {  # --method → its row of Table 1, and the paper's numbers
+    "dreambooth": ("DreamBooth (paper: SD)", DREAMBOOTH_SD),
+    "lora": ("DreamBooth with LoRA", {}),
+    "textual_inversion": ("Textual Inversion (paper: SD)", TEXTUAL_INVERSION_SD),
+}
 
 
-def table_1(real: dict[bool, Scores], ours: Scores) -> str:
-    """`real` are the rows of the real photographs, with (True) and without (False) self-pairs."""
+def table_1(real: dict[bool, Scores], ours: dict[str, Scores]) -> str:
+    """`real` are the rows of the real photographs, with (True) and without (False) self-pairs;
+    `ours` those of the methods that were trained, by --method."""
     rows = [(real_name(self_pairs), scores, REAL) for self_pairs, scores in real.items()]
-    rows += [("DreamBooth (paper: SD)", ours, DREAMBOOTH_SD)] if ours else []
+    for method, scores in ours.items():
+        name, published = METHODS[method]
+        rows.append((name, scores, published))
     rows += [("paper: DreamBooth (Imagen)", {}, DREAMBOOTH_IMAGEN)]
-    rows += [("paper: Textual Inversion (SD)", {}, TEXTUAL_INVERSION_SD)]
+    if "textual_inversion" not in ours:
+        rows += [("paper: Textual Inversion (SD)", {}, TEXTUAL_INVERSION_SD)]
     return markdown(("DINO", "CLIP-I", "CLIP-T"), rows)
 
 

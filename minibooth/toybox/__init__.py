@@ -45,11 +45,12 @@ def default_run() -> dict:
 # Of Textual Inversion: the prompts of the paper's list have words that this world does not know.
 WORD = {
     "learnable_property": "prompt",
+    "num_vectors": 4,
     "train_text_encoder": False,
     "learning_rate": 1e-2,
-    "max_train_steps": 400,
-    "validation_steps": 400,
-    "checkpointing_steps": 400,
+    "max_train_steps": 600,
+    "validation_steps": 600,
+    "checkpointing_steps": 600,
 }
 
 

@@ -126,7 +126,7 @@ def after_run(sd: StableDiffusion, config) -> str:
         subject, others = draw(sd, prompts, on_step=bar.update).split(len(where))
     new, after = learned(judge, subject, where, real, noun), kept(judge, others, real, noun)
     yard, before = yardstick(judge, real, noun), None
-    if config.prior_loss_weight > 0:  # the class images are what the model drew before
+    if config.uses_prior:  # the class images are what the model drew before
         drawn = photographs(config.class_data_dir or folder / "class_images")
         before = kept(judge, drawn, real, noun)
     found = {"subject": new, "class before": before, "class after": after, "yardstick": yard}

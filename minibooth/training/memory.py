@@ -218,6 +218,8 @@ def fit(
     if need <= free:
         return fitted, line
     line += ": this may not be enough"
+    if precision == "fp16" and config.method == "dreambooth":  # its gradients cannot be dropped
+        line += "; what such a card can train is --method lora"
     for mode in MODES:
         if possible(mode, config, precision, resumed) and not installed(mode, device):
             other = replace(config, **dict.fromkeys(mode, True))

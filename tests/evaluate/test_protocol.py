@@ -227,7 +227,7 @@ def test_the_settings_of_the_toybox_are_its_own(toybox, monkeypatch, capsys, tra
     assert program.toybox_settings({"model": "x"}) == {}
     assert "data" not in program.toybox_settings({"generated": "toybox"})
     config = protocol.DatasetConfig(model="toybox", data=str(toybox / "subjects"))
-    settings = protocol.training_settings(config)
+    settings = protocol.training_settings(config, "dreambooth")
     assert settings["max_train_steps"] == 200 and settings["train_batch_size"] == 4
     assert settings["model"] == str(toybox) and settings["num_validation_images"] == 0
     (tmp_path / "c.json").write_text('{"prior_loss_weight": 0.0}')

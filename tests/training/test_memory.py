@@ -416,7 +416,11 @@ def test_what_cannot_be_is_not_chosen(monkeypatch):
     assert fit(monkeypatch, 4e9, config(gradient_accumulation_steps=2))[0] == {
         "gradient_checkpointing"
     }
-    assert fit(monkeypatch, 4e9, precision="fp16")[0] == {"gradient_checkpointing"}
+    names, line = fit(monkeypatch, 4e9, precision="fp16")
+    assert names == {"gradient_checkpointing"} and line.endswith("card can train is --method lora")
+    assert "lora" not in fit(monkeypatch, 4e9)[1]
+    lora = config(method="lora")
+    assert "lora" not in fit(monkeypatch, 4e8, lora, precision="fp16")[1]
 
 
 def test_a_run_that_goes_on_keeps_what_changes_its_results(eight_bit, monkeypatch, tmp_path):
