@@ -66,6 +66,18 @@ def decayed(weight, learning_rate, weight_decay, steps):
     return weight * (1 - learning_rate * weight_decay) ** steps
 
 
+def adapted(x, W, A, B, alpha):
+    return x @ W.T + alpha / len(A) * (x @ A.T) @ B.T
+
+
+def merged(W, A, B, alpha):
+    return W + alpha / len(A) * B @ A
+
+
+def trained_numbers(shapes, rank):
+    return sum(rank * (c_out + c_in) for c_out, c_in in shapes)
+
+
 def online_attention(q, k, v, block):
     m = torch.full((len(q), 1), -torch.inf, dtype=q.dtype)
     total, out = torch.zeros_like(m), torch.zeros(len(q), v.shape[1], dtype=q.dtype)
@@ -90,6 +102,7 @@ SOLUTIONS = {
     "unet": [up_channels],
     "sampling": [guide, ddim],
     "dreambooth_loss": [eq2, min_snr, decayed],
+    "low_rank": [adapted, merged, trained_numbers],
     "kernels": [online_attention, merge],
 }
 
@@ -117,6 +130,9 @@ MISTAKES = {
     "decayed": lambda weight, learning_rate, weight_decay, steps: (
         weight * (1 - weight_decay) ** steps
     ),
+    "adapted": lambda x, W, A, B, alpha: x @ W.T + alpha * (x @ A.T) @ B.T,
+    "merged": lambda W, A, B, alpha: W + B @ A,
+    "trained_numbers": lambda shapes, rank: sum(rank * c_out * c_in for c_out, c_in in shapes),
     "online_attention": online_without_rescaling,
     "merge": lambda n, mean, M2, n_b, mean_b, M2_b: (n + n_b, (mean + mean_b) / 2, M2 + M2_b),
 }
