@@ -23,7 +23,7 @@ from small_judges import (
     run,
 )
 
-from minibooth import train
+from minibooth import UserError, train
 from minibooth.evaluate import __main__ as program
 from minibooth.evaluate import drawing, judges, metrics, protocol
 from minibooth.formats import hub
@@ -79,6 +79,36 @@ def test_the_protocol_trains_every_subject_in_every_way(whole, toybox_folder):
     names = {f.name for f in (folder / "wrong_noun" / "spotted_dog" / "pictures").iterdir()}
     assert f"a-sks-{wrong}-on-the-grass-0.png" in names
     assert not list(folder.rglob("model"))  # a trained model is not kept
+
+
+def test_other_methods_have_rows_of_their_own(toybox_folder, training, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "toybox", lambda: toybox_folder)
+    monkeypatch.setattr(protocol, "train", lambda c: asked.append(c) or train.train(c))
+    more = ["--tables", 1, "--methods", "lora,textual_inversion", "--subjects", "snail"]
+    more += ["--prompts", 1, "--images", 1]
+    given = command(training, tmp_path, *more)
+    monkeypatch.setattr(sys, "argv", ["minibooth.evaluate", *given])
+    program.main()
+    small, word = asked
+    assert (small.method, small.instance_prompt, small.uses_prior) == ("lora", "a sks snail", True)
+    assert small.rank == 16 and small.learning_rate == 2e-3  # the toybox's, not the file's
+    assert (word.method, word.instance_prompt, word.uses_prior) == (
+        "textual_inversion",
+        "a <sks>",
+        False,
+    )
+    assert (word.placeholder_token, word.initializer_token) == ("<sks>", "snail")
+    [drawn] = (tmp_path / "textual_inversion" / "snail" / "pictures").iterdir()
+    assert drawn.name.startswith("a-sks-")
+    rows = {r["row"]: r for r in read_csv(tmp_path / "subjects.csv")}
+    table = (tmp_path / "tables.md").read_text()
+    for name, row in (("DreamBooth with LoRA", "lora"), ("Textual Inversion", "textual_inversion")):
+        [line] = [line for line in table.splitlines() if line.startswith(f"| {name}")]
+        assert f"| {float(rows[row]['DINO']):.3f} |" in line
+    assert "| DreamBooth (paper: SD)" not in table
+    with pytest.raises(UserError, match="--methods 'dreams': give some of dreambooth, lora"):
+        protocol.DatasetConfig(data=".", methods="lora,dreams").check()
 
 
 def test_the_protocol_writes_scores_tables_and_grids(whole, toybox):

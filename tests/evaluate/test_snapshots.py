@@ -1,10 +1,13 @@
 """When to stop: the curve over a run's snapshots."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import runs
+import torch
 from PIL import Image
-from small_judges import clip_folder, cosine, dino_folder, peer_features, read_csv, run
+from small_judges import clip_folder, cosine, dino_folder, options, peer_features, read_csv, run
 
 from minibooth import UserError, train
 from minibooth.evaluate import drawing, snapshots
@@ -41,6 +44,33 @@ def test_every_snapshot_of_a_run_is_a_point_of_the_curve(tmp_path, monkeypatch, 
     monkeypatch.setattr(drawing, "load_model", lambda *_: pytest.fail("all is drawn"))
     assert run(monkeypatch, capsys, *given)[0] == 0
     assert before == {f: f.stat().st_mtime_ns for f in before}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "lora", "rank": 2},
+        {
+            "method": "textual_inversion",
+            "placeholder_token": "<sks>",
+            "initializer_token": "dog",
+            "instance_prompt": "a <sks>",
+        },
+    ],
+    ids=lambda m: m["method"],
+)
+def test_a_lora_or_a_word_is_drawn_with_the_model_that_it_is_for(method, tmp_path):
+    sd, wide = runs.model(), {"learning_rate": 0.05}
+    train.train(runs.config(tmp_path, checkpointing_steps=2, **wide, **method), sd)
+    draw = {"steps": 2, "seed": 1, "guidance_scale": 2.0, "output": "latent"}
+    name = method.get("instance_prompt", "a sks dog")
+    wanted = sd.generate([name], **draw)
+    found = drawing.load_model(tmp_path, options(device="cpu"))  # its config.json names the model
+    torch.testing.assert_close(found.generate([name], **draw), wanted, atol=2e-5, rtol=0)
+    stages = snapshots.stages(tmp_path, runs.config(tmp_path, **method))
+    assert [Path(s).name for s in stages.values()][1:] == ["checkpoint-2", tmp_path.name]
+    earlier = drawing.load_model(stages[2], options(device="cpu"), stages[0])
+    assert not torch.allclose(earlier.generate([name], **draw), wanted, atol=1e-3)
 
 
 def test_a_run_without_models_says_so(tmp_path):

@@ -284,6 +284,22 @@ def test_the_readme_s_table_of_modes_is_what_is_counted():
     assert f"All three options together need {shown[-1]} GB" in readme
 
 
+def test_the_readme_s_table_of_methods_is_what_is_counted():
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    _, _, numbers, _, plain, short = (
+        [cell.strip() for cell in row.strip("|").split("|")][1:]
+        for row in readme.split("| | all weights |")[1].split("\n\n")[0].splitlines()
+    )
+    sd = sd15()
+    for i, method in enumerate(("dreambooth", "lora", "textual_inversion")):
+        count = sum(p.numel() for p in memory.trainable(sd, config(method=method)))
+        assert numbers[i].removesuffix(" for each vector") == f"{count:,}"
+        for shown, checkpointed in ((plain, False), (short, True)):
+            given = config(method=method, gradient_checkpointing=checkpointed)
+            most = memory.peak(sd, given, 64 * 64, half=True)
+            assert shown[i] == f"{most / 1e9:.1f} GB"
+
+
 @pytest.mark.parametrize("mode", memory.MODES)
 @pytest.mark.parametrize("half", [True, False])
 def test_explaining_the_first_step_needs_less_than_training(mode, half):
