@@ -26,8 +26,8 @@ INSIDE = {  # the same within a room
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "checkpoint", "adapters"),
     ],
     "training": [
-        *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
-        *("methods", "resume", "snapshots", "verdicts", "trial", "settle"),
+        *("ranks", "photos", "settings", "class_images", "data", "optimizer", "memory", "graphs"),
+        *("report", "methods", "resume", "snapshots", "verdicts", "trial", "settle"),
         *("start", "loss", "grids", "finite"),
     ],
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],

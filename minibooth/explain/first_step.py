@@ -5,13 +5,14 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..training import memory, report
+from ..training import memory, ranks, report
 from ..training.data import Batches
 from ..training.loss import Loss
 from ..training.start import Run
 from . import microscope, page
 
 
+@ranks.by_first
 def explain(
     run: Run, batches: Batches, loss: Loss, weights: dict[str, nn.Parameter], scale: Tensor
 ) -> Path:

@@ -15,9 +15,26 @@ from tqdm import tqdm
 from ..common.errors import UserError
 from ..common.files import atomic
 from ..pipeline import StableDiffusion
-from . import photos
+from . import photos, ranks
+from .settings import TrainConfig
 
 GENERATED = re.compile(r"[0-9a-f]{12}-\d{5}\.png")
+
+
+def of_run(sd: StableDiffusion, config: TrainConfig, run: Path, resolution: int) -> list[Path]:
+    """As `ensure`, by the settings of a run into that folder."""
+    return ensure(
+        sd,
+        Path(config.class_data_dir or run / "class_images"),
+        count=config.num_class_images,
+        prompt=config.class_prompt,
+        sampler=config.class_sampler,
+        steps=config.class_steps,
+        guidance_scale=config.class_guidance_scale,
+        seed=config.seed,
+        resolution=resolution,
+        batch_size=config.sample_batch_size,
+    )
 
 
 def ensure(
@@ -34,7 +51,8 @@ def ensure(
     batch_size: int,
 ) -> list[Path]:
     """The class images of these settings: the user's own in `folder`, all of them, and as many
-    drawn ones as bring the number to `count`. Image i is drawn from seed + i.
+    drawn ones as bring the number to `count`. Image i is drawn from seed + i. Each rank draws its
+    share; raises UserError where it does not see the others'.
     """
     try:
         own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
@@ -52,7 +70,7 @@ def ensure(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     wanted = [folder / f"{key}-{i:05d}.png" for i in range(max(0, count - len(own)))]
     # Whole batches, always the same ones: their rounding is that of an uninterrupted run.
-    starts = range(0, len(wanted), batch_size)
+    starts = ranks.mine(range(0, len(wanted), batch_size))
     todo = [i for i in starts if not all(path.exists() for path in wanted[i : i + batch_size])]
     if own:
         print(f"class images: {len(own)} of your own in {folder}, {len(wanted)} drawn")
@@ -77,6 +95,9 @@ def ensure(
                 if not path.exists():
                     with atomic(path) as part:
                         image.save(part, "PNG", pnginfo=info)
+    ranks.wait()
+    if absent := [path for path in wanted if not path.exists()]:
+        raise UserError(f"{absent[0]} was drawn elsewhere: all ranks must share this folder")
     if not own and not wanted:
         raise UserError("no class images: give --num_class_images or put some into the folder")
     return own + wanted

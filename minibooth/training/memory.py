@@ -17,6 +17,7 @@ from ..common.files import gigabytes
 from ..pipeline import StableDiffusion
 from ..unet import Transformer, UNet
 from ..vae import ResnetBlock
+from . import ranks
 from .optimizer import AdamW8bit, bitsandbytes
 
 # ---- what is sure ------------------------------------------------------------------------------
@@ -193,6 +194,8 @@ def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
     # What a CUDA graph of the step works in is its own, also while pictures are drawn. Without one
     # they take turns.
     work = max(step, drawing) if config.use_8bit_adam else step + drawing
+    if ranks.count() > 1:  # no graph; and gradients stay in the buckets in which they travel
+        work = part["gradients"] + max(part["activations"], drawing)
     return int(part["weights"] + part["averages"] + (1 + SPARE[0]) * work + SPARE[1])
 
 
@@ -203,7 +206,7 @@ def fit(
 
     What is on stays on. A run that is resumed gets nothing that changes its results.
     """
-    free, half = room(sd, device), precision != "no"
+    free, half = min(ranks.together([room(sd, device)])), precision != "no"
     for mode in MODES:
         if possible(mode, config, precision, resumed) and installed(mode, device):
             fitted = replace(config, **dict.fromkeys(mode, True))
@@ -234,7 +237,7 @@ def fit(
 def possible(mode: tuple[str, ...], config, precision: str, resumed: bool) -> bool:
     if resumed and any(name in LOSSY for name in mode):
         return False
-    once = config.gradient_accumulation_steps == 1 and precision != "fp16"
+    once = config.gradient_accumulation_steps == ranks.count() == 1 and precision != "fp16"
     return once or "optimizer_in_backward" not in mode
 
 

@@ -16,6 +16,7 @@ from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, write_text
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
+from . import ranks
 from .settings import TrainConfig
 
 # Words of a prompt that neither name the subject nor its class.
@@ -114,7 +115,8 @@ class LossLog:
             )
             if bad < 0 or step < bad
         ]
-        append_losses(self.path, rows)
+        if ranks.rank() == 0:
+            append_losses(self.path, rows)
         self.pending.clear()
         if bad >= 0:
             return bad
@@ -259,7 +261,7 @@ tags: [text-to-image, stable-diffusion, dreambooth]
 
 `{sd.source}` fine-tuned with {how} by minibooth on photographs of `{config.instance_prompt}`,
 with {prior}. {steps} steps, learning rate
-{config.learning_rate}, batch {config.train_batch_size}, text encoder
+{config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.
 
 The licence of the base model ({sd.licence or "see there"}) applies to these weights.

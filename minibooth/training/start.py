@@ -12,7 +12,7 @@ from ..common import cli
 from ..common.errors import UserError
 from ..common.files import folder_size, require_space, write_json
 from ..pipeline import StableDiffusion
-from . import memory, methods, photos, report, resume, settle, snapshots
+from . import memory, methods, photos, ranks, report, resume, settle, snapshots
 from .optimizer import Precision, bitsandbytes
 from .photos import Photos
 from .resume import State
@@ -49,11 +49,16 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
             "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
         )
     config.check()
-    device = cli.pick_device(config.device)
+    device = ranks.own(cli.pick_device(config.device))
     if config.use_8bit_adam:
         bitsandbytes(device)
     if config.kernels:
         ops.use(config.kernels)
+    if config.optimizer_in_backward and ranks.count() > 1:
+        raise UserError(
+            "--optimizer_in_backward updates a weight before its gradient has been averaged over "
+            "the ranks: leave it out, or train on one rank"
+        )
     photos.image_files(config.instance_data_dir)
     cli.check_folder("--output_dir", config.output_dir)
     if config.class_data_dir and Path(config.class_data_dir).is_file():
@@ -189,6 +194,7 @@ def disk_needed(
     return kept * (sum(networks) // 2) + state + last
 
 
+@ranks.by_first
 def announce(run: Run) -> None:
     """Take the folder: say and write what is about to run."""
     config, folder = run.config, run.folder
@@ -205,6 +211,8 @@ def announce(run: Run) -> None:
         f"{len(run.photos.files)} photographs, {len(run.photos)} crops of "
         f"{run.resolution}² pixels; device {run.device}, precision {run.precision.name}"
     )
+    if (n := ranks.count()) > 1:
+        print(f"{n} ranks: {n} × {config.train_batch_size} photographs per batch; no CUDA graphs")
     given = {k: v for k, v in asdict(config).items() if v not in (None, ())}
     text = "settings: " + ", ".join(f"{k} {v}" for k, v in given.items())
     print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
