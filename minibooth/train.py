@@ -8,7 +8,6 @@ called there stand for is in minibooth/training; the loss itself is dreambooth.s
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from .training import (
     resume,
     snapshots,
     start,
+    stop,
 )
 from .training.data import Batches, encode, to_device
 from .training.grids import Grids
@@ -54,16 +54,16 @@ def train(
     Raises UserError for whatever the user can mend.
     """
     device = start.check(config, has_model=sd is not None)
-    start.check_folder(Path(config.output_dir), goes_on=config.resume_from_checkpoint is not None)
-    if sd is None:
-        sd = start.load(config)
-    with memory.advised(sd, config):
-        run = start.set_up(config, sd, device)
-    with memory.advised(sd, run.config):
-        start.announce(run)
-        learn(run, on_step)
-        if score.applies(run.config):
-            print(score.after_run(sd, run.config))
+    with start.folder_of(config):
+        if sd is None:
+            sd = start.load(config)
+        with memory.advised(sd, config):
+            run = start.set_up(config, sd, device)
+        with memory.advised(sd, run.config):
+            start.announce(run)
+            learn(run, on_step)
+            if score.applies(run.config):
+                print(score.after_run(sd, run.config))
     return sd
 
 
@@ -98,15 +98,8 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
 
     ids = sd.tokenizer(config.prompts).to(device)  # (prompts, 77)
     contexts = None if config.text_changes else sd.text_encoder(ids)  # (prompts, 77, D)
-    loss = Loss(
-        sd,
-        ids,
-        contexts,
-        config.prior_loss_weight,
-        config.snr_gamma,
-        run.precision,
-        config.gradient_checkpointing,
-    )
+    weights = config.prior_loss_weight, config.snr_gamma  # λ and γ
+    loss = Loss(sd, ids, contexts, *weights, run.precision, config.gradient_checkpointing)
     return batches, loss, identity
 
 
@@ -168,8 +161,11 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     weights = optimizer.named_weights(run.trained)
     done = resume.restore(run.saved, folder, weights, adam)
     ranks.require_same({**identity, "step": done})
-    if done % config.checkpointing_steps == 0 and 0 < done < config.max_train_steps:
-        save_snapshot(run, done)  # where the run was stopped between state and snapshot
+    if 0 < done < config.max_train_steps:  # it was stopped after its state, before these
+        if done % config.checkpointing_steps == 0:
+            save_snapshot(run, done)
+        if done % config.validation_steps == 0 and not grids.has(done):
+            grids.save(done, grids.draw(sd, run.idle, run.precision))
     if config.explain and done == 0:
         first_step.explain(run, batches, loss, weights, adam.scale)
 
@@ -178,7 +174,8 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     if adam.capturable and not on_step:  # who looks on wants to see what the step leaves behind
         adam.allocate()
         update = graphs.captured(update, run.device, undo=adam.forget)
-    with report.LossLog(folder, config.max_train_steps, done, run.device) as log:
+    log = report.LossLog(folder, config.max_train_steps, done, run.device)
+    with log, stop.between_steps() as stopping:
         for step in range(done + 1, config.max_train_steps + 1):
             warm_up = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
             numbers = (to_device(torch.tensor(float(x)), run.device) for x in (step, warm_up))
@@ -186,7 +183,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
             losses = update(*numbers, *(x for n in ns for x in batches.draw(n)))
             log.add(step, config.learning_rate * warm_up, losses)
 
-            last = step == config.max_train_steps
+            last = step == config.max_train_steps or stopping.heard()
             save = step % config.checkpointing_steps == 0
             show = step % config.validation_steps == 0
             if log.due or save or show or last:
@@ -201,6 +198,8 @@ def learn(run: Run, on_step: Watcher | None) -> None:
                 resume.save(folder, step, {**weights, **adam.state()}, identity, config.save_state)
             if save and not last:
                 save_snapshot(run, step)
+            if last:
+                break
     adam.release()
     finish(run, grids, before, originals)
 

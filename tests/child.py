@@ -1,4 +1,4 @@
-"""A program in a process of its own that kills itself, as kill -9 does, at a chosen moment.
+"""A program in a process of its own that kills or stops itself at a chosen moment.
 
 Kept apart from the tests: it imports nothing heavy beside minibooth, so a forked copy starts fast.
 """
@@ -26,12 +26,18 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stop(names: list[str]) -> None:
+    for name in names:
+        os.kill(os.getpid(), getattr(signal, name))
+
+
 def arm(moment: str) -> None:
     """moment: "before NAME" or "after NAME", around the renaming that gives a file or folder that
     name (before it, the half-written part is cut in two); "remove NAME", half through removing a
-    folder; "encode N", at the N-th batch of pictures; "step N", before a step's update; "full N",
-    out of memory there, which is no killing."""
-    kind, name = moment.split()
+    folder; "encode N", at the N-th batch of pictures; "step N", in the update of a step; "full N",
+    out of memory there. It dies as of kill -9, or, with "SIGINT step N", "SIGINT,SIGINT step N", …,
+    sends itself these signals."""
+    *signals, kind, name = moment.split()
     replace, rmtree = os.replace, shutil.rmtree
 
     def dying_replace(source, target):
@@ -51,17 +57,18 @@ def arm(moment: str) -> None:
 
     os.replace, shutil.rmtree = dying_replace, dying_rmtree
     if kind == "encode":
+        last = (lambda: stop(signals[0].split(","))) if signals else die
         data.tqdm = lambda rows, **_: (
-            row if i + 1 < int(name) else die() for i, row in enumerate(rows)
+            row if i + 1 < int(name) else last() for i, row in enumerate(rows)
         )
     if kind in ("step", "full"):
         apply = train.Update.apply
 
         def dying_apply(self, step, *rest):
             if step == int(name):
-                if kind == "step":
-                    die()
-                raise MemoryError
+                if kind == "full":
+                    raise MemoryError
+                stop(signals[0].split(",")) if signals else die()
             return apply(self, step, *rest)
 
         train.Update.apply = dying_apply

@@ -5,8 +5,11 @@ import dataclasses
 import errno
 import json
 import os
+import runpy
 import shutil
+import sys
 import typing
+import warnings
 from collections import namedtuple
 
 import huggingface_hub
@@ -334,14 +337,19 @@ def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch, capsys, tmp_p
         runs.program(monkeypatch, capsys, train, *runs.arguments(runs.settings(tmp_path / "out")))
 
 
-def test_a_run_that_is_interrupted_says_stopped(monkeypatch, capsys, tmp_path):
-    def interrupt(*args):
+def test_programs_that_are_interrupted_say_so_in_one_line(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dreambooth, "step", interrupt)
-    arguments = runs.arguments(runs.settings(tmp_path / "out"))
-    status, _, err = runs.program(monkeypatch, capsys, train, *arguments)
-    assert status == 130 and err.strip().endswith("minibooth.train: stopped")
+    monkeypatch.setattr(cli, "parse", interrupt)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    for name, said in [("sample", "stopped"), ("evaluate", "stopped: the same command goes on")]:
+        monkeypatch.setattr(sys, "argv", [name])
+        monkeypatch.delitem(sys.modules, f"minibooth.{name}.__main__", raising=False)
+        monkeypatch.delitem(sys.modules, f"minibooth.{name}", raising=name == "sample")
+        with pytest.raises(SystemExit, match="130"):
+            runpy.run_module(f"minibooth.{name}", run_name="__main__")
+        assert capsys.readouterr().err == f"minibooth.{name}: {said}\n"
 
 
 def test_numbers_that_are_not_finite_end_the_program_with_status_2(monkeypatch, capsys, tmp_path):

@@ -28,7 +28,7 @@ INSIDE = {  # the same within a room
     "training": [
         *("ranks", "photos", "settings", "class_images", "data", "optimizer", "memory", "graphs"),
         *("report", "methods", "resume", "snapshots", "verdicts", "trial", "settle"),
-        *("start", "loss", "grids", "finite"),
+        *("start", "stop", "loss", "grids", "finite"),
     ],
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],
     "explain": ["microscope", "page", "first_step"],

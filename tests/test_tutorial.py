@@ -145,6 +145,13 @@ def test_every_pointer_into_the_code_leads_somewhere():
         source(pointer)
 
 
+@pytest.mark.parametrize("path", ["minibooth/schedule.py", "minibooth/dreambooth.py"])
+def test_every_function_of_the_schedule_and_the_loss_is_spoken_of(path):
+    for node in parsed(path)[1].body:
+        if isinstance(node, ast.FunctionDef):
+            assert f"`{path}:{node.name}`" in TEXT, node.name
+
+
 def test_links_to_files_lead_to_files():
     for target in re.findall(r"\]\(([^)#]+)\)", FENCE.sub("", TEXT)):
         assert target.startswith("https://") or (ROOT / target).exists(), target

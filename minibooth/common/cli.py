@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import sys
 import types
 import typing
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .errors import UserError, first_line
+from .errors import Stopped, UserError, first_line
 from .files import read_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -182,19 +183,24 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
 
 
-def run(prog: str, main: Callable[[], None]) -> None:
-    """Call `main`; a mistake that the user can mend becomes one line and exit status 2."""
+def run(prog: str, main: Callable[[], None], stopped: str | None = None) -> None:
+    """Call `main`; a mistake that the user can mend becomes one line and exit status 2, Ctrl-C and
+    SIGTERM one line and 130 or 143: `stopped`, or what the exception says."""
 
     def warn(message, *_):
         tqdm.write(f"{prog}: warning: {message}", file=sys.stderr)
 
+    def terminate(number: int, _):
+        raise Stopped(status=128 + number)
+
     warnings.showwarning = warn
+    signal.signal(signal.SIGTERM, terminate)
     keep_freed_memory()
     try:
         main()
         return
-    except KeyboardInterrupt:
-        line, status = "stopped", 130
+    except KeyboardInterrupt as e:
+        line, status = stopped or str(e) or "stopped", getattr(e, "status", 130)
     except UserError as e:
         line, status = str(e), 2
     except Exception as e:

@@ -1,14 +1,21 @@
-"""Files that are whole or not there: atomic writes, free space."""
+"""Files that are whole or not there: atomic writes, folders for one program alone, free space."""
 
 import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from .errors import UserError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 
 @contextmanager
@@ -32,6 +39,47 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where its folder could not be made there is nothing to remove
             part.unlink()
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Within it `folder` is there and no other process gets in here with it.
+
+    Its file .lock is locked, which the system undoes however the process ends: a crash leaves an
+    empty file that hinders nobody. If the folder was made for this and is empty after it, it is
+    removed. Raises UserError where another process is in it.
+    """
+    folder = Path(folder)
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a") as file:
+        if not lock(file, path):
+            raise UserError(
+                f"another run is at work in {folder}: wait for it, or give another --output_dir"
+            )
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps files that are open
+                path.unlink()
+    with suppress(OSError):
+        for empty in made:
+            empty.rmdir()
+
+
+def lock(file: TextIO, path: Path) -> bool:
+    """Whether `file`, opened at `path`, is now this process's alone."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except (BlockingIOError, PermissionError, FileNotFoundError):  # or it was just removed
+        return False
+    except OSError:  # a file system that has no locks: there is no telling
+        return True
 
 
 LARGEST_TEXT = 5 * 10**6  # bytes; the largest that is read is CLIP's vocabulary, 2 to 4 MB

@@ -35,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run("minibooth.evaluate", main)
+    cli.run("minibooth.evaluate", main, stopped="stopped: the same command goes on")

@@ -43,7 +43,8 @@ class DatasetConfig(Options):
     train_config: str | None = option(
         None,
         "JSON with settings of minibooth.train, say the config.json of a run; what belongs to a "
-        "subject is replaced [its defaults, or the toybox's]",
+        "subject is replaced, and rates and steps hold for its own method [the defaults, or the "
+        "toybox's]",
     )
     subjects: str | None = option(None, "names with commas between [all whose folders are there]")
     prompts: int | None = option(None, "only so many of each subject's prompts [all]")
@@ -321,14 +322,19 @@ class Protocol:
 
 def training_settings(config: DatasetConfig, method: str) -> dict:
     """Settings of TrainConfig that all subjects share. Raises UserError for what cannot work."""
-    given, by_method = {"method": method}, methods.defaults({"method": method})
+    usual, suited = {}, methods.defaults({"method": method})
     if config.model == "toybox":
-        by_method |= toybox.train_settings({"model": "toybox", "method": method})
-        given |= toybox.default_run()
+        usual = toybox.default_run()
+        its_own = toybox.train_settings({"model": "toybox", "method": method})
+        suited = suited | {name: x for name, x in its_own.items() if x != usual.get(name)}
+    of_file = {}
     if config.train_config:
-        given |= cli.read_config(Path(config.train_config), TrainConfig) | {"method": method}
-    if method != "dreambooth":  # the file's rates and steps are for whole weights
-        given |= by_method
+        of_file = cli.read_config(Path(config.train_config), TrainConfig)
+    theirs = of_file.get("method", "dreambooth")
+    if theirs != method:  # the file's rates and steps are for what it trains
+        own = suited.keys() | methods.defaults({"method": theirs}).keys()
+        of_file = {name: x for name, x in of_file.items() if name not in own}
+    given = usual | suited | of_file | {"method": method}
     # By its folder: train() scores a run on "toybox" by itself, which is done better here.
     model = str(hub.toybox()) if config.model == "toybox" else config.model
     shared = TrainConfig(**given | {"model": model, "device": config.device})

@@ -20,6 +20,7 @@ def explain(
     `scale` multiplies the loss for the backward pass."""
     config, sd, autocast = run.config, run.sd, run.precision.autocast
     names = report.identifiers(config.instance_prompt, config.class_prompt)
+    adapters = {name: m for name, m in run.trained.items() if isinstance(m, nn.ModuleDict)}
     with autocast():
         instance, prior, weight = loss.terms(batches.draw(0))
     with loss.checkpointing(), memory.visiting([sd.vae], run.device):
@@ -34,6 +35,7 @@ def explain(
             identifier=names[0] if names else None,
             autocast=autocast,
             scale=scale,
+            adapters=adapters,
         )
     steps, strength = config.validation_inference_steps, config.validation_guidance_scale
     bar = tqdm(total=steps, desc="from noise to a picture", unit="step", leave=False)

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..common.files import write_text
 from ..training import photos
 from . import microscope
-from .microscope import Attended, Entry, Frame, Gradient, Look, Sample
+from .microscope import Attended, Entry, Frame, Gradient, Look, LowRank, Sample
 
 SIDE = 256  # pixels; larger pictures are reduced
+CORNER = 64  # rows and columns of a matrix that are drawn
 STYLE = """
 :root { --subject: #cc5500; --class: #005ab5; --faint: #6b6b6b; --line: #ddd }
 * { box-sizing: border-box }
@@ -49,6 +50,7 @@ img { display: block; width: 100%; image-rendering: pixelated; border-radius: 3p
 .strip { display: flex; gap: .4rem; overflow-x: auto; padding-bottom: .5rem }
 .strip figure { flex: 1 0 104px }
 .strip img + img { margin-top: .4rem }
+.product { max-width: 20rem }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .5rem;
         max-width: 720px; margin: .5rem 0 }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .15rem .6rem;
@@ -123,6 +125,7 @@ steps with much noise do not drown the others.</p>
 unrelated changes, below 0 that what serves the subject costs the class. The prompt enters the UNet
 through the keys and values of its cross-attention alone; the last column is their part.</p>
 <div class="wide gradients">{gradient_table(seen.gradients, bool(seen.prior))}</div>""",
+        f"<h2>What LoRA makes of it</h2>{low_rank(seen.low_rank)}" if seen.low_rank else "",
         f"""<h2>From noise to a picture</h2>
 <p>The model as it is draws the instance prompt: above x<sub>t</sub>, decoded although it is still
 noisy, below the x̂<sub>0</sub> that the UNet sees in it, with guidance. The last is the picture.</p>
@@ -300,6 +303,38 @@ def gradient_table(gradients: list[Gradient], prior: bool) -> str:
         )
     heads[-1] = "to<sub>k</sub>, to<sub>v</sub> of the text"
     return table(["block", "", *heads], rows, plain=2)
+
+
+def low_rank(seen: LowRank) -> str:
+    (r, c_in), c_out = seen.A.shape, len(seen.dB)
+    of_A, of_B = (number(d.norm().item()) for d in (seen.dA, seen.dB))
+    largest = seen.spectrum[0] or 1.0
+    values = ", ".join(f"{s / largest:.1%}" for s in seen.spectrum[:r])
+    rest = number(max(seen.spectrum[r:], default=0.0) / largest, 1)
+    caption = f"The first {CORNER} rows and columns, each of the three over its own largest value."
+    return f"""<p>W stays. In {seen.layers} layers, which compute W x + (α/r) B A x with r = {r}, A
+and B are trained, and the norms above are theirs. Most is asked of
+<code>{escape(seen.layer)}</code>: its W has {c_out * c_in:,} numbers, A and B have
+{r * (c_out + c_in):,}.</p>
+<p>B is zero before the first step. So ∂L/∂A is, too (its norm is {of_A}), and ∂L/∂B is not
+({of_B}). A step of gradient descent changes ΔW = (α/r) B A by −η (α/r) ∂L/∂B A: a product of ∂L/∂B,
+on the left here, and A, above. However large W is, its rank is {r}: the singular values, over the
+largest, are {values}; the next is {rest}.</p>
+{figure(product(seen), caption, "product")}"""
+
+
+def product(seen: LowRank) -> str:
+    """A above, ∂L/∂B on the left, between them the update: black is negative, white positive."""
+
+    def scaled(x: Tensor) -> Tensor:
+        x = x[:CORNER, :CORNER]
+        return x / x.abs().max().clamp(min=1e-30)
+
+    A, dB, update = scaled(seen.A), scaled(seen.dB), scaled(seen.update)
+    r = len(A)
+    whole = torch.ones(r + 1 + len(update), r + 1 + update.shape[1])  # a white line between
+    whole[:r, r + 1 :], whole[r + 1 :, :r], whole[r + 1 :, r + 1 :] = A, dB, update
+    return img(photos.to_pil(whole.expand(1, 3, -1, -1))[0], "the update is a product")
 
 
 def film(strip: list[Frame]) -> str:

@@ -515,4 +515,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run("minibooth.toybox.pretrain", main)
+    cli.run("minibooth.toybox.pretrain", main, stopped="stopped: the same command goes on")

@@ -91,11 +91,17 @@ class Grids:
             on_step=on_step,
         )
 
+    def file(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:05d}.png"
+
+    def has(self, step: int) -> bool:
+        return self.file(step).exists()
+
     @ranks.by_first
     def save(self, step: int, rows: Rows) -> None:
         if rows:
             grid = photos.grid(photos.enlarged(rows), labels=self.prompts)
-            save_image(grid, self.folder / "samples" / f"step-{step:05d}.png")
+            save_image(grid, self.file(step))
 
     @ranks.by_first
     def save_before_after(self, before: Rows, after: Rows) -> None:

@@ -20,8 +20,8 @@ from .settings import TrainConfig
 LORA_FILE = "lora.safetensors"  # kohya's form, for A1111 and ComfyUI
 # What is usual for LoRA: B starts at zero, and steps that suit whole weights would hardly move it.
 LORA_RATES = {"learning_rate": 1e-4, "text_encoder_learning_rate": 5e-5}
-
-WORD = {"learning_rate": 5e-4, "max_train_steps": 3000}  # as diffusers' script
+# As diffusers' script has them; no network trains.
+WORD = {"learning_rate": 5e-4, "max_train_steps": 3000, "train_text_encoder": False}
 
 
 def defaults(given: dict) -> dict:

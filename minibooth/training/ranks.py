@@ -52,9 +52,9 @@ def joined() -> Iterator[None]:
         with silence() if rank() else nullcontext():
             yield
             wait()  # for whatever rank 0 still writes
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not fails_first(store):
-            raise SystemExit(2) from error
+            raise SystemExit(getattr(error, "status", 2)) from error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise UserError(GONE) from error
         raise
@@ -115,8 +115,16 @@ def together(results: list) -> list:
 
 def wait() -> None:
     """Until all ranks are here."""
+    any_of(False)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true on any rank."""
     if count() > 1:
-        dist.all_reduce(torch.zeros(1))
+        found = torch.tensor(float(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+    return flag
 
 
 def by_first(function: Callable) -> Callable:

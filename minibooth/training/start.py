@@ -1,6 +1,8 @@
 """What is refused and decided before the first file is written."""
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -9,8 +11,8 @@ from torch import nn
 
 from .. import ops, pipeline, schedule
 from ..common import cli
-from ..common.errors import UserError
-from ..common.files import folder_size, require_space, write_json
+from ..common.errors import Stopped, UserError
+from ..common.files import alone_in, folder_size, require_space, write_json
 from ..pipeline import StableDiffusion
 from . import memory, methods, photos, ranks, report, resume, settle, snapshots
 from .optimizer import Precision, bitsandbytes
@@ -74,6 +76,35 @@ def load(config: TrainConfig) -> StableDiffusion:
         prediction_type=config.prediction_type,
         revision=config.revision,
     )
+
+
+@contextmanager
+def folder_of(config: TrainConfig) -> Iterator[None]:
+    """Within it the run has its folder to itself. Raises UserError where another is in it, or was;
+    Ctrl-C and SIGTERM say how to go on."""
+    folder = Path(config.output_dir)
+    with alone_in(folder) if ranks.rank() == 0 else nullcontext():
+        check_folder(folder, goes_on=config.resume_from_checkpoint is not None)
+        try:
+            yield
+        except KeyboardInterrupt as e:
+            raise Stopped(how_to_go_on(folder), getattr(e, "status", 130)) from None
+
+
+def how_to_go_on(folder: Path) -> str:
+    """One line for who stopped a run."""
+    if states := resume.steps(folder):
+        step = int(states[0].name.removeprefix("step-"))
+        return (
+            f"stopped; {folder} keeps the state after step {step}: the same command with "
+            "--resume_from_checkpoint latest goes on from there"
+        )
+    if made := snapshots.found(folder):
+        return (
+            f"stopped; --save_state none keeps no state to go on from: to train the last snapshot "
+            f"further, give --model {made[-1]} and another --output_dir"
+        )
+    return "stopped before there was anything to go on from: the same command starts again"
 
 
 def check_folder(folder: Path, goes_on: bool) -> None:

@@ -1,5 +1,6 @@
 """The whole protocol on a toybox with random weights, killed and resumed."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -83,23 +84,30 @@ def test_the_protocol_trains_every_subject_in_every_way(whole, toybox_folder):
 
 def test_other_methods_have_rows_of_their_own(toybox_folder, training, tmp_path, monkeypatch):
     asked = []
+
+    def short(config):
+        asked.append(config)
+        train.train(dataclasses.replace(config, max_train_steps=2))
+
     monkeypatch.setattr(hub, "toybox", lambda: toybox_folder)
-    monkeypatch.setattr(protocol, "train", lambda c: asked.append(c) or train.train(c))
-    more = ["--tables", 1, "--methods", "lora,textual_inversion", "--subjects", "snail"]
+    monkeypatch.setattr(protocol, "train", short)
+    more = ["--tables", 1, "--methods", "lora,textual_inversion", "--subjects", "spotted_dog"]
     more += ["--prompts", 1, "--images", 1]
     given = command(training, tmp_path, *more)
     monkeypatch.setattr(sys, "argv", ["minibooth.evaluate", *given])
     program.main()
     small, word = asked
-    assert (small.method, small.instance_prompt, small.uses_prior) == ("lora", "a sks snail", True)
+    assert (small.method, small.instance_prompt, small.uses_prior) == ("lora", "a sks dog", True)
     assert small.rank == 16 and small.learning_rate == 2e-3  # the toybox's, not the file's
+    assert (small.max_train_steps, small.num_class_images, small.class_steps) == (2, 2, 1)
     assert (word.method, word.instance_prompt, word.uses_prior) == (
         "textual_inversion",
         "a <sks>",
         False,
     )
-    assert (word.placeholder_token, word.initializer_token) == ("<sks>", "snail")
-    [drawn] = (tmp_path / "textual_inversion" / "snail" / "pictures").iterdir()
+    assert (word.placeholder_token, word.initializer_token) == ("<sks>", "dog")
+    assert (word.max_train_steps, word.num_vectors, word.train_text_encoder) == (600, 4, False)
+    [drawn] = (tmp_path / "textual_inversion" / "spotted_dog" / "pictures").iterdir()
     assert drawn.name.startswith("a-sks-")
     rows = {r["row"]: r for r in read_csv(tmp_path / "subjects.csv")}
     table = (tmp_path / "tables.md").read_text()
@@ -109,6 +117,44 @@ def test_other_methods_have_rows_of_their_own(toybox_folder, training, tmp_path,
     assert "| DreamBooth (paper: SD)" not in table
     with pytest.raises(UserError, match="--methods 'dreams': give some of dreambooth, lora"):
         protocol.DatasetConfig(data=".", methods="lora,dreams").check()
+
+
+@pytest.mark.parametrize(
+    ("model", "of_file", "expected"),
+    [
+        ("x", {}, {"lora": (1e-4, 800, 4), "dreambooth": (5e-6, 800, 4)}),
+        (
+            "x",
+            {"learning_rate": 1e-6, "max_train_steps": 9, "rank": 8, "train_text_encoder": True},
+            {
+                "dreambooth": (1e-6, 9, 8),
+                "lora": (1e-4, 9, 8),
+                "textual_inversion": (5e-4, 3000, 8),
+            },
+        ),
+        (
+            "x",
+            {"method": "lora", "learning_rate": 3e-4, "max_train_steps": 9},
+            {"lora": (3e-4, 9, 4), "dreambooth": (5e-6, 9, 4)},
+        ),
+        (
+            "toybox",
+            {"method": "textual_inversion", "learning_rate": 1.0, "max_train_steps": 9},
+            {
+                "textual_inversion": (1.0, 9, 4),
+                "lora": (2e-3, 200, 16),
+                "dreambooth": (2e-4, 200, 4),
+            },
+        ),
+    ],
+)
+def test_a_file_s_rates_and_steps_are_for_the_method_it_names(model, of_file, expected, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(of_file))
+    config = protocol.DatasetConfig(model=model, train_config=str(tmp_path / "c.json"))
+    for method, wanted in expected.items():
+        found = protocol.training_settings(config, method)
+        assert found["method"] == method
+        assert (found["learning_rate"], found["max_train_steps"], found["rank"]) == wanted
 
 
 def test_the_protocol_writes_scores_tables_and_grids(whole, toybox):

@@ -14,12 +14,12 @@ import runs
 import torch
 from PIL import Image
 
-from minibooth import dreambooth, train
+from minibooth import dreambooth, lora, train
 from minibooth.dreambooth import Term
 from minibooth.explain import __main__ as explain
 from minibooth.explain import microscope
 from minibooth.pipeline import StableDiffusion
-from minibooth.training import memory, report
+from minibooth.training import memory, optimizer, report
 from minibooth.training.data import rng
 from minibooth.training.optimizer import Precision
 
@@ -274,7 +274,7 @@ def test_the_vae_that_draws_the_step_is_on_the_device_then(tmp_path, monkeypatch
 
     monkeypatch.setattr(memory, "visiting", visit)
     monkeypatch.setattr(StableDiffusion, "decode", drawn)
-    explain.explain(runs.config(tmp_path))
+    explain.explain(runs.config(tmp_path, prior_loss_weight=0.0))  # no class images to draw
     assert there == []
 
 
@@ -284,6 +284,34 @@ def test_half_precision_is_looked_at_in_half_precision():
     assert exact.step.loss.item() == pytest.approx(rounded.step.loss.item(), rel=2e-2)
     for a, b in zip(exact.gradients, rounded.gradients, strict=True):
         assert a.both == pytest.approx(b.both, rel=5e-2)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_low_rank_update_is_what_gradient_descent_would_do(fresh):
+    """To first order, so a short step does it; of rank r as long as B is zero."""
+    sd = runs.model()
+    sd.unet.requires_grad_(False)
+    adapters = {"unet": lora.create(sd.unet, rank=2, alpha=6.0, seed=1)}
+    lora.attach(sd.unet, adapters["unet"])
+    if not fresh:
+        for i, a in enumerate(adapters["unet"].values()):
+            a.B.data = 0.1 * torch.randn(a.B.shape, generator=torch.Generator().manual_seed(i))
+    named = optimizer.named_weights(adapters)
+    instance, prior = term(sd, PROMPT, 2, 1), term(sd, "a dog", 3, 2)
+    given = (sd, instance, prior, 0.5, None, named, PROMPT, "sks")
+    seen = microscope.look(*given, scale=8.0, adapters=adapters).low_rank
+
+    step = dreambooth.step(sd.unet, sd.schedule, instance, prior, 0.5)
+    step.loss.backward()
+    [a] = [a for a in adapters["unet"].values() if f"unet.{a.layer}" == seen.layer]
+    assert a.B.grad.norm() == max(b.B.grad.norm() for b in adapters["unet"].values())
+    assert torch.allclose(seen.dA, a.A.grad, atol=1e-6) and bool(a.A.grad.any()) != fresh
+    before, rate = a.delta().double(), 1e-3 / a.B.grad.norm().item()
+    moved = {name: getattr(a, name).double() - rate * getattr(a, name).grad for name in "AB"}
+    change = (a.scale * moved["B"] @ moved["A"] - before) / rate
+    assert (change - seen.update).norm() < 0.01 * change.norm()
+    assert torch.linalg.matrix_rank(seen.update, rtol=1e-4) == (2 if fresh else 4)
+    assert len(seen.spectrum) == min(seen.update.shape) and seen.layers == len(adapters["unet"])
 
 
 # ---- sampling ----------------------------------------------------------------------------------

@@ -193,6 +193,15 @@ def test_too_little_memory_on_one_rank_is_said_by_that_one(tmp_path):
     assert "memory" not in last_line(said[0]) and "rank" not in last_line(said[0])
 
 
+def test_a_rank_that_is_asked_to_stop_stops_all_after_the_same_step(tmp_path):
+    changes = {"max_train_steps": 4, "prior_loss_weight": 0.0}
+    status, said = on_two(tmp_path / "out", moments=(None, "SIGTERM step 2"), **changes)
+    assert status == [143, 143]
+    [line] = [line for one in said for line in one.splitlines() if "keeps the state" in line]
+    assert "after step 2: the same command with --resume_from_checkpoint latest" in line
+    assert (tmp_path / "out" / "state" / "step-00000002").is_dir()
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_dies_ends_the_run_and_what_is_saved_is_whole(dies, tmp_path):
     changes = {"max_train_steps": 4, "checkpointing_steps": 2, "prior_loss_weight": 0.0}
