@@ -79,11 +79,12 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
 
     start.try_kernels(run)
 
-    identity, class_photos = run.identity, None
+    identity, class_photos, shown = run.identity, None, (run.shown,)
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
         with graphs.captured_unet(sd.unet), run.precision.autocast():
-            files = class_images.of_run(sd, config, run.folder, run.resolution)
+            files, of_class = class_images.of_run(sd, config, run.resolution)
         class_photos = photos.load_photos(files, run.resolution, config.center_crop)
+        shown = (run.shown, of_class)
 
     instance = encode(sd, run.photos, config.random_flip, "photographs")
     prior = encode(sd, class_photos, False, "class images") if class_photos else None
@@ -92,14 +93,15 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
     if run.saved is not None:
         resume.check(run.folder, run.saved.identity, identity)
     T, size = sd.schedule.T, config.train_batch_size * ranks.count()
-    choice = methods.prompts_of(config, len(run.photos.files))
-    share = ranks.rank(), ranks.count()
-    batches = Batches(instance, prior, T, config.seed, size, device, choice, share)
+    prompts, choice = methods.prompts_of(config, run.captions, shown)
+    drawn_from = T, config.seed, size, device, choice, shown, ranks.share()
+    batches = Batches(instance, prior, *drawn_from)
 
-    ids = sd.tokenizer(config.prompts).to(device)  # (prompts, 77)
-    contexts = None if config.text_changes else sd.text_encoder(ids)  # (prompts, 77, D)
+    ids = sd.tokenizer(prompts).to(device)  # (prompts, 77)
+    contexts = None if config.text_changes else sd.encode_prompt(prompts)  # (prompts, 77, D)
     weights = config.prior_loss_weight, config.snr_gamma  # λ and γ
-    loss = Loss(sd, ids, contexts, *weights, run.precision, config.gradient_checkpointing)
+    how = run.precision, config.gradient_checkpointing
+    loss = Loss(sd, ids, contexts, *weights, *how, prompts)
     return batches, loss, identity
 
 

@@ -26,9 +26,9 @@ INSIDE = {  # the same within a room
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "checkpoint", "adapters"),
     ],
     "training": [
-        *("ranks", "photos", "settings", "class_images", "data", "optimizer", "memory", "graphs"),
-        *("report", "methods", "resume", "snapshots", "verdicts", "trial", "settle"),
-        *("start", "stop", "loss", "grids", "finite"),
+        *("ranks", "photos", "subjects", "settings", "class_images", "data", "optimizer"),
+        *("memory", "graphs", "report", "methods", "resume", "snapshots", "verdicts"),
+        *("trial", "settle", "start", "stop", "loss", "grids", "finite"),
     ],
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],
     "explain": ["microscope", "page", "first_step"],

@@ -19,10 +19,12 @@ def explain(
     """Write explain.html into the run's folder: batch 0 as the weights are now. Nothing is updated.
     `scale` multiplies the loss for the backward pass."""
     config, sd, autocast = run.config, run.sd, run.precision.autocast
-    names = report.identifiers(config.instance_prompt, config.class_prompt)
+    drawn = batches.draw(0)
+    prompt, classes = loss.prompts_of(drawn)[0], [s.class_prompt or "" for s in config.subjects]
+    names = report.identifiers(prompt, " ".join(classes))
     adapters = {name: m for name, m in run.trained.items() if isinstance(m, nn.ModuleDict)}
     with autocast():
-        instance, prior, weight = loss.terms(batches.draw(0))
+        instance, prior, weight = loss.terms(drawn)
     with loss.checkpointing(), memory.visiting([sd.vae], run.device):
         seen = microscope.look(
             sd,
@@ -31,7 +33,7 @@ def explain(
             loss.prior_loss_weight,
             weight,
             weights,
-            prompt=config.instance_prompt,
+            prompt=prompt,
             identifier=names[0] if names else None,
             autocast=autocast,
             scale=scale,
@@ -42,7 +44,7 @@ def explain(
     with bar, memory.visiting(run.idle, run.device), autocast():
         strip = microscope.film(
             sd,
-            config.instance_prompt,
+            prompt,
             steps=steps,
             guidance_scale=strength,
             seed=config.seed,

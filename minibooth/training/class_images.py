@@ -9,7 +9,9 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from PIL import PngImagePlugin
+from torch import Tensor
 from tqdm import tqdm
 
 from ..common.errors import UserError
@@ -17,17 +19,29 @@ from ..common.files import atomic
 from ..pipeline import StableDiffusion
 from . import photos, ranks
 from .settings import TrainConfig
+from .subjects import Subject
 
 GENERATED = re.compile(r"[0-9a-f]{12}-\d{5}\.png")
 
 
-def of_run(sd: StableDiffusion, config: TrainConfig, run: Path, resolution: int) -> list[Path]:
-    """As `ensure`, by the settings of a run into that folder."""
+def of_run(sd: StableDiffusion, config: TrainConfig, resolution: int) -> tuple[list[Path], Tensor]:
+    """The class images of all subjects of a run, and which subject's each one is: (M,)."""
+    found = [
+        (i, file)
+        for i, subject in enumerate(config.subjects)
+        for file in of_subject(sd, config, subject, resolution)
+    ]
+    return [file for _, file in found], torch.tensor([i for i, _ in found])
+
+
+def of_subject(
+    sd: StableDiffusion, config: TrainConfig, subject: Subject, resolution: int
+) -> list[Path]:
     return ensure(
         sd,
-        Path(config.class_data_dir or run / "class_images"),
+        Path(subject.class_data_dir or Path(config.output_dir) / "class_images"),
         count=config.num_class_images,
-        prompt=config.class_prompt,
+        prompt=subject.class_prompt,
         sampler=config.class_sampler,
         steps=config.class_steps,
         guidance_scale=config.class_guidance_scale,

@@ -54,14 +54,24 @@ def rng(seed: int, *what: str | int) -> torch.Generator:
 ALL = slice(None)
 
 
+def in_order(seed: int, name: str, epoch: int, count: int) -> Tensor:
+    """The order in which an epoch takes `count` photographs."""
+    return torch.randperm(count, generator=rng(seed, name, "order", epoch))
+
+
+def crop_of(latents: Latents, photo: Tensor, seed: int, name: str, k: int) -> Tensor:
+    """One of the photograph's crops at random, for draw k: ()."""
+    crops = (latents.photo == photo).nonzero().flatten()
+    return crops[torch.randint(len(crops), (), generator=rng(seed, name, "crop", k))]
+
+
 def pick(latents: Latents, seed: int, name: str, n: int, batch: int, part: slice = ALL) -> Tensor:
     """The crops of batch n, (B,), or of a part of it. Each epoch takes every photograph once, in an
     order of its own, and of each one crop at random."""
     rows, count = [], int(latents.photo.max()) + 1
     for k in range(n * batch, (n + 1) * batch)[part]:
-        order = torch.randperm(count, generator=rng(seed, name, "order", k // count))
-        crops = (latents.photo == order[k % count]).nonzero().flatten()
-        rows.append(crops[torch.randint(len(crops), (), generator=rng(seed, name, "crop", k))])
+        photo = in_order(seed, name, k // count, count)[k % count]
+        rows.append(crop_of(latents, photo, seed, name, k))
     return torch.stack(rows)
 
 
@@ -69,11 +79,14 @@ def draw_term(
     latents: Latents, c: Tensor, T: int, seed: int, name: str, n: int, batch: int
 ) -> Term:
     """Batch n of one term of Eq. 2, with the text c: (1, 77, D)."""
-    return Term(*draw_batch(latents, T, seed, name, n, batch, c.device), c.expand(batch, -1, -1))
+    rows = pick(latents, seed, name, n, batch)
+    drawn = draw_batch(latents, rows, T, seed, name, n, batch, c.device)
+    return Term(*drawn, c.expand(batch, -1, -1))
 
 
 def draw_batch(
     latents: Latents,
+    rows: Tensor,
     T: int,
     seed: int,
     name: str,
@@ -82,9 +95,9 @@ def draw_batch(
     device: torch.device,
     part: slice = ALL,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch n of one term: latents sampled from the VAE's Gaussian and noise, (B, 4, h, w), and
-    timesteps, (B,); or that part of it."""
-    rows, g = pick(latents, seed, name, n, batch, part), rng(seed, name, "noise", n)
+    """Batch n of one term, of the crops `rows`: latents sampled from the VAE's Gaussian and noise,
+    (B, 4, h, w), and timesteps, (B,); or that part of it."""
+    g = rng(seed, name, "noise", n)
     shape = (batch, *latents.mean.shape[1:])
     x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)[part]
     eps = torch.randn(shape, generator=g)[part]
@@ -110,6 +123,8 @@ class Batches:
     # For each term (P, k): by photograph, the numbers of the prompts it can come under. Empty where
     # each term has one prompt.
     prompts: tuple[Tensor, ...] = ()
+    # For each term (P,): by photograph, which subject it shows. Empty where there is one subject.
+    shown: tuple[Tensor, ...] = ()
     share: tuple[int, int] = (0, 1)  # (i, n): of n equal parts of a batch the one drawn here
 
     def draw(self, n: int) -> list[Tensor]:
@@ -128,14 +143,36 @@ class Batches:
         i, n = self.share
         return slice(i * self.size // n, (i + 1) * self.size // n)
 
+    def rows(self, latents: Latents, name: str, n: int) -> Tensor:
+        """The crops of batch n: (B,), or this part of it."""
+        if name == "class" and self.shown:
+            return torch.stack([self.partner(k) for k in self.numbers(n)])
+        return pick(latents, self.seed, name, n, self.size, self.part)
+
+    def partner(self, k: int) -> Tensor:
+        """The class image beside photograph k: of the same subject, whose own class images each
+        come once before one of them comes again."""
+        of_photo, of_class = self.shown
+        epoch, i = divmod(k, len(of_photo))
+        order = of_photo[in_order(self.seed, "instance", epoch, len(of_photo))]  # (P,)
+        subject = order[i]
+        before = epoch * (order == subject).sum() + (order[:i] == subject).sum()
+        own = (of_class == subject).nonzero().flatten()
+        epoch, i = divmod(int(before), len(own))
+        photo = own[in_order(self.seed, "class", epoch, len(own))[i]]
+        return crop_of(self.prior, photo, self.seed, "class", k)
+
+    def numbers(self, n: int) -> range:
+        return range(n * self.size, (n + 1) * self.size)[self.part]
+
     def draw_prompts(self, latents: Latents, prompts: Tensor, name: str, n: int) -> Tensor:
         """(B,): for each picture of the batch one at random of its photograph's prompts."""
-        rows = pick(latents, self.seed, name, n, self.size, self.part)
+        rows = self.rows(latents, name, n)
         choice = prompts[latents.photo[rows]]  # (B, k)
         g = rng(self.seed, name, "prompt", n)
         which = torch.randint(choice.shape[1], (self.size, 1), generator=g)[self.part]
         return choice.gather(1, which)[:, 0]
 
     def draw_term(self, latents: Latents, name: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        where = self.device, self.part
-        return draw_batch(latents, self.T, self.seed, name, n, self.size, *where)
+        rows, where = self.rows(latents, name, n), (self.device, self.part)
+        return draw_batch(latents, rows, self.T, self.seed, name, n, self.size, *where)

@@ -82,6 +82,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def share() -> tuple[int, int]:
+    """(rank, count): which of how many equal parts of a batch is this one's."""
+    return rank(), count()
+
+
 def own(device: torch.device) -> torch.device:
     """The device of this rank. Raises UserError where there are more ranks than GPUs."""
     if count() == 1 or device.type == "cpu":

@@ -226,7 +226,7 @@ def what_next(run: Path, config: TrainConfig) -> str:
         merged = f"--model {config.model} --merge_lora {run}"
     if config.trains_word:
         what, draw = "a word", f"--model {config.model} --embedding {run}"
-    draw += f' --prompt "{config.instance_prompt} in the snow"'
+    draw += f' --prompt "{config.subjects[0].instance_prompt} in the snow"'
     if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
         draw += f" --guidance_scale {config.validation_guidance_scale:g}"
     lines = f"done: {run} is {what}\n  draw:     python -m minibooth.sample {draw}"
@@ -241,7 +241,9 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     """README.md of a result or, after fewer steps, a snapshot: base model, licence, settings."""
     prior = "no prior preservation"
     if config.uses_prior:
-        prior = f"prior preservation of `{config.class_prompt}` (λ = {config.prior_loss_weight})"
+        classes = ", ".join(f"`{s.class_prompt}`" for s in config.subjects)
+        prior = f"prior preservation of {classes} (λ = {config.prior_loss_weight})"
+    names = ", ".join(s.instance_prompt for s in config.subjects)
     picture = "\n![before and after](before_after.png)\n"
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
@@ -253,13 +255,13 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     return f"""---
 license: {sd.licence or "unknown"}
 base_model: {json.dumps(sd.source or "unknown")}
-instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}
+instance_prompt: {json.dumps(names, ensure_ascii=False)}
 tags: [text-to-image, stable-diffusion, dreambooth]
 ---
 
-# {config.instance_prompt}
+# {names}
 
-`{sd.source}` fine-tuned with {how} by minibooth on photographs of `{config.instance_prompt}`,
+`{sd.source}` fine-tuned with {how} by minibooth on photographs of `{names}`,
 with {prior}. {steps} steps, learning rate
 {config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.

@@ -28,7 +28,7 @@ from .settings import TrainConfig
 
 # Temporary names: of a snapshot, of a state, and files.atomic's with the number of its process.
 LEFTOVER = re.compile(r"\.(checkpoint-\d+|step-\d{8}|.+\.\d+)\.tmp")
-HASHED = ("model", "photographs", "class images")  # kept as hashes, which tell a reader nothing
+UNTOLD = ("model", "photographs", "class images", "prompts")  # hashes, and what is long
 
 
 @ranks.by_first
@@ -203,7 +203,7 @@ def remember(folder: Path, settings: dict) -> None:
 def changes(before: dict, now: dict) -> str:
     """What is another than before, in words; empty if nothing is."""
     return "; ".join(
-        f"the {key} changed" if key in HASHED else f"{key} was {before.get(key)!r} and is {value!r}"
+        f"the {key} changed" if key in UNTOLD else f"{key} was {before.get(key)!r} and is {value!r}"
         for key, value in now.items()
         if before.get(key) != value
     )

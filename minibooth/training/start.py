@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops, pipeline, schedule
 from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space, write_json
 from ..pipeline import StableDiffusion
-from . import memory, methods, photos, ranks, report, resume, settle, snapshots
+from . import memory, methods, photos, ranks, report, resume, settle, snapshots, subjects
 from .optimizer import Precision, bitsandbytes
 from .photos import Photos
 from .resume import State
@@ -31,6 +31,8 @@ class Run:
     device: torch.device
     resolution: int  # side of the training pictures in pixels
     photos: Photos
+    shown: Tensor  # (P,): which of the subjects each photograph shows
+    captions: list[str | None]  # of each photograph
     precision: Precision
     saved: State | None  # where an earlier run of the same settings stopped
     identity: dict  # what must be the same when a run goes on, but for the class images
@@ -61,10 +63,11 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
             "--optimizer_in_backward updates a weight before its gradient has been averaged over "
             "the ranks: leave it out, or train on one rank"
         )
-    photos.image_files(config.instance_data_dir)
+    for subject in config.subjects:
+        photos.image_files(subject.instance_data_dir)
+        if subject.class_data_dir and Path(subject.class_data_dir).is_file():
+            raise UserError(f"--class_data_dir {subject.class_data_dir} is a file: give a folder")
     cli.check_folder("--output_dir", config.output_dir)
-    if config.class_data_dir and Path(config.class_data_dir).is_file():
-        raise UserError(f"--class_data_dir {config.class_data_dir} is a file: give a folder")
     return device
 
 
@@ -129,7 +132,13 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
     folder = Path(config.output_dir)
     resolution = config.resolution or sd.image_size
     check_model(sd, resolution, (config.class_steps, config.validation_inference_steps))
-    pictures = photos.load_photos(config.instance_data_dir, resolution, config.center_crop)
+    found = [photos.image_files(subject.instance_data_dir) for subject in config.subjects]
+    shown = [i for i, files in enumerate(found) for _ in files]
+    files = [file for files in found for file in files]
+    pictures = photos.load_photos(files, resolution, config.center_crop)
+    captions = subjects.captions(files, config.caption_extension)
+    if config.trains_word:
+        subjects.require_word(files, captions, config.placeholder_token)
     saved = resume.load(folder) if config.resume_from_checkpoint else None
     if config.resume_from_checkpoint and saved is None:
         print(f"no state in {folder} yet: starting at the first step")
@@ -142,6 +151,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
             "be thrown away together: give --mixed_precision bf16 or no"
         )
     identity = resume.identify(config, sd, pictures, resolution, precision.name, device)
+    identity["prompts"] = subjects.identity(config.subjects, shown, captions)
     if saved is not None:
         resume.check(folder, saved.identity, identity)
         if saved.step > config.max_train_steps:
@@ -152,7 +162,18 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
     memory.require(sd, config, device)
     trained = methods.to_train(sd, config)
     return Run(
-        config, sd, folder, device, resolution, pictures, precision, saved, identity, trained
+        config,
+        sd,
+        folder,
+        device,
+        resolution,
+        pictures,
+        torch.tensor(shown),
+        captions,
+        precision,
+        saved,
+        identity,
+        trained,
     )
 
 
@@ -234,8 +255,11 @@ def announce(run: Run) -> None:
     need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)
     require_space(folder, max(0, need - folder_size(folder, "*.safetensors")))
     tokenizer = run.sd.tokenizer
-    noun = None if config.trains_word else config.class_prompt  # the word stands alone
-    print(report.describe_prompts(tokenizer, config.instance_prompt, noun))
+    for subject in config.subjects:
+        noun = None if config.trains_word else subject.class_prompt  # the word stands alone
+        print(report.describe_prompts(tokenizer, subject.instance_prompt, noun))
+    if line := subjects.about_captions(run.photos.files, run.captions, config.caption_extension):
+        print(line)
     if config.trains_word:
         print("Textual Inversion changes no weight, so no class can drift: there is no prior term")
     print(
