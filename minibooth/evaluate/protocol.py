@@ -342,6 +342,8 @@ def training_settings(config: DatasetConfig, method: str) -> dict:
         "num_validation_images": 0,
         "validation_prompt": (),
         "checkpoints_total_limit": 1,
+        "concepts_list": None,
+        "caption_extension": None,
         "config": None,
     }
     if method == "dreambooth" and not shared.uses_prior:
