@@ -7,6 +7,7 @@ only the missing ones are drawn, none is overwritten, and one folder serves many
 import hashlib
 import json
 import re
+import zlib
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def of_subject(
         seed=config.seed,
         resolution=resolution,
         batch_size=config.sample_batch_size,
+        begin=zlib.crc32(config.output_dir.encode()),
     )
 
 
@@ -63,10 +65,12 @@ def ensure(
     seed: int,
     resolution: int,
     batch_size: int,
+    begin: int = 0,
 ) -> list[Path]:
     """The class images of these settings: the user's own in `folder`, all of them, and as many
     drawn ones as bring the number to `count`. Image i is drawn from seed + i. Each rank draws its
-    share; raises UserError where it does not see the others'.
+    share; raises UserError where it does not see the others'. Runs that draw into one folder at the
+    same time, and `begin` with another one of the missing batches, share the work.
     """
     try:
         own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
@@ -86,6 +90,8 @@ def ensure(
     # Whole batches, always the same ones: their rounding is that of an uninterrupted run.
     starts = ranks.mine(range(0, len(wanted), batch_size))
     todo = [i for i in starts if not all(path.exists() for path in wanted[i : i + batch_size])]
+    first = begin % max(1, len(todo))
+    todo = todo[first:] + todo[:first]
     if own:
         print(f"class images: {len(own)} of your own in {folder}, {len(wanted)} drawn")
     info = PngImagePlugin.PngInfo()
@@ -94,6 +100,9 @@ def ensure(
     with tqdm(total=len(todo) * steps, desc="class images", unit="step", disable=not todo) as bar:
         for first in todo:
             paths = wanted[first : first + batch_size]
+            if all(path.exists() for path in paths):  # by now
+                bar.update(steps)
+                continue
             images = sd.generate(
                 [prompt] * len(paths),
                 steps=steps,

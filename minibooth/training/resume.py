@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,8 +211,11 @@ def changes(before: dict, now: dict) -> str:
     )
 
 
-def remove_leftovers(run: Path) -> None:
-    """Remove what a run that was killed in the middle of saving left half-written."""
+def remove_leftovers(run: Path, older: float = 0.0) -> None:
+    """Remove what a run that was killed in the middle of saving left half-written, so many seconds
+    ago or more: where several programs write, one may be writing now."""
     for path in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
         if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with suppress(FileNotFoundError):  # it was finished, or another program removed it
+                if time.time() - path.stat().st_mtime >= older:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
