@@ -272,7 +272,7 @@ def test_shares_of_the_trainings_make_up_the_whole(
     assert status == 0 and "snail (snail), without_prior: another process is at it" in out + err
     assert len(asked) == 3 and "3 of 4 trainings" in out
     status, out, err = run(monkeypatch, capsys, *given, "--shard", "1/1")
-    assert status == 0 and len(asked) == 4 and "trainings" not in out
+    assert status == 0 and len(asked) == 4 and "are finished" not in out
     expected = {f for f in runs.files(whole[0]) if "noun/" not in f}
     assert runs.files(folder) == expected
     for name in sorted(expected - {"tables.md", "subjects.csv"}):
