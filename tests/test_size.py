@@ -23,7 +23,7 @@ ORDER = [
 INSIDE = {  # the same within a room
     "common": ["errors", "files", "cli"],
     "formats": [
-        *("tensor_files", "configs", "hub", "ldm", "vocabulary", "checkpoint", "adapters"),
+        *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
     ],
     "training": [
         *("ranks", "photos", "subjects", "settings", "class_images", "data", "optimizer"),
