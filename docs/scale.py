@@ -131,24 +131,34 @@ def ratio(what: str, above: list[float], below: list[float]) -> None:
 
 # ---- on paper -----------------------------------------------------------------------------------
 
+# What a card does of the operations that the step is made of, TFLOP/s, and GB/s of its memory.
+CARDS = {"a card of 50 TFLOP/s": (50, 900), "a card of 150 TFLOP/s": (150, 1500)}
+LINKS = (10, 25, 200)  # GB/s out of a rank, and as many into it
+ADAMW = 28  # bytes: weight, gradient and two averages are read, all but the gradient written
+
 
 def paper() -> None:
-    """Of SD 1.5's UNet at 512²: bytes of gradients, and operations of the step that hides them."""
+    """Of SD 1.5's UNet at 512², batches of `batch` photographs and as many class images: how many
+    times one card's samples n cards do, if the backward pass hides what is sent or waits for it."""
     unet = models.model("SD 1.5", torch.device("meta")).unet
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         x = torch.empty(1, 4, 64, 64, device="meta")
         unet(x, torch.empty(1, device="meta"), torch.empty(1, 77, 768, device="meta"))
-    forward = counter.get_total_flops() / 1e12
-    gradients = 4 * sum(p.numel() for p in unet.parameters()) / 1e9
-    print(f"gradients {gradients:.2f} GB, forward {forward:.2f} TFLOP a sample")
-    for n in (2, 4, 8):
-        sent = 2 * (n - 1) / n * gradients
-        row = [f"{n} ranks: {sent:.2f} GB a rank and step; hidden from"]
-        for speed in (20, 50, 100, 200):
-            for batch in (1, 4):
-                backward = 2 * forward * 2 * batch / speed  # s: photographs and class images
-                row.append(f"{sent / backward:.0f} GB/s ({speed} TFLOP/s, batch {batch})")
-        print(", ".join(row))
+    forward, weights = counter.get_total_flops(), sum(p.numel() for p in unet.parameters())
+    print(f"gradients {4 * weights / 1e9:.2f} GB, forward {forward / 1e12:.2f} TFLOP a sample")
+    for card, (speed, memory) in CARDS.items():
+        for batch in (1, 4):
+            predict = 2 * batch * forward / (speed * 1e12)  # s
+            backward, update = 2 * predict, ADAMW * weights / (memory * 1e9)
+            alone = predict + backward + update
+            print(f"{card}, batch {batch}: forward {predict:.3f} s, update {update:.3f} s")
+            for n in (2, 4, 8):
+                sent = 2 * (n - 1) / n * 4 * weights / 1e9  # GB, of a ring
+                row = f"  {n} cards: {sent:.2f} GB, hidden from {sent / backward:.0f} GB/s;"
+                for link in LINKS:
+                    step = predict + max(backward, sent / link) + update
+                    row += f" {link} GB/s: {n * alone / step:.1f}"
+                print(row)
 
 
 if __name__ == "__main__":

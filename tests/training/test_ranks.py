@@ -1,7 +1,9 @@
 """n ranks are one rank with n times the batch: same draws, pictures and files, and same weights."""
 
+import random
 import re
 import signal
+import time
 from dataclasses import replace
 
 import child
@@ -217,6 +219,53 @@ def test_a_rank_that_dies_ends_the_run_and_what_is_saved_is_whole(dies, tmp_path
     on_two(tmp_path / "whole", **changes)
     name = NETWORKS["unet"]
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_either_rank_killed_at_random_moments_leaves_whole_files_and_equal_weights(tmp_path):
+    """Twenty times, in runs that go on until they are done."""
+    changes = {"max_train_steps": 12, "checkpointing_steps": 2, "num_validation_images": 1}
+    changes |= {"train_text_encoder": True, "resume_from_checkpoint": "latest"}
+    dice, kills, runs_done, stages = random.Random(0), [0, 0], 0, set()
+    child.start(["--help"], None, tmp_path / "help").join()  # starting the server takes longest
+    began = time.monotonic()
+    status, said = on_two(tmp_path / "whole", **changes)
+    duration = time.monotonic() - began
+    assert status == [0, 0], said
+    whole = files_of(tmp_path / "whole")
+    while sum(kills) < 20:
+        folder = tmp_path / f"killed-{runs_done}"
+        arguments = runs.arguments(settings(folder, **changes))
+        while True:
+            store, processes = start(arguments, tmp_path / "log")
+            which = dice.randrange(2)
+            processes[which].join(dice.uniform(0.1, 0.9) * duration)
+            if processes[which].exitcode is None:
+                processes[which].kill()
+                kills[which] += 1
+            for process in processes:
+                process.join(120)
+            codes = [process.exitcode for process in processes]
+            if codes == [0, 0]:
+                break
+            assert codes[which] == -signal.SIGKILL and codes[1 - which] in (0, 2), codes
+            if codes[1 - which] == 2:
+                said = (tmp_path / f"log.{1 - which}").read_text()
+                assert "another rank of this run is gone" in last_line(said), said
+            stages.add(len(list(folder.glob("checkpoint-*"))))
+            del store
+        assert files_of(folder) == whole
+        runs_done += 1
+    print(f"{kills} kills in {runs_done} runs, after {sorted(stages)} snapshots")
+    assert min(kills) > 0
+
+
+def files_of(folder):
+    """All files of a run and their bytes, but for where it was."""
+    name = str(folder).encode()
+    found = {f: (folder / f).read_bytes().replace(name, b"") for f in runs.files(folder)}
+    text = found.pop("config.json")
+    return found | {"config.json": text.replace(b"/class_images", b"")}
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_told_how_many_there_are(monkeypatch):
