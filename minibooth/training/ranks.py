@@ -38,7 +38,7 @@ def joined() -> Iterator[None]:
     An error is raised on the rank that it befalls; the others leave with exit status 2, silently.
     Raises UserError where another rank is gone, or the ranks do not find each other.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         yield
         return
     try:
@@ -67,7 +67,7 @@ def silence() -> Iterator[None]:
         yield
 
 
-def fails_first(store: dist.Store) -> bool:
+def fails_first(store: "dist.Store") -> bool:
     """Whether no other rank has failed: what follows from the first failure is not worth a word."""
     with suppress(RuntimeError):  # torchrun, which keeps the store, is gone, too
         return store.add("failed", 1) == 1
@@ -75,11 +75,11 @@ def fails_first(store: dist.Store) -> bool:
 
 
 def count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if count() > 1 else 0
 
 
 def share() -> tuple[int, int]:
@@ -95,7 +95,7 @@ def own(device: torch.device) -> torch.device:
         raise UserError("several ranks want --device cuda, a GPU for each, or --device cpu")
     number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= gpus:
-        raise UserError(f"a rank wants a GPU of its own, and here are {gpus}: --nproc_per_node")
+        raise UserError(f"there are {gpus} GPUs, for one rank each: give --nproc_per_node {gpus}")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

@@ -18,6 +18,7 @@ from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
 from . import ranks
 from .settings import TrainConfig
+from .subjects import Subject
 
 # Words of a prompt that neither name the subject nor its class.
 FILLER = {"a", "an", "the", "photo", "picture", "image", "portrait", "of", "my", "one"}
@@ -75,6 +76,18 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
                 stacklevel=2,
             )
     return "identifier: " + ", ".join(lines)
+
+
+def check_captions(subjects: list[Subject], shown: list[int], captions: list[str | None]) -> None:
+    """Warns of captions without a word of their subject's own; `shown` is each photograph's."""
+    names = [set(identifiers(s.instance_prompt, s.class_prompt)) for s in subjects]
+    bare = [c for c, i in zip(captions, shown, strict=True) if c and not names[i] & set(words(c))]
+    if bare:
+        warnings.warn(
+            f"{len(bare)} captions do not name their subject, as {bare[0]!r}: it is learned under "
+            "the rest of their words",
+            stacklevel=2,
+        )
 
 
 # ---- on the way --------------------------------------------------------------------------------

@@ -88,7 +88,9 @@ class TrainConfig:
         False, "train the text encoder too: helps faces, needs memory"
     )
     text_encoder_learning_rate: float = option(2e-6, "of the text encoder, where it is trained")
-    train_batch_size: int = option(1, "photographs per step; as many class images come beside them")
+    train_batch_size: int = option(
+        1, "photographs per step, of each rank; as many class images come beside them"
+    )
     gradient_accumulation_steps: int = option(1, "batches per update")
     gradient_checkpointing: bool = option(False, "less memory, a third more to compute")
     use_8bit_adam: bool = option(

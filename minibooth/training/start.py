@@ -258,6 +258,7 @@ def announce(run: Run) -> None:
     for subject in config.subjects:
         noun = None if config.trains_word else subject.class_prompt  # the word stands alone
         print(report.describe_prompts(tokenizer, subject.instance_prompt, noun))
+    report.check_captions(config.subjects, run.shown.tolist(), run.captions)
     if line := subjects.about_captions(run.photos.files, run.captions, config.caption_extension):
         print(line)
     if config.trains_word:

@@ -8,7 +8,7 @@ import runs
 import torch
 
 from minibooth import UserError, dreambooth, train
-from minibooth.training import data, subjects
+from minibooth.training import data, report, subjects
 from minibooth.training.settings import TrainConfig
 
 # ---- what is read -------------------------------------------------------------------------------
@@ -106,6 +106,13 @@ def test_one_subject_is_drawn_as_ever():
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
+
+
+def test_captions_that_do_not_name_the_subject_are_warned_of():
+    one = [subjects.Subject("d", "a sks dog", "a dog"), subjects.Subject("c", "a zwx cat", "a cat")]
+    said = ["A SKS dog, asleep", None, "a zwx cat.", "my dog", "a sks cat"]
+    with pytest.warns(UserWarning, match="2 captions do not name their subject, as 'my dog'"):
+        report.check_captions(one, [0, 0, 1, 0, 1], said)
 
 
 @pytest.fixture
