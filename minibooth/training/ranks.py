@@ -38,7 +38,7 @@ def joined() -> Iterator[None]:
     An error is raised on the rank that it befalls; the others leave with exit status 2, silently.
     Raises UserError where another rank is gone, or the ranks do not find each other.
     """
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     try:
@@ -95,7 +95,7 @@ def own(device: torch.device) -> torch.device:
         raise UserError("several ranks want --device cuda, a GPU for each, or --device cpu")
     number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= gpus:
-        raise UserError(f"there are {gpus} GPUs, for one rank each: give --nproc_per_node {gpus}")
+        raise UserError(f"GPUs here: {gpus}, for one rank each: give --nproc_per_node {gpus}")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

@@ -275,7 +275,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_how_many_there_are(monkeypatch)
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="there are 1 GPUs, for one rank each"):
+    with pytest.raises(UserError, match="GPUs here: 1, for one rank each"):
         ranks.own(torch.device("cuda"))
     with pytest.raises(UserError, match="want --device cuda, a GPU for each"):
         ranks.own(torch.device("cuda:0"))
