@@ -25,18 +25,24 @@ from .subjects import Subject
 GENERATED = re.compile(r"[0-9a-f]{12}-\d{5}\.png")
 
 
-def of_run(sd: StableDiffusion, config: TrainConfig, resolution: int) -> tuple[list[Path], Tensor]:
-    """The class images of all subjects of a run, and which subject's each one is: (M,)."""
+def of_run(
+    sd: StableDiffusion, config: TrainConfig, resolution: int, fingerprint: str
+) -> tuple[list[Path], Tensor]:
+    """As `ensure`, of all subjects of a run; and which subject's each class image is: (M,)."""
     found = [
         (i, file)
         for i, subject in enumerate(config.subjects)
-        for file in of_subject(sd, config, subject, resolution)
+        for file in of_subject(sd, config, subject, resolution, fingerprint)
     ]
     return [file for _, file in found], torch.tensor([i for i, _ in found])
 
 
 def of_subject(
-    sd: StableDiffusion, config: TrainConfig, subject: Subject, resolution: int
+    sd: StableDiffusion,
+    config: TrainConfig,
+    subject: Subject,
+    resolution: int,
+    fingerprint: str,
 ) -> list[Path]:
     return ensure(
         sd,
@@ -49,6 +55,7 @@ def of_subject(
         seed=config.seed,
         resolution=resolution,
         batch_size=config.sample_batch_size,
+        fingerprint=fingerprint,
         begin=zlib.crc32(config.output_dir.encode()),
     )
 
@@ -65,19 +72,23 @@ def ensure(
     seed: int,
     resolution: int,
     batch_size: int,
+    fingerprint: str | None = None,
     begin: int = 0,
 ) -> list[Path]:
     """The class images of these settings: the user's own in `folder`, all of them, and as many
-    drawn ones as bring the number to `count`. Image i is drawn from seed + i. Each rank draws its
-    share; raises UserError where it does not see the others'. Runs that draw into one folder at the
-    same time, and `begin` with another one of the missing batches, share the work.
+    drawn ones as bring the number to `count`. Image i is drawn from seed + i. `fingerprint`: the
+    model's, where its weights have been rounded since.
+
+    Each rank draws its share; raises UserError where it does not see the others'. Runs that draw
+    into one folder at the same time, and `begin` with another one of the missing batches, share the
+    work.
     """
     try:
         own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
     except UserError:  # not there yet, or nothing in it
         own = []
     settings = {
-        "model": sd.fingerprint(),
+        "model": fingerprint or sd.fingerprint(),
         "prompt": prompt,
         "sampler": sampler,
         "steps": steps,

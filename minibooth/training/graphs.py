@@ -124,9 +124,10 @@ def capturable(device: torch.device) -> bool:
 
 
 @contextmanager
-def captured_unet(unet: UNet) -> Iterator[None]:
-    """Within it, sampling on a GPU replays a CUDA graph of the UNet. Elsewhere nothing changes."""
-    if not capturable(unet.conv_in.weight.device):
+def captured_unet(unet: UNet, wanted: bool = True) -> Iterator[None]:
+    """Within it, sampling on a GPU replays a CUDA graph of the UNet, if `wanted`. Elsewhere nothing
+    changes."""
+    if not wanted or not capturable(unet.conv_in.weight.device):
         yield
         return
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()

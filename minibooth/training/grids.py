@@ -1,7 +1,6 @@
 """What the model draws for fixed prompts and seeds: before, on the way and after."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +55,7 @@ class Grids:
         batches = ranks.mine(self.batches(sd))
         bar = tqdm(total=len(batches) * self.steps, desc="samples", unit="step", leave=False)
         text = memory.visiting([net for net in idle if net is not sd.vae], sd.device)
-        graph = graphs.captured_unet(sd.unet) if self.captured else nullcontext()
+        graph = graphs.captured_unet(sd.unet, wanted=self.captured)
         with bar, text, graph, precision.autocast():
             latents = [self.draw_latents(sd, *batch, bar.update) for batch in batches]
         with memory.visiting([sd.vae], sd.device), torch.no_grad():

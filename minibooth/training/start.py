@@ -35,6 +35,7 @@ class Run:
     captions: list[str | None]  # of each photograph
     precision: Precision
     saved: State | None  # where an earlier run of the same settings stopped
+    fingerprint: str  # of the model
     identity: dict  # what must be the same when a run goes on, but for the class images
     trained: dict[str, nn.Module]  # by network: itself, its adapters, or a word for it
 
@@ -150,7 +151,8 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
             "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
             "be thrown away together: give --mixed_precision bf16 or no"
         )
-    identity = resume.identify(config, sd, pictures, resolution, precision.name, device)
+    fingerprint = sd.fingerprint()
+    identity = resume.identify(config, fingerprint, pictures, resolution, precision.name, device)
     identity["prompts"] = subjects.identity(config.subjects, shown, captions)
     if saved is not None:
         resume.check(folder, saved.identity, identity)
@@ -159,7 +161,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
                 f"{folder} is already at step {saved.step}: give --max_train_steps {saved.step} "
                 "or more"
             )
-    memory.require(sd, config, device)
+    memory.require(sd, config, device, half=precision.dtype is not None)
     trained = methods.to_train(sd, config)
     return Run(
         config,
@@ -172,6 +174,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
         captions,
         precision,
         saved,
+        fingerprint,
         identity,
         trained,
     )

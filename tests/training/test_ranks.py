@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from minibooth import UserError, train
-from minibooth.training import data, ranks, report
+from minibooth.bench import models
+from minibooth.training import data, memory, ranks, report
+from minibooth.training.settings import TrainConfig
 
 # ---- several processes --------------------------------------------------------------------------
 
@@ -269,6 +271,19 @@ def files_of(folder):
     found = {f: (folder / f).read_bytes().replace(name, b"") for f in runs.files(folder)}
     text = found.pop("config.json")
     return found | {"config.json": text.replace(b"/class_images", b"")}
+
+
+def test_several_ranks_keep_gradients_all_the_time_and_no_graph(monkeypatch):
+    sd, config = models.model("SD 1.5", torch.device("meta")), TrainConfig()
+    one = memory.parts(sd, config, 64 * 64, half=True)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    two = memory.parts(sd, config, 64 * 64, half=True)
+    assert two["step"] == two["activations"] + two["gradients"] > one["step"]
+    assert two["graph"] == two["gradients"] < one["graph"]
+    assert memory.phases(sd, config, 64 * 64, half=True)["training"][1] == max(
+        two["step"], two["gradients"] + two["pictures"]
+    )
+    assert not memory.possible(memory.MODES[-1], config, "bf16", resumed=False)
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_told_how_many_there_are(monkeypatch):
