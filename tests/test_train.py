@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 
 import diffusers
@@ -670,18 +671,28 @@ def contains(path, picture):
 
 def test_the_card_and_the_settings_tell_where_the_result_comes_from(run):
     folder, _, _ = run
-    base = str(peers.model()[0])
+    base = peers.model()[0]
     for card, steps in ((folder, 5), (folder / "checkpoint-4", 4)):
         text = (card / "README.md").read_text()
         head, body = text.split("---\n")[1:]
-        assert "license: unknown" in head and f'base_model: "{base}"' in head
+        assert "license: unknown" in head and "base_model" not in head  # which the hub would refuse
         assert 'instance_prompt: "a sks dog"' in head
+        assert f"\n`{base.name}` fine-tuned" in body
         assert "`a dog`" in body and "0.5" in body and f"{steps} steps" in body
         assert ("before_after.png" in body) == (card == folder)
     settings = json.loads((folder / "config.json").read_text())
-    assert settings["model"] == base and settings["prior_loss_weight"] == 0.5
+    assert settings["model"] == os.path.relpath(base, folder)
+    assert settings["prior_loss_weight"] == 0.5
     fields = set(train.TrainConfig.__dataclass_fields__) - {"config"}
     assert set(settings) == fields
+
+
+def test_the_card_links_to_a_base_model_on_the_hub(tmp_path):
+    sd = runs.model()
+    sd.source = "someone/some-model"
+    train.train(runs.config(tmp_path / "out", max_train_steps=1), sd)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "\nbase_model: someone/some-model\n" in text and "\n`someone/some-model` fine-" in text
 
 
 def test_the_licence_of_the_base_model_goes_with_the_result(tmp_path):

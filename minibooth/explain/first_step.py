@@ -47,7 +47,7 @@ def explain(
             on_step=bar.update,
         )
     about = {
-        "model": f"{config.model or sd.source}, {run.device}, precision {run.precision.name}",
+        "model": f"{sd.source}, {run.device}, precision {run.precision.name}",
         "prompts": " and ".join(f"“{prompt}”" for prompt in config.prompts),
         "batch": f"{len(instance.t)} of {len(run.photos)} crops of "
         f"{len(run.photos.files)} photographs, seed {config.seed}",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import lora
 from ..common.errors import UserError
+from . import hub
 from .tensor_files import read_tensors, write_safetensors
 
 DIFFUSERS_LORA, DIFFUSERS_EMBEDDING = (
@@ -130,6 +131,12 @@ def file_and_strength(given: str) -> tuple[str, float]:
     if not math.isfinite(value):
         raise UserError(f"{given}: {strength!r} is no strength; give FILE or FILE:NUMBER")
     return file, value
+
+
+def public_name(given: str) -> str:
+    """FILE or FILE:STRENGTH without the folder that the file is in."""
+    file, strength = file_and_strength(given)
+    return hub.public_name(file) + (f":{strength:g}" if strength != 1 else "")
 
 
 def merge_files(networks: dict[str, nn.Module], given: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
-from ..common.files import write_json
+from ..common.files import portable, write_json
 from ..formats.tensor_files import read_tensors, write_safetensors
 from ..pipeline import StableDiffusion
 from . import memory, report
@@ -173,6 +173,9 @@ def remember(folder: Path, settings: dict) -> None:
     """Write settings.json into a folder of results. Raises UserError if it holds others': what is
     found there is not done again, so it must be what would be done now."""
     path = folder / "settings.json"
+    for name, value in settings.items():
+        if isinstance(value, str) and os.path.isabs(value):
+            settings = settings | {name: portable(value, folder)}
     settings = json.loads(json.dumps(settings))  # tuples as the lists that they are in the file
     if not path.exists():
         return write_json(path, settings)
