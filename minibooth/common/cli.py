@@ -109,7 +109,7 @@ def read_config(path: Path, cls) -> dict:
     places = {field.name for field in dataclasses.fields(cls) if field.metadata["place"]}
     for key, value in settings.items():
         if key not in hints:
-            raise UserError(f"{path} has a setting that does not exist: {key}")
+            raise UserError(f"{path} has a setting that does not exist: {key:.80}")
         if isinstance(value, list):
             settings[key] = value = tuple(value)
         kind = hints[key]
@@ -120,7 +120,7 @@ def read_config(path: Path, cls) -> dict:
         wrong = isinstance(value, tuple) and not all(isinstance(v, str) for v in value)
         wrong |= not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
         if wrong:
-            raise UserError(f"{path}: {key} = {value!r} has the wrong type")
+            raise UserError(f"{path}: {key} = {value!r:.80} has the wrong type")
         if key in places and value is not None:
             settings[key] = from_portable(value, path.parent)
     return settings

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
-from ..common.files import portable, write_json
+from ..common.files import portable, read_text, write_json
 from ..formats.tensor_files import read_tensors, write_safetensors
 from ..pipeline import StableDiffusion
 from . import memory, report
@@ -99,7 +99,7 @@ def load(run: Path) -> State | None:
     all are damaged."""
     for folder in steps(run):
         try:
-            identity = json.loads((folder / "identity.json").read_text("utf-8"))
+            identity = json.loads(read_text(folder / "identity.json"))
             identity = {"method": "dreambooth"} | identity  # the only one there was at first
             tensors, _ = read_tensors(folder / "state.safetensors")
             return State(int(folder.name.removeprefix("step-")), tensors, identity)
@@ -180,7 +180,7 @@ def remember(folder: Path, settings: dict) -> None:
     if not path.exists():
         return write_json(path, settings)
     try:
-        before = dict(json.loads(path.read_text("utf-8")))
+        before = dict(json.loads(read_text(path)))
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged ({e}): give another --output_dir") from None
     if different := changes(before, settings):
