@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 
 import diffusers
 import peers
@@ -702,6 +703,28 @@ def test_the_licence_of_the_base_model_goes_with_the_result(tmp_path):
     assert "license: creativeml-openrail-m" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "LICENSE").read_text() == "Section I: PREAMBLE"
     assert load(tmp_path / "out").licence == "creativeml-openrail-m"
+
+
+def test_photographs_that_change_on_disk_during_a_run_change_nothing(tmp_path):
+    """One is replaced, one cut off, one removed: the run has read them all."""
+    folder, own = tmp_path / "photographs", tmp_path / "own"
+    shutil.copytree(runs.photographs(), folder)
+    shutil.copytree(runs.photographs(), own)
+    settings = {"instance_data_dir": str(folder), "class_data_dir": str(own), "max_train_steps": 2}
+    whole = train.train(runs.config(tmp_path / "a", **settings), runs.model())
+
+    def change(step, _):
+        for place in (folder, own):
+            shutil.copy(place / "1.png", place / "0.png")
+            (place / "1.png").write_bytes((place / "1.png").read_bytes()[:50])
+            (place / "2.png").unlink(missing_ok=True)
+
+    changed = train.train(runs.config(tmp_path / "b", **settings), runs.model(), on_step=change)
+    states = (runs.flat(sd.unet.state_dict()) for sd in (whole, changed))
+    assert torch.equal(*states)
+    again = runs.config(tmp_path / "b", **settings | {"resume_from_checkpoint": "latest"})
+    with pytest.raises(UserError, match=r"0\.png cannot be read"):
+        train.train(again, runs.model())
 
 
 def test_without_sample_grids_no_picture_is_drawn(tmp_path, monkeypatch):
