@@ -10,7 +10,7 @@ import pytest
 import runs
 from PIL import Image
 
-from minibooth import convert, load, sample, train
+from minibooth import UserError, convert, load, sample, train
 from minibooth.common import cli
 from minibooth.common.files import from_portable, portable
 from minibooth.explain import __main__ as explain
@@ -149,8 +149,12 @@ def test_results_remember_their_settings_without_naming_places(home):
     settings = {"model": str(home / "models" / "base"), "prompt": "a dog", "steps": 3}
     resume.remember(home / "work" / "results", settings)
     text = (home / "work" / "results" / "settings.json").read_text()
-    assert json.loads(text) == {"model": "../../models/base", "prompt": "a dog", "steps": 3}
-    resume.remember(home / "work" / "results", settings)  # the same
+    assert re.fullmatch(r"base \([0-9a-f]{8}\)", json.loads(text)["model"])
+    assert json.loads(text) | {"model": ""} == {"model": "", "prompt": "a dog", "steps": 3}
+    shutil.move(home / "work" / "results", home / "moved")
+    resume.remember(home / "moved", settings)  # the same
+    with pytest.raises(UserError, match="the model changed"):
+        resume.remember(home / "moved", settings | {"model": str(home / "photos" / "base")})
 
 
 def test_the_repository_names_no_folder_of_who_wrote_it():
