@@ -121,14 +121,8 @@ def make_optimizer(run: Run) -> Update:
     optimizer.make_trainable(run.trained.values(), run.device)
     methods.freeze(run.sd, run.trained, run.precision.dtype)
     rates = methods.rates(config)
-    return optimizer.adamw(
-        [(rates[name], list(network.parameters())) for name, network in run.trained.items()],
-        config.adam_weight_decay,
-        config.max_grad_norm,
-        scaled=run.precision.name == "fp16",
-        use_8bit_adam=config.use_8bit_adam,
-        in_backward=config.optimizer_in_backward,
-    )
+    groups = [(rates[name], list(network.parameters())) for name, network in run.trained.items()]
+    return optimizer.adamw(groups, config, scaled=run.precision.name == "fp16")
 
 
 def one_update(
@@ -175,7 +169,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
         if done % config.validation_steps == 0 and not grids.has(done):
             grids.save(done, grids.draw(sd, run.idle, run.precision))
     if config.explain and done == 0:
-        first_step.explain(run, batches, loss, weights, adam.scale)
+        first_step.explain(run, batches, loss, weights, adam.scale, done)
 
     accumulate = config.gradient_accumulation_steps
     update = one_update(loss, adam, accumulate, on_step)
@@ -209,6 +203,9 @@ def learn(run: Run, on_step: Watcher | None) -> None:
             if last:
                 break
     adam.release()
+    del update  # and the memory that a CUDA graph keeps
+    if config.explain:
+        first_step.explain(run, batches, loss, weights, adam.scale, config.max_train_steps)
     finish(run, grids, before, originals)
 
 

@@ -186,7 +186,7 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
 
 def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
     """Bytes that training needs at most on a GPU, about; the arguments are those of `parts`.
-    --explain, which looks before there are averages, needs less."""
+    --explain, which looks before there are averages and when they are gone, needs less."""
     part = parts(sd, config, pixels, half)
     # While the backward pass adds gradients, it gives back what was kept for them.
     step, drawing = max(part["activations"], part["gradients"]), part["pictures"]

@@ -117,7 +117,9 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(
         None, "go on where the run in output_dir stopped", choices=("latest",)
     )
-    explain: bool = option(False, "show the first step in explain.html: tensors, pictures, maps")
+    explain: bool = option(
+        False, "show the first step, before and after training, in explain.html: tensors, maps, …"
+    )
 
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
     tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
