@@ -19,8 +19,8 @@ from . import microscope, page
 from .page import View
 
 KEPT = "state/explain.pt"  # the view from before training, in the run's folder
-CLASSES = [Step, *(getattr(microscope, name) for name in ("Look", "Entry", "Sample", "Gradient"))]
-CLASSES += [microscope.Attended, microscope.Frame, View]  # all that is in it, beside tensors
+IN_IT = [View, Step, microscope.Look, microscope.Entry, microscope.Sample, microscope.Gradient]
+IN_IT += [microscope.LowRank, microscope.Attended, microscope.Frame]  # and tensors, nothing else
 
 
 def explain(
@@ -63,6 +63,11 @@ def look(
     config, sd, autocast = run.config, run.sd, run.precision.autocast
     names = report.identifiers(config.instance_prompt, config.class_prompt)
     drawn = batches.draw(0)
+    adapters = {name: m for name, m in run.trained.items() if isinstance(m, nn.ModuleDict)}
+    prompt, alike = config.instance_prompt, None
+    if batches.prompts:  # each sample has one of several
+        which = drawn[-1][: len(drawn[0])]
+        prompt, alike = config.prompts[which[0]], int((which == which[0]).cumprod(0).sum())
     with autocast():
         instance, prior, weight = loss.terms(drawn)
     with loss.checkpointing(), memory.visiting([sd.vae], run.device):
@@ -73,10 +78,12 @@ def look(
             loss.prior_loss_weight,
             weight,
             weights,
-            prompt=config.instance_prompt,
+            prompt=prompt,
             identifier=names[0] if names else None,
             autocast=autocast,
             scale=scale,
+            adapters=adapters,
+            alike=alike,
         )
     steps, strength = config.validation_inference_steps, config.validation_guidance_scale
     bar = tqdm(total=steps, desc="from noise to a picture", unit="step", leave=False)
@@ -101,7 +108,7 @@ def keep(path: Path, view: View) -> None:
 def fetch(path: Path) -> View | None:
     """What was kept; None, with a warning, where it is damaged or was never kept."""
     try:
-        with torch.serialization.safe_globals(CLASSES):
+        with torch.serialization.safe_globals(IN_IT):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
         problem = f"there is no whole {path} ({first_line(e)})"

@@ -67,6 +67,19 @@ class Gradient:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """Of the layer with an adapter that the loss asks to change most."""
+
+    layer: str
+    layers: int  # that have an adapter
+    A: Tensor  # (r, c_in)
+    dA: Tensor  # ∂L/∂A, (r, c_in): zero as long as B is
+    dB: Tensor  # ∂L/∂B, (c_out, r)
+    update: Tensor  # (c_out, c_in): of ΔW, by gradient descent at a rate of 1, to first order
+    spectrum: list[float]  # the singular values of `update`, the largest first
+
+
+@dataclass(frozen=True)
 class Attended:
     """Cross-attention of the first SHOWN samples of the subject, mean over the heads."""
 
@@ -96,6 +109,7 @@ class Look:
     prior: list[Sample]  # empty without prior preservation
     gradients: list[Gradient]
     attended: Attended
+    low_rank: LowRank | None  # where adapters are trained
 
 
 def look(
@@ -110,6 +124,7 @@ def look(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     scale: Tensor | float = 1.0,
     alike: int | None = None,
+    adapters: dict[str, nn.ModuleDict] | None = None,
 ) -> Look:
     """Do a step's forward and backward pass and keep what there is to see. Nothing is updated.
 
@@ -117,13 +132,20 @@ def look(
     train, by the names "unet.…" and "text_encoder.…"; `prompt` is the one that instance.c encodes,
     at least for the first `alike` samples, `identifier` its word for the subject. The loss is
     multiplied by `scale` for the backward pass.
+    `adapters` are those of each network whose weights the parameters are, if they are a LoRA's.
     """
     with autocast(), cross_attention(sd.unet) as attention:
         step = dreambooth.step(sd.unet, sd.schedule, instance, prior, prior_loss_weight, weight)
     if prior_loss_weight == 0:
         prior = None
     # Before the pictures: then what the backward pass needs is not kept beside the VAE's work.
-    by_block = gradients(step, prior_loss_weight, parameters, scale)
+    whole: dict[str, Tensor] = {}
+
+    def keep(name: str, gradient: Tensor) -> None:
+        if adapters:  # they are small
+            whole[name] = gradient.cpu()
+
+    by_block = gradients(step, prior_loss_weight, parameters, scale, keep)
     step = replace(step, **{k: x.detach() for k, x in vars(step).items() if torch.is_tensor(x)})
     first = slice(None, step.n_instance)
     weight = torch.ones_like(step.per_sample) if weight is None else weight
@@ -141,6 +163,7 @@ def look(
         prior=samples[1] if prior is not None else [],
         gradients=by_block,
         attended=attended(sd.tokenizer, attention, prompt, identifier, alike or step.n_instance),
+        low_rank=low_rank(adapters, whole) if adapters else None,
     )
 
 
@@ -222,16 +245,19 @@ def gradients(
     prior_loss_weight: float,
     parameters: dict[str, nn.Parameter],
     scale: Tensor | float = 1.0,
+    on_sum: Callable[[str, Tensor], None] = lambda name, gradient: None,
 ) -> list[Gradient]:
     """The norms of the gradients by block, in the order of `parameters`.
 
     One gradient at a time is on the device. The first term's wait on the CPU for the second's.
+    `on_sum` is called with the gradient of both terms for each weight.
     """
     both_terms, waiting = step.loss_prior.requires_grad, {}
     measured: dict[str, Tensor] = {}  # squared norms: instance, prior, both, text; the dot product
 
     def measure(name: str, a: Tensor, b: Tensor) -> None:
         a, b = a.float() / scale, b.float() / scale
+        on_sum(name, a + b)
         both = (a + b).square().sum()
         text = both if READS_TEXT.search(name) else torch.zeros_like(both)
         measured[name] = torch.stack(
@@ -287,6 +313,17 @@ def of_all(blocks: list[Gradient]) -> Gradient:
         cosine=dot / (instance * prior) if instance and prior else 0.0,
         reads_text=norm(lambda g: g.reads_text),
     )
+
+
+@torch.no_grad()
+def low_rank(adapters: dict[str, nn.ModuleDict], gradients: dict[str, Tensor]) -> LowRank:
+    """`gradients` of A and B, by the names of `parameters` in look."""
+    each = {f"{name}.{a.layer}": a for name, of_it in adapters.items() for a in of_it.values()}
+    layer = max(each, key=lambda name: gradients[f"{name}.B"].norm().item())
+    a, dA, dB = each[layer], gradients[f"{layer}.A"], gradients[f"{layer}.B"]
+    A, B = a.A.cpu(), a.B.cpu()
+    update = -a.scale * (dB @ A + B @ dA)  # of ΔW = scale · B A, to first order
+    return LowRank(layer, len(each), A, dA, dB, update, torch.linalg.svdvals(update).tolist())
 
 
 # ---- attention ---------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..common.files import write_text
 from ..training import photos
 from . import microscope
-from .microscope import Entry, Frame, Gradient, Look, Sample
+from .microscope import Entry, Frame, Gradient, Look, LowRank, Sample
 
+CORNER = 64  # rows and columns of a matrix that are drawn
 STYLE = """
 :root { --subject: #cc5500; --class: #005ab5; --faint: #6b6b6b; --line: #ddd }
 * { box-sizing: border-box }
@@ -50,6 +51,7 @@ img { display: block; width: 100%; image-rendering: pixelated; border-radius: 3p
 .strip { display: flex; gap: .4rem; overflow-x: auto; padding-bottom: .5rem }
 .strip figure { flex: 1 0 104px }
 .strip img + img { margin-top: .4rem }
+.product { max-width: 20rem }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .5rem;
         max-width: 720px; margin: .5rem 0 }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 2rem }
@@ -102,6 +104,7 @@ def write(path: str | Path, views: list[View], about: dict[str, str]) -> None:
 
 
 def render(views: list[View], about: dict[str, str]) -> str:
+    adapted = views[0].seen.low_rank
     head = "".join(f"<br>{escape(k)}: {escape(v)}" for k, v in about.items())
     what = "Nothing is trained here: this is what the first step of a run with this model computes."
     if len(views) == 2:
@@ -135,6 +138,7 @@ steps with much noise do not drown the others.</p>
 unrelated changes, below 0 that what serves the subject costs the class. The prompt enters the UNet
 through the keys and values of its cross-attention alone; the last column is their part.</p>
 <div class="wide gradients">{gradient_table(views)}</div>""",
+        f"<h2>What LoRA makes of it</h2>{low_rank(adapted)}" if adapted else "",
         f"""<h2>From noise to a picture</h2>
 <p>The model draws the instance prompt: above x<sub>t</sub>, decoded although it is still noisy,
 below the x̂<sub>0</sub> that the UNet sees in it, with guidance. The last is the picture.</p>
@@ -363,6 +367,38 @@ def gradient_table(views: list[View]) -> str:
             rows.append(row(g, view.when, first=n == 0, last=n == len(views) - 1))
     names = [*heads[:-1], "to<sub>k</sub>, to<sub>v</sub> of the text"]
     return table(["block", "", *names], rows, plain=2)
+
+
+def low_rank(seen: LowRank) -> str:
+    (r, c_in), c_out = seen.A.shape, len(seen.dB)
+    of_A, of_B = (number(d.norm().item()) for d in (seen.dA, seen.dB))
+    largest = seen.spectrum[0] or 1.0
+    values = ", ".join(f"{s / largest:.1%}" for s in seen.spectrum[:r])
+    rest = number(max(seen.spectrum[r:], default=0.0) / largest, 1)
+    caption = f"The first {CORNER} rows and columns, each of the three over its own largest value."
+    return f"""<p>W stays. In {seen.layers} layers, which compute W x + (α/r) B A x with r = {r}, A
+and B are trained, and the norms above are theirs. Most is asked of
+<code>{escape(seen.layer)}</code>: its W has {c_out * c_in:,} numbers, A and B have
+{r * (c_out + c_in):,}.</p>
+<p>B is zero before the first step. So ∂L/∂A is, too (its norm is {of_A}), and ∂L/∂B is not
+({of_B}). A step of gradient descent changes ΔW = (α/r) B A by −η (α/r) ∂L/∂B A: a product of ∂L/∂B,
+on the left here, and A, above. However large W is, its rank is {r}: the singular values, over the
+largest, are {values}; the next is {rest}.</p>
+{figure(product(seen), caption, "product")}"""
+
+
+def product(seen: LowRank) -> str:
+    """A above, ∂L/∂B on the left, between them the update: black is negative, white positive."""
+
+    def scaled(x: Tensor) -> Tensor:
+        x = x[:CORNER, :CORNER]
+        return x / x.abs().max().clamp(min=1e-30)
+
+    A, dB, update = scaled(seen.A), scaled(seen.dB), scaled(seen.update)
+    r = len(A)
+    whole = torch.ones(r + 1 + len(update), r + 1 + update.shape[1])  # a white line between
+    whole[:r, r + 1 :], whole[r + 1 :, :r], whole[r + 1 :, r + 1 :] = A, dB, update
+    return img(photos.to_pil(whole.expand(1, 3, -1, -1))[0], "the update is a product")
 
 
 def film(strip: list[Frame]) -> str:

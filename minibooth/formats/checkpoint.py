@@ -350,6 +350,10 @@ def write_folder(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    # Where no dtype is named, diffusers computes in fp32 whatever the files hold, transformers 5 in
+    # what the text encoder's config says. This is the name for it that every version reads.
+    text = {key: value for key, value in configs["text_encoder"].items() if key != "dtype"}
+    configs = configs | {"text_encoder": text | {"torch_dtype": "float32"}}
     for name in NETWORKS:
         weights = tensors[name]
         if name == "text_encoder":  # transformers 4 reads only this spelling, 5 reads both

@@ -1,5 +1,7 @@
 """Training low-rank differences: the same loss and run, and the model's weights stay."""
 
+import re
+
 import pytest
 import runs
 import torch
@@ -83,7 +85,12 @@ def test_frozen_weights_are_in_16_bits_and_adapters_in_32(tmp_path):
 
 def test_the_first_step_can_be_explained(tmp_path):
     trained(tmp_path, explain=True)
-    assert "down_blocks.0" in (tmp_path / "explain.html").read_text()
+    page = (tmp_path / "explain.html").read_text()
+    assert "down_blocks.0" in page
+    assert "with r = 2, A\nand B" in page and "its norm is 0)" in page  # ∂L/∂A, since B is zero
+    text = " ".join(page.split())
+    [values] = re.findall(r"over the largest, are ([^;]*); the next is ([^.]*)\.", text)
+    assert values[0].startswith("100.0%, ") and values[0].count("%") == 2
 
 
 def test_what_sd15_would_train_and_need():
