@@ -252,7 +252,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
 license: {sd.licence or "unknown"}
 base_model: {json.dumps(sd.source or "unknown")}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}
-tags: [text-to-image, stable-diffusion, dreambooth]
+tags: [text-to-image, stable-diffusion, {config.method}]
 ---
 
 # {config.instance_prompt}
