@@ -156,7 +156,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     config, sd, folder = run.config, run.sd, run.folder
     originals = optimizer.originals(run.trained)
     batches, loss, identity = gather(run)
-    grids = Grids.of(folder, config, run.resolution)
+    grids = Grids.of(folder, config, run.resolution, run.events)
     before = grids.draw(sd, run.idle, run.precision)
     grids.save(0, before)
 
@@ -176,7 +176,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     if adam.capturable and not on_step:  # who looks on wants to see what the step leaves behind
         adam.allocate()
         update = graphs.captured(update, run.device, undo=adam.forget)
-    log = report.LossLog(folder, config.max_train_steps, done, run.device)
+    log = report.LossLog(folder, config.max_train_steps, done, run.device, run.events)
     with log, stop.between_steps() as stopping:
         for step in range(done + 1, config.max_train_steps + 1):
             warm_up = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0

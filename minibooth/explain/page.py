@@ -276,8 +276,10 @@ def tensor_table(views: list[View]) -> str:
         shape = " × ".join(map(str, e.tensor.shape))
         cells = ""
         for view, at in zip(views, of_views, strict=True):
-            x = at.tensor.float()
-            norm = f"norm {view.when}".strip()
+            if at is not e and torch.equal(at.tensor, e.tensor):
+                cells += '<td class="n faint" colspan="2">the same</td>'
+                continue
+            x, norm = at.tensor.float(), f"norm {view.when}".strip()
             cells += f'<td class="n">{number(x.min().item())} … {number(x.max().item())}</td>'
             cells += f'<td class="n" data-of="{norm}">{number(x.norm().item())}</td>'
         rows.append(
@@ -341,12 +343,13 @@ def gradient_table(views: list[View]) -> str:
     prior = bool(views[0].seen.prior)
 
     def bar(kind: str, x: float) -> str:
-        return f'<span class="bar {kind}" style="width:{min(x / most, 1):.2%}"></span>'
+        return f'<span class="bar {kind}" style="width:{x / most:.2%}"></span>'
 
     heads = ["first term", *["λ second", "cosine"] * prior, "both", "of the text"]
 
     def row(g: Gradient, when: str, first: bool, last: bool) -> str:
         bars = bar("subject", g.instance) + (bar("class", g.prior) if prior else "")
+        bars = "" if g.block == "all" else bars
         numbers = [number(g.instance)]
         if prior:
             numbers += [number(g.prior), f"{g.cosine:.2f}".replace("-", "−")]

@@ -117,6 +117,12 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(
         None, "go on where the run in output_dir stopped", choices=("latest",)
     )
+    report_to: str | None = option(
+        None,
+        "also write losses, gradient norm and grids as TensorBoard's event files, into "
+        "<output_dir>/logs; wants the library, pip install tensorboard",
+        choices=("tensorboard",),
+    )
     explain: bool = option(
         False, "show the first step, before and after training, in explain.html: tensors, maps, …"
     )

@@ -14,7 +14,7 @@ from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space, write_json
 from ..pipeline import StableDiffusion
-from . import memory, methods, photos, report, resume, settle, snapshots
+from . import events, memory, methods, photos, report, resume, settle, snapshots
 from .optimizer import Precision, bitsandbytes
 from .photos import Photos
 from .resume import State
@@ -35,6 +35,7 @@ class Run:
     saved: State | None  # where an earlier run of the same settings stopped
     identity: dict  # what must be the same when a run goes on, but for the class images
     trained: dict[str, nn.Module]  # by network: itself, its adapters, or a word for it
+    events: events.Events  # for TensorBoard
 
     @property
     def idle(self) -> list[nn.Module]:
@@ -51,6 +52,7 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
             "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
         )
     config.check()
+    events.require(config.report_to)
     device = cli.pick_device(config.device)
     if config.use_8bit_adam:
         bitsandbytes(device)
@@ -146,8 +148,19 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
             )
     memory.require(sd, config, device)
     trained = methods.to_train(sd, config)
+    logged = events.Events(folder, bool(config.report_to), saved.step if saved else 0)
     return Run(
-        config, sd, folder, device, resolution, pictures, precision, saved, identity, trained
+        config,
+        sd,
+        folder,
+        device,
+        resolution,
+        pictures,
+        precision,
+        saved,
+        identity,
+        trained,
+        logged,
     )
 
 

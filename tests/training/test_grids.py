@@ -6,6 +6,7 @@ import runs
 import torch
 
 from minibooth.training import graphs, memory
+from minibooth.training.events import Events
 from minibooth.training.grids import Grids
 from minibooth.training.optimizer import Precision
 
@@ -15,7 +16,8 @@ SMALL = {"num_validation_images": 3, "validation_inference_steps": 2}
 
 
 def grids(folder, **changes):
-    return Grids.of(folder, runs.config(folder, **SMALL | changes), 32)
+    events = Events(folder, wanted=False, done=0)
+    return Grids.of(folder, runs.config(folder, **SMALL | changes), 32, events)
 
 
 def pixels(rows):
