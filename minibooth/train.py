@@ -59,7 +59,7 @@ def train(
             sd = start.load(config)
         with memory.advised(sd, config):
             run = start.set_up(config, sd, device)
-        with memory.advised(sd, run.config):
+        with memory.advised(sd, run.config, run.precision.dtype is not None):
             start.announce(run)
             learn(run, on_step)
             if score.applies(run.config):
@@ -70,18 +70,16 @@ def train(
 def gather(run: Run) -> tuple[Batches, Loss, dict]:
     """What the steps read: class images, latents, contexts; and the identity with these images.
 
-    The networks go to the device, as they came.
+    The networks go to the device.
     """
     config, sd, device = run.config, run.sd, run.device
-    sd.to(device)
-    sd.text_encoder.requires_grad_(config.train_text_encoder)
-    sd.vae.requires_grad_(False)
-
+    methods.place(sd, run.trained, device, run.precision.dtype)
     start.try_kernels(run)
 
     identity, class_photos = run.identity, None
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
-        with graphs.captured_unet(sd.unet), run.precision.autocast():
+        graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
+        with graph, run.precision.autocast():
             files = class_images.ensure(
                 sd,
                 Path(config.class_data_dir or run.folder / "class_images"),
@@ -93,6 +91,7 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
                 seed=config.seed,
                 resolution=run.resolution,
                 batch_size=config.sample_batch_size,
+                fingerprint=run.fingerprint,
             )
         class_photos = photos.load_photos(files, run.resolution, config.center_crop)
 
@@ -119,7 +118,7 @@ def make_optimizer(run: Run) -> Update:
     for network in run.idle:
         network.to("cpu")
     optimizer.make_trainable(run.trained.values(), run.device)
-    methods.freeze(run.sd, run.trained, run.precision.dtype)
+    methods.attach(run.sd, run.trained)
     rates = methods.rates(config)
     groups = [(rates[name], list(network.parameters())) for name, network in run.trained.items()]
     return optimizer.adamw(groups, config, scaled=run.precision.name == "fp16")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +59,7 @@ class Grids:
         batches = math.ceil(len(self.prompts) * self.count / self.batch_size)
         bar = tqdm(total=batches * self.steps, desc="samples", unit="step", leave=False)
         text = memory.visiting([net for net in idle if net is not sd.vae], sd.device)
-        graph = graphs.captured_unet(sd.unet) if self.captured else nullcontext()
+        graph = graphs.captured_unet(sd.unet, wanted=self.captured)
         with bar, text, graph, precision.autocast():
             latents = self.draw_latents(sd, bar.update)
         with memory.visiting([sd.vae], sd.device), torch.no_grad():

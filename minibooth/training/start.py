@@ -33,6 +33,7 @@ class Run:
     photos: Photos
     precision: Precision
     saved: State | None  # where an earlier run of the same settings stopped
+    fingerprint: str  # of the model
     identity: dict  # what must be the same when a run goes on, but for the class images
     trained: dict[str, nn.Module]  # by network: itself, its adapters, or a word for it
     events: events.Events  # for TensorBoard
@@ -138,7 +139,8 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
             "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
             "be thrown away together: give --mixed_precision bf16 or no"
         )
-    identity = resume.identify(config, sd, pictures, resolution, precision.name, device)
+    fingerprint = sd.fingerprint()
+    identity = resume.identify(config, fingerprint, pictures, resolution, precision.name, device)
     if saved is not None:
         resume.check(folder, saved.identity, identity)
         if saved.step > config.max_train_steps:
@@ -146,7 +148,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
                 f"{folder} is already at step {saved.step}: give --max_train_steps {saved.step} "
                 "or more"
             )
-    memory.require(sd, config, device)
+    memory.require(sd, config, device, half=precision.dtype is not None)
     trained = methods.to_train(sd, config)
     logged = events.Events(folder, bool(config.report_to), saved.step if saved else 0)
     return Run(
@@ -158,6 +160,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
         pictures,
         precision,
         saved,
+        fingerprint,
         identity,
         trained,
         logged,
