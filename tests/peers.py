@@ -132,6 +132,22 @@ def model(kind: str = "sd1") -> tuple[Path, diffusers.StableDiffusionPipeline]:
     return folder, save(folder, kind)
 
 
+def same_pictures(
+    sd, folder: Path, prompts: tuple[str, ...] = ("a sks dog", "a cat"), **settings
+) -> tuple[Tensor, Tensor]:
+    """What `sd`, and diffusers with the model in `folder` and no dtype named, draw for the prompts
+    from the same latents: each (N, 3, H, W) in [0, 1]."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    side = pipe.unet.config.sample_size
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(len(prompts), 4, side, side, generator=generator)
+    settings = {"guidance_scale": 4.0, "latents": latents, **settings}
+    ours = sd.generate(list(prompts), steps=8, output="pt", **settings)
+    theirs = pipe(list(prompts), num_inference_steps=8, output_type="pt", **settings).images
+    return ours, theirs
+
+
 def tensors(module: nn.Module) -> dict[str, Tensor]:
     """Its weights; of transformers' spellings of text keys, the one without `text_model.`."""
     return {

@@ -23,10 +23,20 @@ ORDER = [
 INSIDE = {  # the same within a room
     "common": ["errors", "files", "cli"],
     "formats": [
-        *("tensor_files", "configs", "hub", "ldm", "vocabulary", "checkpoint", "adapters"),
+        *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
     ],
     "training": [
-        *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
+        *(
+            "events",
+            "photos",
+            "settings",
+            "class_images",
+            "data",
+            "optimizer",
+            "memory",
+            "graphs",
+            "report",
+        ),
         *("methods", "resume", "snapshots", "verdicts", "trial", "settle"),
         *("start", "stop", "loss", "grids", "finite"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import toybox, train
 from ..common import cli
-from ..training import optimizer, start
+from ..training import methods, optimizer, start
 from ..training.settings import TrainConfig
 from . import first_step
 
@@ -32,7 +32,7 @@ def explain(config: TrainConfig) -> Path:
 def settings(given: dict) -> dict:
     """What was not given: as in training, but for the folder and the number of class images."""
     few = {"output_dir": "minibooth-explain", "num_class_images": CLASS_IMAGES}
-    return toybox.train_settings(given) | few
+    return methods.defaults(given) | toybox.train_settings(given) | few
 
 
 def main() -> None:

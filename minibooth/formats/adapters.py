@@ -23,6 +23,12 @@ DIFFUSERS_LORA, DIFFUSERS_EMBEDDING = (
     "pytorch_lora_weights.safetensors",
     "learned_embeds.safetensors",
 )
+NO_MODEL = {  # what to say where one of these is given as a model
+    DIFFUSERS_LORA: "is a LoRA: give it as --lora to sample, as --merge_lora to convert, and as "
+    "--model the model that it was trained from",
+    DIFFUSERS_EMBEDDING: "is a word: give it as --embedding to sample, and as --model the model "
+    "that it was trained with",
+}
 DIFFUSERS = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 A1111_EMBEDDING = ("emb_params", "*")  # the tensor's name where the file's name is the word

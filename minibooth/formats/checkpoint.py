@@ -17,7 +17,7 @@ from ..text_encoder import TextEncoder
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
-from . import hub, ldm, vocabulary
+from . import adapters, hub, ldm, vocabulary
 from .configs import SD2_V, SINGLE_FILE, check_config
 from .tensor_files import json_metadata, read_tensors, write_safetensors
 
@@ -136,6 +136,9 @@ def read(
     else:
         file = file_getter(source, revision)
         if file("model_index.json") is None:
+            for name, what in adapters.NO_MODEL.items():
+                if file(name):
+                    raise UserError(f"{source} {what}")
             raise UserError(f"{source} is not a model: it has no model_index.json")
         checkpoint = read_folder(file, str(source), tokenizer, with_vae=vae is None)
         checkpoint.licence = hub.LICENCES.get(str(source), checkpoint.licence)
@@ -286,6 +289,8 @@ def guess_configs(
     text = tensors.get(ldm.UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     conv_in = tensors.get(ldm.UNET + "input_blocks.0.0.weight")
     if text is None or text.ndim != 2 or conv_in is None or conv_in.ndim != 4:
+        if any("lora" in key for key in tensors):
+            raise UserError(f"{path} {adapters.NO_MODEL[adapters.DIFFUSERS_LORA]}")
         raise UserError(f"{path} holds no UNet of Stable Diffusion 1.x or 2.x ({ldm.UNET}…)")
     if text.shape[1] not in SINGLE_FILE:
         raise UserError(
@@ -351,6 +356,10 @@ def write_folder(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    # Where no dtype is named, diffusers computes in fp32 whatever the files hold, transformers 5 in
+    # what the text encoder's config says. This is the name for it that every version reads.
+    text = {key: value for key, value in configs["text_encoder"].items() if key != "dtype"}
+    configs = configs | {"text_encoder": text | {"torch_dtype": "float32"}}
     for name in NETWORKS:
         weights = tensors[name]
         if name == "text_encoder":  # transformers 4 reads only this spelling, 5 reads both

@@ -17,6 +17,7 @@ from ..common.files import atomic, folder_size, gigabytes, write_text
 from ..formats import hub
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
+from .events import Events
 from .settings import TrainConfig
 
 # Words of a prompt that neither name the subject nor its class.
@@ -81,9 +82,10 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
 
 
 class LossLog:
-    """loss.csv, and the progress bar of training, within a `with`."""
+    """loss.csv, its copy for TensorBoard, and the progress bar of training, within a `with`."""
 
-    def __init__(self, run: Path, steps: int, done: int, device: torch.device):
+    def __init__(self, run: Path, steps: int, done: int, device: torch.device, events: Events):
+        self.events = events
         self.path, self.every = run / LOSSES, steps_between_looks(device)
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", smoothing=0.1)
         self.pending: list[tuple[int, float, Tensor]] = []
@@ -116,6 +118,7 @@ class LossLog:
             if bad < 0 or step < bad
         ]
         append_losses(self.path, rows)
+        self.events.losses(COLUMNS[1:], rows)
         self.pending.clear()
         if bad >= 0:
             return bad
@@ -254,7 +257,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     return f"""---
 license: {sd.licence or "unknown"}{base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}
-tags: [text-to-image, stable-diffusion, dreambooth]
+tags: [text-to-image, stable-diffusion, {config.method}]
 ---
 
 # {config.instance_prompt}

@@ -132,7 +132,7 @@ def restore(saved: State | None, run: Path, weights: dict[str, Tensor], optimize
 
 def identify(
     config: TrainConfig,
-    sd: StableDiffusion,
+    fingerprint: str,
     photos: Photos,
     resolution: int,
     precision: str,
@@ -152,7 +152,7 @@ def identify(
     # 8-bit averages are in blocks of neighbours in memory, and a GPU lays out weights its way.
     place = {"device": device.type} if config.use_8bit_adam else {}
     return {
-        "model": sd.fingerprint()[:16],
+        "model": fingerprint[:16],
         "photographs": photos.content_hash(),
         "resolution": resolution,
         "mixed_precision": precision,

@@ -124,7 +124,15 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(
         None, "go on where the run in output_dir stopped", choices=("latest",)
     )
-    explain: bool = option(False, "show the first step in explain.html: tensors, pictures, maps")
+    report_to: str | None = option(
+        None,
+        "also write losses, gradient norm and grids as TensorBoard's event files, into "
+        "<output_dir>/logs; wants the library, pip install tensorboard",
+        choices=("tensorboard",),
+    )
+    explain: bool = option(
+        False, "show the first step, before and after training, in explain.html: tensors, maps, …"
+    )
 
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead", place="source")
     tokenizer: str | None = option(

@@ -92,28 +92,39 @@ def test_a_folder_stands_for_the_file_in_it(tmp_path):
     assert adapters.read_lora(tmp_path, sd.networks).keys() == {"unet"}
 
 
-# Of a published LoRA for SD 1.5, made by kohya's sd-scripts at rank 4: names and shapes.
-ATTENTION = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
-TEXT = "lora_te_text_model_encoder_layers_"
-PUBLISHED = {
-    ATTENTION + "attn1_to_q.alpha": [],
-    ATTENTION + "attn1_to_q.lora_down.weight": [4, 320],
-    ATTENTION + "attn1_to_q.lora_up.weight": [320, 4],
-    ATTENTION + "attn2_to_k.lora_down.weight": [4, 768],
-    ATTENTION + "attn2_to_v.lora_up.weight": [320, 4],
-    ATTENTION + "attn2_to_out_0.lora_down.weight": [4, 320],
-    ATTENTION + "ff_net_0_proj.lora_up.weight": [2560, 4],
-    ATTENTION + "ff_net_2.lora_down.weight": [4, 1280],
-    "lora_unet_down_blocks_2_attentions_1_proj_in.lora_down.weight": [4, 1280, 1, 1],
-    "lora_unet_down_blocks_2_attentions_1_proj_in.lora_up.weight": [1280, 4, 1, 1],
-    "lora_unet_mid_block_attentions_0_proj_out.alpha": [],
-    "lora_unet_mid_block_attentions_0_proj_out.lora_up.weight": [1280, 4, 1, 1],
-    "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0.alpha": [],
-    TEXT + "0_self_attn_q_proj.lora_down.weight": [4, 768],
-    TEXT + "0_self_attn_out_proj.alpha": [],
-    TEXT + "11_mlp_fc1.lora_up.weight": [3072, 4],
-    TEXT + "11_mlp_fc2.lora_down.weight": [4, 3072],
+# The modules of a published LoRA for SD 1.5, as kohya's sd-scripts name them: → (c_in, c_out). They
+# are written out here from the model's plan, not from the networks.
+BLOCKS = {f"down_blocks_{i}_attentions_{j}": 320 * 2**i for i in range(3) for j in range(2)}
+BLOCKS |= {"mid_block_attentions_0": 1280}
+BLOCKS |= {
+    f"up_blocks_{i}_attentions_{j}": 1280 // 2 ** (i - 1) for i in (1, 2, 3) for j in range(3)
 }
+OF_ATTENTION, OF_THE_REST = {}, {}
+for block, c in BLOCKS.items():
+    inside = f"lora_unet_{block}_transformer_blocks_0_"
+    for attention, d in (("attn1", c), ("attn2", 768)):  # of the picture, of the text
+        for name, c_in in (("to_q", c), ("to_k", d), ("to_v", d), ("to_out_0", c)):
+            OF_ATTENTION[f"{inside}{attention}_{name}"] = c_in, c
+    OF_THE_REST |= {f"{inside}ff_net_0_proj": (c, 8 * c), f"{inside}ff_net_2": (4 * c, c)}
+    OF_THE_REST |= {f"lora_unet_{block}_{name}": (c, c) for name in ("proj_in", "proj_out")}
+for i in range(12):
+    inside = f"lora_te_text_model_encoder_layers_{i}_"
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        OF_ATTENTION[f"{inside}self_attn_{name}"] = 768, 768
+    OF_THE_REST |= {f"{inside}mlp_fc1": (768, 3072), f"{inside}mlp_fc2": (3072, 768)}
+
+
+def published(targets, rank):
+    """Its keys → their shapes."""
+    found = {}
+    for name, (c_in, c_out) in (
+        OF_ATTENTION | (OF_THE_REST if targets == "transformers" else {})
+    ).items():
+        ones = [1, 1] if name.endswith(("_proj_in", "_proj_out")) else []  # 1×1 convolutions
+        found[f"{name}.lora_down.weight"] = [rank, c_in, *ones]
+        found[f"{name}.lora_up.weight"] = [c_out, rank, *ones]
+        found[f"{name}.alpha"] = []
+    return found
 
 
 @pytest.mark.parametrize("targets, modules", [("transformers", 192 + 72), ("attention", 128 + 48)])
@@ -132,10 +143,7 @@ def test_kohyas_keys_and_shapes_at_full_size(targets, modules, tmp_path):
     adapters.write_kohya_lora(tmp_path / "x.safetensors", networks, found)
     written = load_file(tmp_path / "x.safetensors")
     assert len(written) == 3 * modules
-    assert {key.rpartition(".")[2] for key in written} == {"weight", "alpha"}
-    for key, shape in PUBLISHED.items():
-        if targets == "transformers" or ("attn" in key and "_proj_" not in key):
-            assert list(written[key].shape) == shape, key
+    assert {key: list(x.shape) for key, x in written.items()} == published(targets, rank=4)
     assert all(v.dtype == torch.float16 for v in written.values())
     assert adapters.read_lora(tmp_path / "x.safetensors", networks).keys() == networks.keys()
     with safe_open(tmp_path / "x.safetensors", "pt") as f:

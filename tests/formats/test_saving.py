@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from weight_files import (
     KINDS,
+    TEXT_CONFIG,
     TEXT_FILE,
     UNET_FILE,
     VAE_FILE,
@@ -80,6 +81,24 @@ def test_save_casts(dtype, tmp_path):
     for name in (UNET_FILE, VAE_FILE, TEXT_FILE):
         assert {v.dtype for v in load_file(tmp_path / name).values()} == {dtype}
     assert_same(minibooth.load(tmp_path), pipe, dtype)
+
+
+@pytest.mark.parametrize("stated", [{}, {"torch_dtype": "float16"}, {"dtype": "float16"}])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_a_saved_folder_draws_the_same_in_diffusers_where_no_dtype_is_named(
+    stated, dtype, tmp_path
+):
+    """diffusers computes in fp32 then, transformers in what the text encoder's config says."""
+    folder, _ = copy("sd1", tmp_path)
+    config = json.loads((folder / TEXT_CONFIG).read_text())
+    config = {k: v for k, v in config.items() if not k.endswith("dtype")} | stated
+    (folder / TEXT_CONFIG).write_text(json.dumps(config))
+    minibooth.load(folder).save(tmp_path / "out", dtype)
+    ours, theirs = peers.same_pictures(minibooth.load(tmp_path / "out"), tmp_path / "out")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+    # transformers 4 knows only this name and prefers the other from 4.56 on: it must not be there.
+    written = json.loads((tmp_path / "out" / TEXT_CONFIG).read_text())
+    assert written["torch_dtype"] == "float32" and "dtype" not in written
 
 
 def test_saving_over_the_model_that_is_loaded(tmp_path):

@@ -14,6 +14,7 @@ KINDS = ("sd1", "sd2", "inpaint")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"
+TEXT_CONFIG = "text_encoder/config.json"
 
 
 def assert_same(sd, pipe, dtype=None):

@@ -8,8 +8,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import numpy as np
+import peers
 import pytest
 import runs
 import torch
@@ -115,15 +115,7 @@ def test_identifiers_and_words_are_single_tokens_and_the_identifiers_rare():
 
 
 def test_diffusers_draws_the_same_pictures_from_the_same_latents():
-    sd = load("toybox")
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    prompts, settings = ["a red dog in the snow", "a cat"], {"guidance_scale": 4.0}
-    ours = sd.generate(prompts, steps=8, latents=latents, output="pt", **settings)
-    theirs = pipe(
-        prompts, num_inference_steps=8, latents=latents, output_type="pt", **settings
-    ).images
+    ours, theirs = peers.same_pictures(load("toybox"), FOLDER, ("a red dog in the snow", "a cat"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
 
