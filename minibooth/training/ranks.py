@@ -49,6 +49,7 @@ def joined() -> Iterator[None]:
     except RuntimeError as error:
         raise UserError(f"the ranks do not find each other: {first_line(error)}") from error
     try:
+        wait()  # or one could fail, and leave, before another has found it
         with silence() if rank() else nullcontext():
             yield
             wait()  # for whatever rank 0 still writes
