@@ -56,7 +56,12 @@ class TrainConfig:
     )
     num_class_images: int = option(200, "class images to train with; your own in the folder count")
     class_data_dir: str | None = option(None, "folder of class images [<output_dir>/class_images]")
-    class_sampler: str = option("ddim", "sampler that draws them", choices=pipeline.SAMPLERS)
+    class_sampler: str = option(
+        "ddim",
+        "sampler that draws them; dpm++ wants fewer steps, say 20: on the toybox nothing is lost, "
+        "on the public weights nobody has looked (docs/class_images.md)",
+        choices=pipeline.SAMPLERS,
+    )
     class_steps: int = option(
         50, "its steps; the paper's sampler is ddpm, which wants many, up to 1000"
     )
