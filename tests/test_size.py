@@ -26,8 +26,8 @@ INSIDE = {  # the same within a room
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
     ],
     "training": [
-        *("photos", "settings", "class_images", "data", "optimizer", "plan", "memory", "graphs"),
-        *("report", "methods", "resume", "snapshots", "verdicts", "trial", "settle"),
+        *("events", "photos", "settings", "class_images", "data", "optimizer", "plan", "memory"),
+        *("graphs", "report", "methods", "resume", "snapshots", "verdicts", "trial", "settle"),
         *("start", "stop", "loss", "grids", "finite"),
     ],
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],

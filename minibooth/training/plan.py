@@ -132,7 +132,7 @@ def phases(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, tu
         first = max(first, drawing(sd, config, pixels, half, config.grid_batch_size))
     found = {"pictures before": (sum(placed(sd, config, half).values()), first)}
 
-    if config.explain:  # there are no averages yet; of a gradient there are six at most
+    if config.explain:  # without averages, yet or any more; of a gradient there are six at most
         gradients = 6 * max(size(p) for p in trainable(sd, config))
         looking = vae + max(part["activations"] + gradients, coding)
         film = text + vae + max(drawing(sd, config, pixels, half, 1), coding)

@@ -9,6 +9,7 @@ import torch
 
 from minibooth import train
 from minibooth.training import graphs, memory, start
+from minibooth.training.events import Events
 from minibooth.training.grids import Grids
 from minibooth.training.optimizer import Precision
 
@@ -18,7 +19,8 @@ SMALL = {"num_validation_images": 3, "validation_inference_steps": 2}
 
 
 def grids(folder, **changes):
-    return Grids.of(folder, runs.config(folder, **SMALL | changes), 32)
+    events = Events(folder, wanted=False, done=0)
+    return Grids.of(folder, runs.config(folder, **SMALL | changes), 32, events)
 
 
 def pixels(rows):
