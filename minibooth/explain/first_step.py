@@ -44,7 +44,7 @@ def explain(
     elif step is not None and (before := fetch(kept)):
         views = [before._replace(when="before"), view._replace(when=f"after {step} steps")]
     about = {
-        "model": f"{config.model or run.sd.source}, {run.device}, precision {run.precision.name}",
+        "model": f"{run.sd.source}, {run.device}, precision {run.precision.name}",
         "prompts": " and ".join(f"“{prompt}”" for prompt in config.prompts),
         "batch": f"{len(view.seen.instance)} of {len(run.photos)} crops of "
         f"{len(run.photos.files)} photographs, seed {config.seed}",

@@ -3,9 +3,11 @@
 Nothing here waits for the device, but 8-bit AdamW: whether an update may happen is decided on it.
 """
 
+import logging
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +48,37 @@ def bitsandbytes(device: torch.device):
     if device.type not in ("cuda", "cpu"):
         raise UserError("--use_8bit_adam needs a CUDA device or a CPU: leave it out")
     try:
-        from bitsandbytes import functional
+        with hub_kernels_left_out():
+            from bitsandbytes import functional
     except ImportError as e:
         raise UserError(
             f"--use_8bit_adam needs bitsandbytes ({first_line(e)}): pip install bitsandbytes"
         ) from None
     return functional
+
+
+@contextmanager
+def hub_kernels_left_out() -> Iterator[None]:
+    """Within it bitsandbytes imports without Hugging Face's package `kernels`, and says nothing of
+    that, for a folder of this name or for none.
+
+    It would have it download code for 4-bit weights, which are not used here. What else it says
+    when it is imported is heard.
+    """
+    said = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = {name: sys.modules[name] for name in ("kernels",) if name in sys.modules}
+    sys.modules["kernels"] = None  # importing it is an ImportError
+
+    def heard(record: logging.LogRecord) -> bool:
+        return "kernels-community" not in record.getMessage()
+
+    said.addFilter(heard)
+    try:
+        yield
+    finally:
+        said.removeFilter(heard)
+        del sys.modules["kernels"]
+        sys.modules.update(before)
 
 
 class AdamW8bit(torch.optim.Optimizer):

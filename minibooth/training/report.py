@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, write_text
+from ..formats import hub
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
 from .events import Events
@@ -246,22 +247,23 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     picture = "\n![before and after](before_after.png)\n"
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
+    known = hub.is_repo_id(sd.source)  # the head of a card can name what is on the hub alone
+    base = f"\nbase_model: {sd.source}" if known else ""
     how = {
         "dreambooth": "DreamBooth",
         "lora": f"LoRA of rank {config.rank}",
         "textual_inversion": f"Textual Inversion of the word `{config.placeholder_token}`",
     }[config.method]
     return f"""---
-license: {sd.licence or "unknown"}
-base_model: {json.dumps(sd.source or "unknown")}
+license: {sd.licence or "unknown"}{base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}
 tags: [text-to-image, stable-diffusion, {config.method}]
 ---
 
 # {config.instance_prompt}
 
-`{sd.source}` fine-tuned with {how} by minibooth on photographs of `{config.instance_prompt}`,
-with {prior}. {steps} steps, learning rate
+`{sd.source or "unknown"}` fine-tuned with {how} by minibooth on photographs of
+`{config.instance_prompt}`, with {prior}. {steps} steps, learning rate
 {config.learning_rate}, batch {config.train_batch_size}, text encoder
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.
 

@@ -12,7 +12,7 @@ from torch import nn
 from .. import ops, pipeline, schedule
 from ..common import cli
 from ..common.errors import Stopped, UserError
-from ..common.files import alone_in, folder_size, require_space, write_json
+from ..common.files import alone_in, folder_size, require_space
 from ..pipeline import StableDiffusion
 from . import events, memory, methods, photos, report, resume, settle, snapshots
 from .optimizer import Precision, bitsandbytes
@@ -255,8 +255,6 @@ def announce(run: Run) -> None:
     given = {k: v for k, v in asdict(config).items() if v not in (None, ())}
     text = "settings: " + ", ".join(f"{k} {v}" for k, v in given.items())
     print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
-    settings = {k: v for k, v in asdict(config).items() if k != "config"}
-    settings["resume_from_checkpoint"] = None
-    write_json(folder / "config.json", settings)
+    cli.write_config(folder / "config.json", replace(config, resume_from_checkpoint=None))
     sheet = photos.contact_sheet(run.photos)
     report.save_image(sheet, folder / "samples" / "photographs.png")
