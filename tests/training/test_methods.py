@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from minibooth import UserError, textual_inversion, train
 from minibooth.bench import models
+from minibooth.explain import microscope
 from minibooth.formats import adapters
 from minibooth.training import class_images, data, methods, plan, start
 from minibooth.training.settings import TrainConfig
@@ -138,6 +139,21 @@ def inverted(folder, **changes):
     sd = runs.model()
     train.train(runs.config(folder, **WORD | changes), sd)
     return sd
+
+
+def test_the_prompt_that_is_explained_is_the_one_that_was_drawn(tmp_path, monkeypatch):
+    look, seen = microscope.look, []
+
+    def looked(sd, instance, *given, prompt, alike, **more):
+        for c in instance.c[:alike]:
+            assert torch.allclose(c, sd.encode_prompt([prompt])[0], atol=1e-5)
+        seen.append((prompt, alike))
+        return look(sd, instance, *given, prompt=prompt, alike=alike, **more)
+
+    monkeypatch.setattr(microscope, "look", looked)
+    inverted(tmp_path, explain=True, learnable_property="object", train_batch_size=3)
+    [first, last] = seen
+    assert first == last and first[0] != "a <sks>" and 1 <= first[1] <= 3
 
 
 def vectors_of(folder):
