@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from minibooth import UserError, train
 from minibooth.bench import models
-from minibooth.training import data, memory, ranks, report
+from minibooth.training import data, memory, plan, ranks, report
 from minibooth.training.settings import TrainConfig
 
 # ---- several processes --------------------------------------------------------------------------
@@ -275,12 +275,12 @@ def files_of(folder):
 
 def test_several_ranks_keep_gradients_all_the_time_and_no_graph(monkeypatch):
     sd, config = models.model("SD 1.5", torch.device("meta")), TrainConfig()
-    one = memory.parts(sd, config, 64 * 64, half=True)
+    one = plan.parts(sd, config, 64 * 64, half=True)
     monkeypatch.setattr(ranks, "count", lambda: 2)
-    two = memory.parts(sd, config, 64 * 64, half=True)
+    two = plan.parts(sd, config, 64 * 64, half=True)
     assert two["step"] == two["activations"] + two["gradients"] > one["step"]
     assert two["graph"] == two["gradients"] < one["graph"]
-    assert memory.phases(sd, config, 64 * 64, half=True)["training"][1] == max(
+    assert plan.phases(sd, config, 64 * 64, half=True)["training"][1] == max(
         two["step"], two["gradients"] + two["pictures"]
     )
     assert not memory.possible(memory.MODES[-1], config, "bf16", resumed=False)
