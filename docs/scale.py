@@ -39,16 +39,26 @@ def run_of(folder: str, batch: int) -> start.Run:
     return start.set_up(config, start.load(config), torch.device("cpu"))
 
 
-def seconds(step, count: int) -> float:
+def now() -> tuple[float, float]:
+    """Seconds by the clock, and of the CPU's work for this process, which others that share the
+    cores do not lengthen as much."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(begin: tuple[float, float], count: int) -> list[float]:
+    return [(b - a) / count for a, b in zip(begin, now(), strict=True)]
+
+
+def seconds(step, count: int) -> list[float]:
     """Of one of `count` steps, after some that are not counted; on the slowest rank."""
     for n in range(WARM_UP):
         step(n)
     ranks.wait()
-    begin = time.perf_counter()
+    begin = now()
     for n in range(WARM_UP, WARM_UP + count):
         step(n)
     ranks.wait()
-    return (time.perf_counter() - begin) / count
+    return since(begin, count)
 
 
 def training_step(folder: str, batch: int):
@@ -88,10 +98,10 @@ def sharded_step(folder: str, batch: int):
 
 @ranks.joined()
 def worker(out: str, folder: str) -> None:
-    begin = time.perf_counter()
     run = run_of(folder, 4)
+    begin = now()
     train.gather(run)  # draws the class images
-    found = {"images": (time.perf_counter() - begin) / IMAGES}
+    found = {"images": since(begin, IMAGES)}
     found["shared"] = seconds(training_step(folder, 4 // ranks.count()), STEPS)
     found["each"] = seconds(training_step(folder, 4), STEPS)
     if ranks.count() > 1:
@@ -115,10 +125,12 @@ def compare(rounds: int) -> None:
         for count in found:
             found[count].append(measure(count))
             print(count, found[count][-1], f"load {os.getloadavg()[0]:.1f}", flush=True)
-    for what in found[1][0]:
-        ratio(what, [x[what] for x in found[1]], [x[what] for x in found[2]])
-    sharded, averaged = ([x[what] for x in found[2]] for what in ("each, FSDP2", "each"))
-    ratio("two ranks, FSDP2 over DDP", sharded, averaged)
+    for i, kind in enumerate(("clock", "CPU")):
+        for what in found[1][0]:
+            one, two = ([x[what][i] for x in found[n]] for n in found)
+            ratio(f"{kind}: {what}, one rank over two", one, two)
+        sharded, averaged = ([x[what][i] for x in found[2]] for what in ("each, FSDP2", "each"))
+        ratio(f"{kind}: two ranks, FSDP2 over DDP", sharded, averaged)
 
 
 def ratio(what: str, above: list[float], below: list[float]) -> None:

@@ -206,18 +206,18 @@ def test_a_rank_that_is_asked_to_stop_stops_all_after_the_same_step(tmp_path):
     assert (tmp_path / "out" / "state" / "step-00000002").is_dir()
 
 
-@pytest.mark.parametrize("dies", [0, 1])
-def test_a_rank_that_dies_ends_the_run_and_what_is_saved_is_whole(dies, tmp_path):
-    changes = {"max_train_steps": 4, "checkpointing_steps": 2, "prior_loss_weight": 0.0}
-    moments = [None, None]
-    moments[dies] = "step 3"
-    status, said = on_two(tmp_path / "out", moments=moments, **changes)
-    assert status[dies] == -signal.SIGKILL and status[1 - dies] == 2
-    assert "another rank of this run is gone" in last_line(said[1 - dies])
-    assert (tmp_path / "out" / "state" / "step-00000002").is_dir()
+def test_a_rank_that_dies_ends_the_run_and_what_is_saved_is_whole(tmp_path):
+    changes = {"max_train_steps": 6, "checkpointing_steps": 2, "prior_loss_weight": 0.0}
     changes["resume_from_checkpoint"] = "latest"
+    for dies, step in ((1, 3), (0, 5)):
+        moments = [None, None]
+        moments[dies] = f"step {step}"
+        status, said = on_two(tmp_path / "out", moments=moments, **changes)
+        assert status[dies] == -signal.SIGKILL and status[1 - dies] == 2
+        assert "another rank of this run is gone" in last_line(said[1 - dies])
+        assert (tmp_path / "out" / "state" / f"step-{step - 1:08d}").is_dir()
     status, said = on_two(tmp_path / "out", **changes)
-    assert status == [0, 0] and "at step 2" in said[0], said
+    assert status == [0, 0] and "at step 4" in said[0], said
     on_two(tmp_path / "whole", **changes)
     name = NETWORKS["unet"]
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
