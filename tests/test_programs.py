@@ -69,7 +69,7 @@ def test_the_modules_run_as_programs(tmp_path, monkeypatch, capsys):
     """One in a process of its own, from any folder. Without a model they say what to give."""
     root = Path(minibooth.__file__).parent.parent
     command = [sys.executable, "-m", "minibooth.train", "--instance-data-dir", str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(root)}
+    env = os.environ | {"PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}  # of other libraries
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("minibooth.train: give --model")
