@@ -1,5 +1,6 @@
 """The first step of a run, as explain.html: before training and, in the end, beside what it was."""
 
+import io
 import pickle
 import warnings
 from pathlib import Path
@@ -101,8 +102,10 @@ def look(
 
 
 def keep(path: Path, view: View) -> None:
+    written = io.BytesIO()  # PyTorch's own writing says nothing of a disk that is full
+    torch.save(view, written)
     with atomic(path) as part:
-        torch.save(view, part)
+        part.write_bytes(written.getvalue())
 
 
 def fetch(path: Path) -> View | None:

@@ -20,7 +20,7 @@ def default_run() -> dict:
         "instance_prompt": name,
         "class_prompt": noun,
         "num_class_images": 48,
-        "class_steps": 25,
+        "class_steps": 25,  # of DDIM: enough for a class without a place (docs/class_images.md)
         "class_guidance_scale": 4.0,
         "sample_batch_size": 16,
         "max_train_steps": 200,

@@ -22,7 +22,7 @@ from ..common.errors import UserError, first_line
 from ..common.files import read_text, write_json
 from ..formats.tensor_files import read_tensors, write_safetensors
 from ..pipeline import StableDiffusion
-from . import memory, report
+from . import plan, report
 from .optimizer import Update, fresh_state
 from .photos import Photos
 from .settings import TrainConfig
@@ -68,7 +68,7 @@ def size(sd: StableDiffusion, config: TrainConfig) -> int:
     if config.save_state == "none":
         return 0
     stored, tensors = STORED[config.save_state], [torch.zeros(()), torch.zeros(())]  # fp16's scale
-    for p in memory.trainable(sd, config):
+    for p in plan.trainable(sd, config):
         weight = nn.Parameter(torch.empty_like(p, dtype=torch.float32, device="meta"))
         tensors += [weight, *fresh_state(weight.detach(), config.use_8bit_adam).values()]
     return sum(x.numel() * stored(x).itemsize for x in tensors)

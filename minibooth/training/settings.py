@@ -63,7 +63,12 @@ class TrainConfig:
     class_data_dir: str | None = option(
         None, "folder of class images [<output_dir>/class_images]", place="path"
     )
-    class_sampler: str = option("ddim", "sampler that draws them", choices=pipeline.SAMPLERS)
+    class_sampler: str = option(
+        "ddim",
+        "sampler that draws them; dpm++ wants fewer steps, say 20: on the toybox nothing is lost, "
+        "on the public weights nobody has looked (docs/class_images.md)",
+        choices=pipeline.SAMPLERS,
+    )
     class_steps: int = option(
         50, "its steps; the paper's sampler is ddpm, which wants many, up to 1000"
     )

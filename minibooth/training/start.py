@@ -14,7 +14,7 @@ from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
 from ..pipeline import StableDiffusion
-from . import events, memory, methods, photos, report, resume, settle, snapshots
+from . import events, memory, methods, photos, plan, report, resume, settle, snapshots
 from .optimizer import Precision, bitsandbytes
 from .photos import Photos
 from .resume import State
@@ -225,9 +225,9 @@ def disk_needed(
     `resumed` has a state already and, where it was `finished`, a model, which is replaced file by
     file.
     """
-    networks = [memory.size_of(network) for network in sd.networks.values()]
+    networks = [plan.size_of(network) for network in sd.networks.values()]
     if config.method != "dreambooth":  # two files of it
-        networks = 2 * [sum(memory.size(p) for p in memory.trainable(sd, config))]
+        networks = 2 * [sum(plan.size(p) for p in plan.trainable(sd, config))]
     written = (config.max_train_steps - 1) // config.checkpointing_steps
     kept = min(written, config.checkpoints_total_limit or written)
     state = resume.size(sd, config)
