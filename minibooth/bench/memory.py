@@ -95,7 +95,7 @@ def cap(phases: dict[str, tuple[int, int]]) -> int:
 
 
 class Meter:
-    """Peaks of the memory by phase of a run."""
+    """Peaks of the memory by phase of a run; on a CPU, which does not begin anew, all so far."""
 
     def __init__(self, device: torch.device):
         self.device, self.phase, self.found = device, "pictures before", {}
