@@ -26,9 +26,9 @@ INSIDE = {  # the same within a room
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
     ],
     "training": [
-        *("events", "photos", "settings", "class_images", "data", "optimizer", "plan", "memory"),
-        *("graphs", "report", "methods", "resume", "snapshots", "verdicts", "trial", "settle"),
-        *("start", "stop", "loss", "grids", "finite"),
+        *("ranks", "events", "photos", "subjects", "settings", "class_images", "data"),
+        *("optimizer", "plan", "memory", "graphs", "report", "methods", "resume", "snapshots"),
+        *("verdicts", "trial", "settle", "start", "stop", "loss", "grids", "finite"),
     ],
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],
     "explain": ["microscope", "page", "first_step"],

@@ -16,6 +16,7 @@ from ..common.files import gigabytes
 from ..pipeline import StableDiffusion
 from ..unet import Transformer, UNet
 from ..vae import ResnetBlock
+from . import ranks
 from .optimizer import bitsandbytes
 from .plan import ACTIVATIONS, needed, peak
 
@@ -118,7 +119,7 @@ def fit(
 
     What is on stays on. A run that is resumed gets nothing that changes its results.
     """
-    free, half = room(sd, device), precision != "no"
+    free, half = min(ranks.together([room(sd, device)])), precision != "no"
     for mode in MODES:
         if possible(mode, config, precision, resumed) and installed(mode, device):
             fitted = replace(config, **dict.fromkeys(mode, True))
@@ -149,7 +150,7 @@ def fit(
 def possible(mode: tuple[str, ...], config, precision: str, resumed: bool) -> bool:
     if resumed and any(name in LOSSY for name in mode):
         return False
-    once = config.gradient_accumulation_steps == 1 and precision != "fp16"
+    once = config.gradient_accumulation_steps == ranks.count() == 1 and precision != "fp16"
     return once or "optimizer_in_backward" not in mode
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .. import lora
 from ..pipeline import StableDiffusion
+from . import ranks
 from .optimizer import AdamW8bit
 
 # ---- what is sure ------------------------------------------------------------------------------
@@ -93,6 +94,9 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     kept = samples * pixels * ACTIVATIONS[config.method][half][short]
     activations = kept + copies(sd, config, half)
     step = max(activations, int(LEFT[short] * kept) + need["gradients"])
+    stays = 0 if config.use_8bit_adam else step
+    if ranks.count() > 1:  # no graph, but gradients are always there, in the buckets they travel in
+        step, stays = activations + need["gradients"], need["gradients"]
     pictures = 0
     if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
         text = 0 if config.text_changes else size_of(sd.text_encoder)
@@ -104,7 +108,7 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
         "averages": need["averages"],
         "activations": activations,
         "step": step,
-        "graph": 0 if config.use_8bit_adam else step,
+        "graph": stays,
         "pictures": pictures,
     }
 
