@@ -64,7 +64,7 @@ def convert(config: ConvertConfig) -> Path:
     if config.extract_lora:
         return extract(config, sd, out, dtype)
     adapters.merge_files(sd.networks, config.merge_lora)
-    sd.source = " + ".join([sd.source, *config.merge_lora])
+    sd.source = " + ".join([sd.source, *map(adapters.public_name, config.merge_lora)])
     weights = sum(p.numel() for network in sd.networks.values() for p in network.parameters())
     require_space(out, weights * (dtype.itemsize if dtype else 4))
     if single:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import schedule
 from .common.errors import UserError, first_line
 from .common.files import write_text
-from .formats import checkpoint
+from .formats import checkpoint, hub
 from .formats.configs import SD2_V, check_config
 from .schedule import Schedule
 from .text_encoder import TextEncoder
@@ -38,7 +38,7 @@ class StableDiffusion:
     unet: UNet
     schedule: Schedule
     configs: dict[str, dict]  # of unet, vae, text_encoder, scheduler: written back on save
-    source: str = ""  # where it was loaded from
+    source: str = ""  # what it was loaded from: hub id, toybox, or a folder's or file's name
     licence: str | None = None  # of the weights, by its short name
     licence_files: dict[str, str] = field(default_factory=dict)
 
@@ -339,7 +339,7 @@ def load(
         tokenizer=found.tokenizer,
         schedule=read_schedule(scheduler).to(device),
         configs=found.configs,
-        source=str(source),
+        source=hub.public_name(source),
         licence=found.licence,
         licence_files=found.licence_files,
         **networks,

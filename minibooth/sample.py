@@ -119,19 +119,22 @@ def sample(config: SampleConfig) -> list[Path]:
             )
             rows.append(images)
             for i, image in enumerate(images):
-                about = settings(config, prompt, config.seed + i)
+                about = settings(config, sd.source, prompt, config.seed + i)
                 written.append(save_png(image, out, f"{slug(prompt)}-{config.seed + i}", about))
     with atomic(out / "grid.png") as part:
         photos.grid(photos.enlarged(rows), labels=list(config.prompt)).save(part, "PNG")
     return written
 
 
-def settings(config: SampleConfig, prompt: str, seed: int) -> dict[str, str]:
-    """What it takes to draw a picture again, for its metadata."""
-    names = ("model", "negative_prompt", "steps", "guidance_scale", "sampler", "eta")
-    small = {n: ", ".join(getattr(config, n)) for n in ("lora", "embedding") if getattr(config, n)}
-    settings = {n: str(getattr(config, n)) for n in names}
-    return {"prompt": prompt, "seed": str(seed)} | settings | small
+def settings(config: SampleConfig, model: str, prompt: str, seed: int) -> dict[str, str]:
+    """What it takes to draw a picture again, for its metadata. Files are named, not their place."""
+    names = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta")
+    settings = {"prompt": prompt, "seed": str(seed), "model": model}
+    settings |= {n: str(getattr(config, n)) for n in names}
+    for name in ("lora", "embedding"):
+        if given := getattr(config, name):
+            settings[name] = ", ".join(map(adapters.public_name, given))
+    return settings
 
 
 def slug(prompt: str) -> str:

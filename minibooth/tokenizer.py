@@ -187,7 +187,7 @@ def added_words(folder: Path) -> dict[str, int]:
     found = {}
     for name in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            content = json.loads((folder / name).read_text("utf-8"))
+            content = json.loads(read_text(folder / name))
             if name == "added_tokens.json":
                 found |= content
             for token in content.get("added_tokens", []):

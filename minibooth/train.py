@@ -59,7 +59,7 @@ def train(
             sd = start.load(config)
         with memory.advised(sd, config):
             run = start.set_up(config, sd, device)
-        with memory.advised(sd, run.config):
+        with memory.advised(sd, run.config, run.precision.dtype is not None):
             start.announce(run)
             learn(run, on_step)
             if score.applies(run.config):
@@ -70,18 +70,16 @@ def train(
 def gather(run: Run) -> tuple[Batches, Loss, dict]:
     """What the steps read: class images, latents, contexts; and the identity with these images.
 
-    The networks go to the device, as they came.
+    The networks go to the device.
     """
     config, sd, device = run.config, run.sd, run.device
-    sd.to(device)
-    sd.text_encoder.requires_grad_(config.train_text_encoder)
-    sd.vae.requires_grad_(False)
-
+    methods.place(sd, run.trained, device, run.precision.dtype)
     start.try_kernels(run)
 
     identity, class_photos = run.identity, None
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
-        with graphs.captured_unet(sd.unet), run.precision.autocast():
+        graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
+        with graph, run.precision.autocast():
             files = class_images.ensure(
                 sd,
                 Path(config.class_data_dir or run.folder / "class_images"),
@@ -93,6 +91,7 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
                 seed=config.seed,
                 resolution=run.resolution,
                 batch_size=config.sample_batch_size,
+                fingerprint=run.fingerprint,
             )
         class_photos = photos.load_photos(files, run.resolution, config.center_crop)
 
@@ -119,16 +118,10 @@ def make_optimizer(run: Run) -> Update:
     for network in run.idle:
         network.to("cpu")
     optimizer.make_trainable(run.trained.values(), run.device)
-    methods.freeze(run.sd, run.trained, run.precision.dtype)
+    methods.attach(run.sd, run.trained)
     rates = methods.rates(config)
-    return optimizer.adamw(
-        [(rates[name], list(network.parameters())) for name, network in run.trained.items()],
-        config.adam_weight_decay,
-        config.max_grad_norm,
-        scaled=run.precision.name == "fp16",
-        use_8bit_adam=config.use_8bit_adam,
-        in_backward=config.optimizer_in_backward,
-    )
+    groups = [(rates[name], list(network.parameters())) for name, network in run.trained.items()]
+    return optimizer.adamw(groups, config, scaled=run.precision.name == "fp16")
 
 
 def one_update(
@@ -162,7 +155,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     config, sd, folder = run.config, run.sd, run.folder
     originals = optimizer.originals(run.trained)
     batches, loss, identity = gather(run)
-    grids = Grids.of(folder, config, run.resolution)
+    grids = Grids.of(folder, config, run.resolution, run.events)
     before = grids.draw(sd, run.idle, run.precision)
     grids.save(0, before)
 
@@ -175,14 +168,14 @@ def learn(run: Run, on_step: Watcher | None) -> None:
         if done % config.validation_steps == 0 and not grids.has(done):
             grids.save(done, grids.draw(sd, run.idle, run.precision))
     if config.explain and done == 0:
-        first_step.explain(run, batches, loss, weights, adam.scale)
+        first_step.explain(run, batches, loss, weights, adam.scale, done)
 
     accumulate = config.gradient_accumulation_steps
     update = one_update(loss, adam, accumulate, on_step)
     if adam.capturable and not on_step:  # who looks on wants to see what the step leaves behind
         adam.allocate()
         update = graphs.captured(update, run.device, undo=adam.forget)
-    log = report.LossLog(folder, config.max_train_steps, done, run.device)
+    log = report.LossLog(folder, config.max_train_steps, done, run.device, run.events)
     with log, stop.between_steps() as stopping:
         for step in range(done + 1, config.max_train_steps + 1):
             warm_up = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
@@ -209,6 +202,9 @@ def learn(run: Run, on_step: Watcher | None) -> None:
             if last:
                 break
     adam.release()
+    del update  # and the memory that a CUDA graph keeps
+    if config.explain:
+        first_step.explain(run, batches, loss, weights, adam.scale, config.max_train_steps)
     finish(run, grids, before, originals)
 
 

@@ -1,8 +1,6 @@
 """Bad input: one line that says what is wrong and what to do, status 2, nothing half-written."""
 
-import builtins
 import dataclasses
-import errno
 import json
 import os
 import runpy
@@ -25,7 +23,7 @@ from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
-from minibooth.training import memory, report, snapshots, start
+from minibooth.training import memory, report, start
 
 
 @pytest.fixture
@@ -225,74 +223,6 @@ def test_a_disk_too_full_is_noticed_before_the_run(fails, monkeypatch, tmp_path)
     line = fails(**with_room_for(needed - 1))
     assert "not enough disk space" in line and files.gigabytes(needed) in line
     train.train(runs.config(tmp_path / "out", **with_room_for(needed)))
-
-
-@pytest.mark.parametrize(
-    "victim",
-    [
-        "step-00000004.tmp/.state.safetensors",
-        "checkpoint-4.tmp/unet/.diffusion",
-        "out/unet/.diffusion",
-        "loss.csv",
-    ],
-)
-def test_a_disk_that_fills_up_costs_nothing_but_the_last_steps(
-    victim, monkeypatch, capsys, tmp_path, whole
-):
-    out = tmp_path / "out"
-    options = {"max_train_steps": 5, "checkpointing_steps": 2, "output_dir": out}
-    arguments = runs.arguments(runs.settings(**options))
-    plain_open, opened = builtins.open, []
-
-    class Full:
-        """A file of which only the first bytes fit on the disk."""
-
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, data):
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    def full_open(path, *args, **kwargs):
-        file = plain_open(path, *args, **kwargs)
-        if victim in str(path):
-            opened.append(path)
-            if len(opened) > 3 or victim != "loss.csv":
-                return Full(file)
-        return file
-
-    with monkeypatch.context() as patch:
-        patch.setattr(builtins, "open", full_open)
-        status, _, err = runs.program(monkeypatch, capsys, train, *arguments)
-    line = err.replace("\r", "\n").strip().splitlines()[-1]
-    assert status == 2 and "Traceback" not in err
-    assert "No space left on device; make room" in line
-    assert not [name for name in runs.files(out) if ".tmp" in name]
-    assert not (out / "model_index.json").exists()
-    for snapshot in snapshots.found(out):
-        assert (snapshot / "README.md").exists() and (snapshot / "model_index.json").exists()
-
-    status, _, err = runs.program(
-        monkeypatch, capsys, train, *arguments, "--resume_from_checkpoint", "latest"
-    )
-    assert status == 0, err
-    for name in ("unet/diffusion_pytorch_model.safetensors", "loss.csv"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    train.train(runs.config(folder, max_train_steps=5))
-    return folder
 
 
 def test_too_little_memory_is_said_before_the_run_with_what_helps(fails, monkeypatch):

@@ -26,7 +26,17 @@ INSIDE = {  # the same within a room
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
     ],
     "training": [
-        *("photos", "settings", "class_images", "data", "optimizer", "memory", "graphs", "report"),
+        *(
+            "events",
+            "photos",
+            "settings",
+            "class_images",
+            "data",
+            "optimizer",
+            "memory",
+            "graphs",
+            "report",
+        ),
         *("methods", "resume", "snapshots", "verdicts", "trial", "settle"),
         *("start", "stop", "loss", "grids", "finite"),
     ],

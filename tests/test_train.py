@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import shutil
 
 import diffusers
 import peers
@@ -672,18 +674,28 @@ def contains(path, picture):
 
 def test_the_card_and_the_settings_tell_where_the_result_comes_from(run):
     folder, _, _ = run
-    base = str(peers.model()[0])
+    base = peers.model()[0]
     for card, steps in ((folder, 5), (folder / "checkpoint-4", 4)):
         text = (card / "README.md").read_text()
         head, body = text.split("---\n")[1:]
-        assert "license: unknown" in head and f'base_model: "{base}"' in head
+        assert "license: unknown" in head and "base_model" not in head  # which the hub would refuse
         assert 'instance_prompt: "a sks dog"' in head
+        assert f"\n`{base.name}` fine-tuned" in body
         assert "`a dog`" in body and "0.5" in body and f"{steps} steps" in body
         assert ("before_after.png" in body) == (card == folder)
     settings = json.loads((folder / "config.json").read_text())
-    assert settings["model"] == base and settings["prior_loss_weight"] == 0.5
+    assert settings["model"] == os.path.relpath(base, folder)
+    assert settings["prior_loss_weight"] == 0.5
     fields = set(train.TrainConfig.__dataclass_fields__) - {"config"}
     assert set(settings) == fields
+
+
+def test_the_card_links_to_a_base_model_on_the_hub(tmp_path):
+    sd = runs.model()
+    sd.source = "someone/some-model"
+    train.train(runs.config(tmp_path / "out", max_train_steps=1), sd)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "\nbase_model: someone/some-model\n" in text and "\n`someone/some-model` fine-" in text
 
 
 def test_the_licence_of_the_base_model_goes_with_the_result(tmp_path):
@@ -693,6 +705,28 @@ def test_the_licence_of_the_base_model_goes_with_the_result(tmp_path):
     assert "license: creativeml-openrail-m" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "LICENSE").read_text() == "Section I: PREAMBLE"
     assert load(tmp_path / "out").licence == "creativeml-openrail-m"
+
+
+def test_photographs_that_change_on_disk_during_a_run_change_nothing(tmp_path):
+    """One is replaced, one cut off, one removed: the run has read them all."""
+    folder, own = tmp_path / "photographs", tmp_path / "own"
+    shutil.copytree(runs.photographs(), folder)
+    shutil.copytree(runs.photographs(), own)
+    settings = {"instance_data_dir": str(folder), "class_data_dir": str(own), "max_train_steps": 2}
+    whole = train.train(runs.config(tmp_path / "a", **settings), runs.model())
+
+    def change(step, _):
+        for place in (folder, own):
+            shutil.copy(place / "1.png", place / "0.png")
+            (place / "1.png").write_bytes((place / "1.png").read_bytes()[:50])
+            (place / "2.png").unlink(missing_ok=True)
+
+    changed = train.train(runs.config(tmp_path / "b", **settings), runs.model(), on_step=change)
+    states = (runs.flat(sd.unet.state_dict()) for sd in (whole, changed))
+    assert torch.equal(*states)
+    again = runs.config(tmp_path / "b", **settings | {"resume_from_checkpoint": "latest"})
+    with pytest.raises(UserError, match=r"0\.png cannot be read"):
+        train.train(again, runs.model())
 
 
 def test_without_sample_grids_no_picture_is_drawn(tmp_path, monkeypatch):

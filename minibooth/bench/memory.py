@@ -1,78 +1,232 @@
-"""What the ways to save memory save and cost, and which of them fit a card of 8 GB."""
+"""Whether runs need the memory that they count on: each in its own process, under a hard cap.
 
+A run does everything that takes memory, in little: class images, the first grid, --explain, 20
+steps with a grid between them, and a last one whose loss is not finite, which is looked at again.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch import Tensor
 
+from .. import train
+from ..common.errors import UserError
 from ..common.files import write_json
-from ..training import memory
-from ..training.settings import TrainConfig
-from . import peers
+from ..explain import first_step
+from ..training import finite, memory
+from ..training.data import Batches
+from ..training.settings import METHODS, TrainConfig
 from .measure import alone, peaks, prepared
 from .models import model
-from .peers import OURS, Row, begin
-from .run import whole_run
+from .peers import begin
+from .run import made_up_photographs
 
-LIMIT = 7_500_000_000  # bytes that are free on a card of 8 GB
+CAPS = (6_000_000_000, 8_000_000_000, 12_000_000_000)  # bytes: cards of 6, 8 and 12 GB
+STEPS = 20
+SMALL = {
+    "max_train_steps": STEPS,
+    "num_class_images": 4,
+    "class_steps": 6,  # more than are drawn before a CUDA graph is recorded
+    "validation_inference_steps": 6,
+    "validation_steps": STEPS // 2,
+    "checkpointing_steps": STEPS,
+    "save_state": "none",
+    "explain": True,
+    "fit_memory": False,
+}
+WORD = {  # of the bench's tokenizer
+    "placeholder_token": "<new>",
+    "initializer_token": "x",
+    "learnable_property": "prompt",
+    "instance_prompt": "a <new>",
+}
 
 
-def memory_modes(size: str, device: torch.device) -> list[dict]:
-    """Every way to save memory, for the UNet alone and with the text encoder: peak and time of a
-    step; on a GPU also what was counted beforehand, and whether it can be done within LIMIT."""
-    found, on_gpu = [], device.type == "cuda"
-    for text in ((), ("train_text_encoder",)):
-        for mode in memory.MODES:
-            settings = tuple((name, True) for name in (*text, *mode))
-            row = Row("step", 1, "bf16" if on_gpu else "no", settings=settings)
-            arguments = f"{row!r}, {size!r}, {OURS!r}"
-            measured = alone(peers.__name__, f"steady({arguments}, timed=5)")
-            result = {"row": row.__dict__, **(measured or {})}
-            if on_gpu:
-                result["counted_bytes"] = counted(row, size)
-                if result.get("peak_bytes", LIMIT) < LIMIT:
-                    result["limited"] = alone(peers.__name__, f"steady({arguments}, limit={LIMIT})")
-            found.append(result)
-            print(describe_mode(result), flush=True)
+@dataclass(frozen=True)
+class Row:
+    """A run: what is trained, which of the memory's modes are on, and in which precision."""
+
+    method: str
+    mode: tuple[str, ...]
+    precision: str  # "no" (fp32), "bf16" or "fp16"
+
+    def settings(self) -> dict:
+        on = {"method": self.method, "mixed_precision": self.precision}
+        return SMALL | on | dict.fromkeys(self.mode, True)
+
+
+def rows(device: torch.device) -> list[Row]:
+    """Of all weights in every mode, of less in full and checkpointed: there is nothing to save in
+    averages or gradients."""
+    found = []
+    for precision in ("bf16", "fp16") if device.type == "cuda" else ("no",):
+        for method in METHODS:
+            modes = memory.MODES if method == "dreambooth" else memory.MODES[:2]
+            can = [m for m in modes if memory.possible(m, TrainConfig(), precision, resumed=False)]
+            found += [Row(method, mode, precision) for mode in can]
     return found
 
 
-def counted(row: Row, size: str) -> int:
-    """What `memory.peak` says for a row, without pictures on the way."""
-    batch = {"train_batch_size": row.batch, "num_validation_images": 0}
+# ---- what is counted ---------------------------------------------------------------------------
+
+
+def counted(row: Row, size: str) -> dict[str, tuple[int, int]]:
+    """memory.phases of a row."""
     sd = model(size, torch.device("meta"))
     pixels = (sd.image_size // sd.vae.factor) ** 2
-    return memory.peak(sd, TrainConfig(**batch, **dict(row.settings)), pixels, half=True)
+    return memory.phases(sd, TrainConfig(**row.settings()), pixels, row.precision != "no")
 
 
-def small_run(size: str, limit: int) -> dict:
-    """A whole run within `limit` bytes, with everything that a run does, but little of it."""
+def cap(phases: dict[str, tuple[int, int]]) -> int:
+    """The smallest card on which a run is counted to fit; beyond all of them, what is counted."""
+    need = max(memory.with_spare(*phase) for phase in phases.values())
+    return min((size for size in CAPS if size >= need), default=need)
+
+
+# ---- what is measured --------------------------------------------------------------------------
+
+
+class Meter:
+    """Peaks of the memory by phase of a run."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.phase, self.found = device, "pictures before", {}
+
+    def enter(self, phase: str) -> None:
+        """The phase before ends, and this one begins."""
+        before = self.found.setdefault(self.phase, {})
+        for name, size in peaks(self.device).items():
+            before[name] = max(size, before.get(name, 0))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.phase = phase
+
+    def watched(self, function: Callable, phase: str, then: str = "training") -> Callable:
+        def call(*arguments, **options):
+            self.enter(phase)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.enter(then)
+
+        return call
+
+
+class LastIsBad:
+    """In the place of Batches.draw: the last step's latents are not finite the first time, so that
+    training stops there and all is looked at again. Notes when each batch was drawn."""
+
+    def __init__(self, draw: Callable[[Batches, int], list[Tensor]], device: torch.device):
+        self.draw, self.device, self.times = draw, device, {}
+
+    def __call__(self, batches: Batches, n: int) -> list[Tensor]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        again = n in self.times
+        self.times[n] = time.perf_counter()
+        x0, *rest = self.draw(batches, n)
+        spoilt = n == STEPS - 1 and not again
+        return [x0 * float("nan") if spoilt else x0, *rest]
+
+    def seconds(self) -> float:
+        """Of a step, the median of those after the grid, when a CUDA graph is there."""
+        ends = range(STEPS // 2 + 1, STEPS - 1)
+        return statistics.median(self.times[n + 1] - self.times[n] for n in ends)
+
+
+@contextmanager
+def watched(device: torch.device) -> Iterator[tuple[Meter, LastIsBad]]:
+    """Within it runs are measured, and end in a loss that is not finite."""
+    meter, last = Meter(device), LastIsBad(Batches.draw, device)
+    optimizer = meter.watched(train.make_optimizer, "training")
+    look = meter.watched(first_step.explain, "explain")
+    again = meter.watched(finite.explain, "second look")
+    with (
+        mock.patch.object(train, "make_optimizer", optimizer),
+        mock.patch.object(first_step, "explain", look),
+        mock.patch.object(finite, "explain", again),
+        mock.patch.object(Batches, "draw", lambda batches, n: last(batches, n)),
+    ):
+        yield meter, last
+
+
+def measure(row: Row, size: str, limit: int | None) -> dict:
+    """A row's peaks by phase, its seconds per step, and how it ended; on a GPU within `limit`."""
     device = prepared(limit=limit)
-    settings = {"num_class_images": 4, "class_steps": 2, "sample_batch_size": 4}
-    settings |= {"max_train_steps": 4, "checkpointing_steps": 2, "num_validation_images": 2}
-    settings |= {"validation_steps": 2, "validation_inference_steps": 2}
-    whole_run(size, device, **settings, **dict.fromkeys(memory.MODES[-1], True))
-    return peaks(device)
+    with tempfile.TemporaryDirectory() as folder, watched(device) as (meter, last):
+        sd = model(size, torch.device("cpu"))
+        settings = {"instance_prompt": "a sks dog", "class_prompt": "a dog"}
+        settings |= WORD if row.method == "textual_inversion" else {}
+        settings["instance_data_dir"] = made_up_photographs(Path(folder), sd.image_size)
+        try:
+            train.train(TrainConfig(**row.settings(), **settings, output_dir=f"{folder}/out"), sd)
+        except UserError as error:
+            ended = str(error)
+        if f"step {STEPS}: " not in ended:
+            raise SystemExit(ended)  # out of memory, say
+        return {"phases": meter.found, "seconds": last.seconds(), "ended": ended}
 
 
-def describe_mode(found: dict) -> str:
+def compare(row: Row, size: str, device: torch.device) -> dict:
+    """What was counted and what was measured of a row; without the latter where it did not fit."""
+    found, on_gpu = {"row": asdict(row)}, device.type == "cuda"
+    if on_gpu:
+        plan = counted(row, size)
+        found |= {"plan": plan, "cap": cap(plan)}
+        found["counted_bytes"] = max(memory.with_spare(*phase) for phase in plan.values())
+    measured = alone(__name__, f"measure({row!r}, {size!r}, {found.get('cap')})")
+    found |= measured or {}
+    if on_gpu and measured:
+        errors = {p: sum(plan[p]) / measured["phases"][p]["peak_bytes"] - 1 for p in plan}
+        found["errors"] = errors
+        most = max(phase["peak_bytes"] for phase in measured["phases"].values())
+        found["error"] = max(sum(phase) for phase in plan.values()) / most - 1
+    return found
+
+
+def describe(found: dict) -> str:
     """A row of the table on the screen."""
-    parts = [" ".join(name for name, _ in found["row"]["settings"]) or "full speed"]
-    if "peak_bytes" not in found:
-        return f"{parts[0]}: cannot run here"
-    parts[0] += f": peak {found['peak_bytes'] / 1e9:.2f} GB"
-    if "counted_bytes" in found:
-        parts.append(f"counted with a margin {found['counted_bytes'] / 1e9:.2f} GB")
-        parts.append(f"within {LIMIT / 1e9} GB: {'yes' if found.get('limited') else 'no'}")
-    parts.append(f"{1e3 * found['seconds']:.1f} ms")
-    return ", ".join(parts)
+    row = found["row"]
+    parts = [f"{row['method']} {row['precision']} {' '.join(row['mode']) or 'in full'}"]
+    if "cap" in found:
+        parts[0] += f", counted {found['counted_bytes'] / 1e9:.2f} GB"
+        held = "held" if "phases" in found else "NOT held"
+        parts.append(f"a cap of {found['cap'] / 1e9:.1f} GB was {held}")
+    if "phases" not in found:
+        return ": ".join([*parts, "it cannot run here"])
+    sizes = {name: phase["peak_bytes"] / 1e9 for name, phase in found["phases"].items()}
+    by_phase = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
+    parts.append(f"at most {max(sizes.values()):.2f} GB ({by_phase})")
+    if "error" in found:
+        parts.append(f"the plan without its margin is off by {found['error']:+.1%}")
+    parts.append(f"{1e3 * found['seconds']:.0f} ms a step")
+    if "no memory was left" in found["ended"]:
+        parts.append("no second look at the bad loss")
+    return "; ".join(parts)
 
 
 def benchmark(what: str, minutes: float, output: Path) -> None:
-    """Measures, prints and writes memory-<cpu or cuda>.json: all modes, however long they take."""
+    """Measures, prints and writes memory-<cpu or cuda>.json: a row at a time until the minutes are
+    over. The same command goes on with those that are missing there."""
     device, size, report, name = begin(what, output)
-    report["modes"] = memory_modes(size, device)
-    done = alone(__name__, f"small_run({size!r}, {LIMIT})")
-    report["whole run, saving most"] = done
-    write_json(name.with_suffix(".json"), report)
-    said = f"peak {done['peak_bytes'] / 1e9:.2f} GB" if done else "it cannot run here"
-    print(f"a whole run in the last mode, within {LIMIT / 1e9} GB on a GPU: {said}")
+    path, end = name.with_suffix(".json"), time.monotonic() + 60 * minutes
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    same = {key: before.get(key) for key in report} == report
+    known = {str(found["row"]): found for found in before.get("rows", ())} if same else {}
+    todo, results = rows(device), []
+    for row in todo:
+        key = str(json.loads(json.dumps(asdict(row))))
+        if key not in known and time.monotonic() < end:
+            known[key] = compare(row, size, device)
+            print(describe(known[key]), flush=True)
+        results += [known[key]] if key in known else []
+        write_json(path, {**report, "rows": results})
+    print(f"{len(results)} of {len(todo)} rows; {path}")

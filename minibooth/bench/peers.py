@@ -22,7 +22,7 @@ from ..common import cli
 from ..common.files import write_json
 from ..unet import UNet
 from . import chart
-from .measure import alone, machine, peaks, prepared, race, rates, seconds, versions
+from .measure import alone, machine, peaks, prepared, race, rates, versions
 from .models import CONFIGS
 from .sides import OURS, PRECISION, Row, cpu_has_bf16, implementation, peers, rivals
 
@@ -87,17 +87,16 @@ def peak(row: Row, size: str, device: torch.device, name: str) -> int | None:
     return found and found["peak_bytes"]
 
 
-def steady(row: Row, size: str, name: str, timed: int = 0, limit: int | None = None) -> dict:
-    """The peak of a few calls, and the median of the seconds that `timed` more take."""
-    device = prepared(row.kernels, limit)
+def steady(row: Row, size: str, name: str) -> dict[str, int]:
+    """The peak of a few calls."""
+    device = prepared(row.kernels)
     with tempfile.TemporaryDirectory() as folder:
         call = implementation(row, size, device, Path(folder), name)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for _ in range(6 if device.type == "cuda" else 2):
             call()
-        times = [seconds(call, device) for _ in range(timed)]
-    return {**peaks(device), "seconds": statistics.median(times) if times else None}
+    return peaks(device)
 
 
 # ---- the report --------------------------------------------------------------------------------

@@ -27,6 +27,17 @@ PHASES = [  # what is called in a run, and the phase that its time belongs to
 ]
 
 
+def made_up_photographs(folder: Path, side: int) -> str:
+    """A folder in `folder` with six squares of noise."""
+    photographs = folder / "photographs"
+    photographs.mkdir()
+    for i in range(6):
+        noise = torch.rand(side // 8, side // 8, 3).mul(255).byte()
+        image = Image.fromarray(noise.numpy()).resize((side, side))
+        image.save(photographs / f"{i}.png")
+    return str(photographs)
+
+
 def whole_run(size: str, device: torch.device, **changes) -> dict[str, float]:
     """Seconds of a run of the training program, by phase. On a GPU 200 class images of 50 steps and
     1,000 steps of training at 512²; on a CPU the toybox's default run, without its scores."""
@@ -52,16 +63,10 @@ def whole_run(size: str, device: torch.device, **changes) -> dict[str, float]:
         for where, name, phase in PHASES:
             function = timed(getattr(where, name), phase)
             stack.enter_context(mock.patch.object(where, name, function))
-        photographs = Path(folder) / "photographs"
-        photographs.mkdir()
-        side = model(size, torch.device("cpu")).image_size
-        for i in range(6):
-            noise = torch.rand(side // 8, side // 8, 3).mul(255).byte()
-            image = Image.fromarray(noise.numpy()).resize((side, side))
-            image.save(photographs / f"{i}.png")
-        settings |= {"instance_data_dir": str(photographs), "instance_prompt": "a sks dog"}
-        settings |= {"class_prompt": "a dog", "output_dir": f"{folder}/out"}
         sd = model(size, torch.device("cpu"))
+        settings["instance_data_dir"] = made_up_photographs(Path(folder), sd.image_size)
+        settings |= {"instance_prompt": "a sks dog", "class_prompt": "a dog"}
+        settings |= {"output_dir": f"{folder}/out"}
         start = time.perf_counter()
         train.train(TrainConfig(**settings | changes), sd)
         total = time.perf_counter() - start

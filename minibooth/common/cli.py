@@ -18,14 +18,21 @@ import torch
 from tqdm import tqdm
 
 from .errors import Stopped, UserError, first_line
-from .files import read_text
+from .files import from_portable, portable, read_text, write_json
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def option(default, help: str, choices: tuple | None = None, aliases: tuple[str, ...] = ()):
-    """A dataclass field that is also a flag; the help gives its unit and what absent means."""
-    extra = {"help": help, "choices": choices, "aliases": aliases}
+def option(
+    default,
+    help: str,
+    choices: tuple | None = None,
+    aliases: tuple[str, ...] = (),
+    place: str | None = None,
+):
+    """A dataclass field that is also a flag; the help gives its unit and what absent means. A
+    `place` is a "path", or, where it can also be a name on the hub, a "source"."""
+    extra = {"help": help, "choices": choices, "aliases": aliases, "place": place}
     return dataclasses.field(default=default, metadata=extra)
 
 
@@ -99,9 +106,10 @@ def read_config(path: Path, cls) -> dict:
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is not a config file: {first_line(e)}") from None
     hints = typing.get_type_hints(cls)
+    places = {field.name for field in dataclasses.fields(cls) if field.metadata["place"]}
     for key, value in settings.items():
         if key not in hints:
-            raise UserError(f"{path} has a setting that does not exist: {key}")
+            raise UserError(f"{path} has a setting that does not exist: {key:.80}")
         if isinstance(value, list):
             settings[key] = value = tuple(value)
         kind = hints[key]
@@ -112,8 +120,21 @@ def read_config(path: Path, cls) -> dict:
         wrong = isinstance(value, tuple) and not all(isinstance(v, str) for v in value)
         wrong |= not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
         if wrong:
-            raise UserError(f"{path}: {key} = {value!r} has the wrong type")
+            raise UserError(f"{path}: {key} = {value!r:.80} has the wrong type")
+        if key in places and value is not None:
+            settings[key] = from_portable(value, path.parent)
     return settings
+
+
+def write_config(path: Path, config) -> None:
+    """Its settings, for --config, in a JSON file whose folder can be shown to others."""
+    settings = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        value, place = settings[field.name], field.metadata["place"]
+        if value is not None and (place == "path" or (place == "source" and Path(value).exists())):
+            settings[field.name] = portable(value, path.parent)
+    settings.pop("config", None)
+    write_json(path, settings)
 
 
 def pick_device(name: str) -> torch.device:

@@ -104,6 +104,30 @@ def write_json(path: str | Path, value) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def portable(path: str | Path, folder: Path) -> str:
+    """A path without the names of this machine and its user, as a file in `folder` can name it:
+    ./… or ../… from there; ~/… where that would lead into the home folder from outside."""
+    path, folder = (Path(os.path.abspath(p)) for p in (path, folder))
+    home = Path(os.path.expanduser("~"))
+    if path.is_relative_to(home) and not folder.is_relative_to(home):
+        return f"~/{path.relative_to(home).as_posix()}"
+    try:
+        relative = Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # another drive of Windows
+        return str(path)
+    return relative if relative.startswith("../") or relative == ".." else f"./{relative}"
+
+
+def from_portable(path: str, folder: Path) -> str:
+    """What `portable` was given, as seen from the current folder; another path or name as it is."""
+    if path.startswith("~/"):
+        return os.path.expanduser(path)
+    if not path.startswith(("./", "../")) and path != "..":
+        return path
+    whole, here = Path(os.path.normpath(os.path.abspath(folder / path))), Path.cwd()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
+
+
 def require_space(path: str | Path, size: int) -> None:
     """Raise UserError unless the disk that `path` is on has `size` bytes and a little more free."""
     folder = Path(path).absolute()

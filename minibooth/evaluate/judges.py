@@ -98,7 +98,8 @@ class PublicJudge:
             self.missing["lpips"] = how_to_get("lpips", e)
         except OSError as e:
             self.missing["lpips"] = f"its network cannot be downloaded ({first_line(e)}): connect"
-        names = {"clip": options.clip, "dino": options.dino, "lpips": f"LPIPS ({options.lpips})"}
+        names = {name: hub.public_name(getattr(options, name)) for name in ("clip", "dino")}
+        names["lpips"] = f"LPIPS ({options.lpips})"
         self.about = ", ".join(name for kind, name in names.items() if kind not in self.missing)
         self.about += f"; of each picture the middle 224² after its shorter side is {self.resize}"
 

@@ -20,7 +20,7 @@ from .. import toybox
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
-from ..common.files import write_json, write_text
+from ..common.files import read_text, write_json, write_text
 from ..formats import hub
 from ..train import train
 from ..training import methods, photos, report, resume
@@ -248,7 +248,7 @@ class Protocol:
         if not path.exists():
             return None
         try:
-            kept = json.loads(path.read_text("utf-8"))
+            kept = json.loads(read_text(path))
             same = kept["asked"] == self.asked(arm, subject)
             scores = {metric: Mean(**mean) for metric, mean in kept["scores"].items()}
         except (ValueError, KeyError, TypeError):  # not what was written: measure again

@@ -8,7 +8,7 @@ of Eq. 2 on its own.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from ..unet import Attention, UNet
 
 SHOWN = 4  # samples of each term whose pictures are kept
 FRAMES = 9  # of the film of a sampling
+SIDE = 256  # pixels; larger pictures are reduced
 BLOCK = re.compile(r"unet\.(?:\w+_blocks\.\d+|\w+)|text_encoder\.(?:encoder\.layers\.\d+|\w+)")
 READS_TEXT = re.compile(r"\.attn2\.to_[kv]\.")  # the UNet's only weights that the prompt enters
 
@@ -49,7 +50,7 @@ class Sample:
     x_error: float  # mean of (x̂ − x)²
     loss: float  # per_sample: w_t · x_error
     latents: tuple[Tensor, Tensor, Tensor]  # x, x_t and x̂, each (4, h, w) scaled
-    pictures: Tensor | None  # (3, 3, H, W) in [0, 1]: the three decoded
+    pictures: Tensor | None  # (3, 3, H, W) in [0, 1]: the three decoded, reduced
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Attended:
 
 @dataclass(frozen=True)
 class Frame:
-    """A moment of a sampling: x_t and the x̂0 seen in it, each (3, H, W) in [0, 1]."""
+    """A moment of a sampling: x_t and the x̂0 seen in it, each (3, H, W) in [0, 1], reduced."""
 
     t: int | None  # None at the end
     x_t: Tensor
@@ -101,7 +102,7 @@ class Frame:
 class Look:
     """All that is seen of a step."""
 
-    step: Step
+    step: Step  # without its gradient
     prior_loss_weight: float  # λ
     entries: list[Entry]
     instance: list[Sample]
@@ -122,25 +123,21 @@ def look(
     identifier: str | None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     scale: Tensor | float = 1.0,
+    alike: int | None = None,
     adapters: dict[str, nn.ModuleDict] | None = None,
 ) -> Look:
     """Do a step's forward and backward pass and keep what there is to see. Nothing is updated.
 
     The four arguments after `sd` are as in dreambooth.step. `parameters` are those that
     train, by the names "unet.…" and "text_encoder.…"; `prompt` is the one that instance.c encodes,
-    `identifier` its word for the subject. The loss is multiplied by `scale` for the backward pass.
+    at least for the first `alike` samples, `identifier` its word for the subject. The loss is
+    multiplied by `scale` for the backward pass.
     `adapters` are those of each network whose weights the parameters are, if they are a LoRA's.
     """
     with autocast(), cross_attention(sd.unet) as attention:
         step = dreambooth.step(sd.unet, sd.schedule, instance, prior, prior_loss_weight, weight)
     if prior_loss_weight == 0:
         prior = None
-    first = slice(None, step.n_instance)
-    weight = torch.ones_like(step.per_sample) if weight is None else weight
-    rest = slice(step.n_instance, None)
-    terms = [("", instance, step.instance, weight[first])]
-    if prior is not None:
-        terms.append(("'", prior, step.prior, weight[rest]))
     # Before the pictures: then what the backward pass needs is not kept beside the VAE's work.
     whole: dict[str, Tensor] = {}
 
@@ -149,6 +146,13 @@ def look(
             whole[name] = gradient.cpu()
 
     by_block = gradients(step, prior_loss_weight, parameters, scale, keep)
+    step = replace(step, **{k: x.detach() for k, x in vars(step).items() if torch.is_tensor(x)})
+    first = slice(None, step.n_instance)
+    weight = torch.ones_like(step.per_sample) if weight is None else weight
+    rest = slice(step.n_instance, None)
+    terms = [("", instance, step.instance, weight[first])]
+    if prior is not None:
+        terms.append(("'", prior, step.prior, weight[rest]))
     samples = [of_term(sd, term, half, w) for _, term, half, w in terms]
     entries = [e for mark, term, half, w in terms for e in tensors(sd, mark, term, half, w)]
     return Look(
@@ -158,7 +162,7 @@ def look(
         instance=samples[0],
         prior=samples[1] if prior is not None else [],
         gradients=by_block,
-        attended=attended(sd.tokenizer, attention, prompt, identifier, step.n_instance),
+        attended=attended(sd.tokenizer, attention, prompt, identifier, alike or step.n_instance),
         low_rank=low_rank(adapters, whole) if adapters else None,
     )
 
@@ -183,7 +187,7 @@ def tensors(sd: StableDiffusion, mark: str, term: Term, half: Half, weight: Tens
         Entry(f"x{pr}", f"{of}.x0", f"the {what} as latents, scaled", term.x0),
         Entry(f"ε{mark}", f"{of}.eps", "Gaussian noise", term.eps),
         Entry(f"t{mark}", f"{of}.t", "how much of it: 0 little, 999 almost only noise", term.t),
-        Entry(f"c{pr}", f"{of}.c", "the encoded prompt", term.c),
+        Entry(f"c{pr}", f"{of}.c", "the encoded prompt", term.c.detach()),
         Entry(f"α_t{mark}", "alpha_bar_t.sqrt()", "share of the latent", alpha_bar.sqrt()),
         Entry(f"σ_t{mark}", "(1 - alpha_bar_t).sqrt()", "share of noise", (1 - alpha_bar).sqrt()),
         Entry(f"α_t{mark} x{pr} + σ_t{mark} ε{mark}", f"{of}.x_t", "what the UNet sees", half.x_t),
@@ -219,10 +223,18 @@ def of_term(sd: StableDiffusion, term: Term, half: Half, weight: Tensor) -> list
                 x_error=x_error[i].item(),
                 loss=half.per_sample[i].item(),
                 latents=latents,
-                pictures=sd.decode(torch.stack(latents)).cpu() if i < SHOWN else None,
+                pictures=reduced(sd.decode(torch.stack(latents))) if i < SHOWN else None,
             )
         )
     return out
+
+
+def reduced(pictures: Tensor) -> Tensor:
+    """(N, 3, H, W), on the CPU, of SIDE pixels at most."""
+    scale = SIDE / max(pictures.shape[-2:])
+    if scale < 1:
+        pictures = F.interpolate(pictures, scale_factor=scale, mode="bilinear", antialias=True)
+    return pictures.cpu()
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -282,6 +294,25 @@ def gradients(
 
 def put_aside(gradient: Tensor) -> Tensor:
     return gradient.cpu()
+
+
+def of_all(blocks: list[Gradient]) -> Gradient:
+    """Of the weights of all blocks together."""
+
+    def norm(of: Callable[[Gradient], float]) -> float:
+        return sum(of(g) ** 2 for g in blocks) ** 0.5
+
+    instance, prior = norm(lambda g: g.instance), norm(lambda g: g.prior)
+    dot = sum(g.cosine * g.instance * g.prior for g in blocks)
+    return Gradient(
+        block="all",
+        weights=sum(g.weights for g in blocks),
+        instance=instance,
+        prior=prior,
+        both=norm(lambda g: g.both),
+        cosine=dot / (instance * prior) if instance and prior else 0.0,
+        reads_text=norm(lambda g: g.reads_text),
+    )
 
 
 @torch.no_grad()
@@ -393,7 +424,7 @@ def film(
         if i in shown:
             kind = sd.schedule.prediction_type
             x0, _ = schedule.split(x, prediction, sd.schedule.alpha_bar[t], kind)
-            frames.append(Frame(t, *sd.decode(torch.cat([x, x0])).cpu()))
+            frames.append(Frame(t, *reduced(sd.decode(torch.cat([x, x0])))))
         x = schedule.ddim_step(x, prediction, t, t_prev, sd.schedule)
         on_step()
-    return [*frames, Frame(None, sd.decode(x)[0].cpu(), None)]
+    return [*frames, Frame(None, reduced(sd.decode(x))[0], None)]

@@ -1,9 +1,10 @@
-"""A Look and a film as one HTML page without anything outside it: explain.html."""
+"""One view of a step, or two of the same, as an HTML page without anything outside it."""
 
 import base64
 import io
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,8 @@ from torch import Tensor
 from ..common.files import write_text
 from ..training import photos
 from . import microscope
-from .microscope import Attended, Entry, Frame, Gradient, Look, LowRank, Sample
+from .microscope import Entry, Frame, Gradient, Look, LowRank, Sample
 
-SIDE = 256  # pixels; larger pictures are reduced
 CORNER = 64  # rows and columns of a matrix that are drawn
 STYLE = """
 :root { --subject: #cc5500; --class: #005ab5; --faint: #6b6b6b; --line: #ddd }
@@ -42,6 +42,7 @@ td small { color: var(--faint); display: block; min-width: 8rem }
 .letter { font-family: "DejaVu Serif", Georgia, serif; white-space: nowrap }
 .sample { display: grid; grid-template-columns: repeat(6, 1fr); gap: .5rem;
           border-left: 4px solid; padding-left: .6rem; margin: .8rem 0 }
+.sample.two { grid-template-columns: repeat(8, 1fr) }
 .sample.subject { border-color: var(--subject) } .sample.class { border-color: var(--class) }
 .sample p { grid-column: 1 / -1; margin: 0 }
 figure { margin: 0; color: #222; min-width: 0 }
@@ -53,16 +54,21 @@ img { display: block; width: 100%; image-rendering: pixelated; border-radius: 3p
 .product { max-width: 20rem }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .5rem;
         max-width: 720px; margin: .5rem 0 }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 2rem }
+.pair .maps { grid-template-columns: repeat(auto-fill, minmax(90px, 1fr)) }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .15rem .6rem;
         align-items: center; max-width: 46rem; font-size: .85rem }
 .bars i { display: block; height: .7rem; min-width: 1px; background: #999 }
 .bars i.named { background: var(--subject) }
+.bars i.before { opacity: .45 }
 td .bar { display: block; height: .4rem; min-width: 1px }
 td .bar.subject { background: var(--subject) } td .bar.class { background: var(--class) }
 td.norms { min-width: 9rem; width: 40% }
+.when td { border-bottom: 0; padding-bottom: 0 }
 @media (max-width: 600px) {
   body { padding: .8rem; font-size: 15px }
   .sample { grid-template-columns: repeat(3, 1fr) }
+  .sample.two { grid-template-columns: repeat(4, 1fr) }
   .sample .latent { order: 1 }
   th, td { padding-right: .45rem }
   .tensors tr, .gradients tr { display: flex; flex-wrap: wrap; gap: 0 .55rem; padding: .3rem 0;
@@ -71,7 +77,6 @@ td.norms { min-width: 9rem; width: 40% }
   .tensors td, .gradients td { border: 0; padding: 0; text-align: left }
   .tensors td:nth-child(2) { flex: 1 0 calc(100% - 2.7rem) }
   .tensors td small { display: inline; margin-left: .4em }
-  .tensors td:last-child::before { content: "norm "; color: var(--faint) }
   .gradients td:first-child { flex: 1 0 55% }
   td.norms { min-width: 5rem; align-self: center }
   [data-of]::before { content: attr(data-of) " "; color: var(--faint) }
@@ -84,52 +89,60 @@ EQUATION = (
 )
 
 
-def write(path: str | Path, seen: Look, strip: list[Frame], about: dict[str, str]) -> None:
-    """Write the page. `about` are the lines of its head, by name: model, prompts, settings."""
-    write_text(path, render(seen, strip, about))
+class View(NamedTuple):
+    """A step as it was seen once."""
+
+    when: str  # "before"; empty where there is but one
+    seen: Look
+    strip: list[Frame]  # the model's way from noise to a picture
 
 
-def render(seen: Look, strip: list[Frame], about: dict[str, str]) -> str:
-    step, weight = seen.step, seen.prior_loss_weight
-    loss = f'<b>{step.loss.item():.4f}</b> = <span class="subject">{step.loss_instance.item():.4f}'
-    loss += "</span>"
-    if seen.prior:
-        loss += f' + {weight:g} · <span class="class">{step.loss_prior.item():.4f}</span>'
+def write(path: str | Path, views: list[View], about: dict[str, str]) -> None:
+    """Write the page. `about` are the lines of its head, by name: model, prompts, settings. Two
+    views are of the same pictures, noises and timesteps."""
+    write_text(path, render(views, about))
+
+
+def render(views: list[View], about: dict[str, str]) -> str:
+    adapted = views[0].seen.low_rank
     head = "".join(f"<br>{escape(k)}: {escape(v)}" for k, v in about.items())
+    what = "Nothing is trained here: this is what the first step of a run with this model computes."
+    if len(views) == 2:
+        what = f"""The first step of a run as the model computes it {views[0].when} training and
+{views[1].when}: with the same pictures, noises and timesteps, so that only the weights differ."""
     sections = [
         f"""<h1>One training step under the microscope</h1>
-<p class="faint">Nothing is trained here: this is what the first step of a run with this model
-computes.{head}</p>
+<p class="faint">{what}{head}</p>
 {letters(EQUATION)}
 <p>DreamBooth's Eq. 2. <span class="subject">The first term</span> shows the model the subject,
 <span class="class">the second</span> pictures that the model drew itself for the class. This step's
-loss: {loss}.</p>""",
+{"; ".join(loss(view) for view in views)}.</p>""",
         f"""<h2>What the two terms look at</h2>
 <p>The picture, its latent (four channels, one square each), the latent with noise mixed in, and
 what the UNet's prediction makes of that: its estimate x̂ of the clean latent. The more noise, the
 less there is left to see, and the more of x̂ is guessed from the prompt.</p>
-{samples(seen)}""",
+{samples(views)}""",
         f"""<h2>From error to loss</h2>
 <p>w<sub>t</sub> is what the error of x̂ is multiplied with in Eq. 2. For a network that predicts
 noise and is trained by the plain squared error of that, it is α<sub>t</sub>²/σ<sub>t</sub>², the
 ratio of signal to noise; for v it is one more. So
 <span class="letter">w<sub>t</sub> ‖x̂ − x‖²</span> is the squared error of the prediction, and
 steps with much noise do not drown the others.</p>
-<div class="wide">{loss_table(seen)}</div>""",
+<div class="wide">{loss_table(views)}</div>""",
         f"""<h2>Every tensor in the loss</h2>
-<div class="wide tensors">{tensor_table(seen.entries)}</div>""",
-        f"""<h2>Who looks at the identifier</h2>{attention(seen)}""",
+<div class="wide tensors">{tensor_table(views)}</div>""",
+        f"""<h2>Who looks at the identifier</h2>{attention(views)}""",
         f"""<h2>What the loss asks of the weights</h2>
 <p>The norm of the gradient, block by block: of <span class="subject">the first term</span> and of
 <span class="class">λ times the second</span>. A cosine near 0 says that the two terms ask for
 unrelated changes, below 0 that what serves the subject costs the class. The prompt enters the UNet
 through the keys and values of its cross-attention alone; the last column is their part.</p>
-<div class="wide gradients">{gradient_table(seen.gradients, bool(seen.prior))}</div>""",
-        f"<h2>What LoRA makes of it</h2>{low_rank(seen.low_rank)}" if seen.low_rank else "",
+<div class="wide gradients">{gradient_table(views)}</div>""",
+        f"<h2>What LoRA makes of it</h2>{low_rank(adapted)}" if adapted else "",
         f"""<h2>From noise to a picture</h2>
-<p>The model as it is draws the instance prompt: above x<sub>t</sub>, decoded although it is still
-noisy, below the x̂<sub>0</sub> that the UNet sees in it, with guidance. The last is the picture.</p>
-{film(strip)}""",
+<p>The model draws the instance prompt: above x<sub>t</sub>, decoded although it is still noisy,
+below the x̂<sub>0</sub> that the UNet sees in it, with guidance. The last is the picture.</p>
+{"".join(title(view) + film(view.strip) for view in views)}""",
     ]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -156,9 +169,20 @@ def number(x: float, digits: int = 4) -> str:
     return f"{x:.{digits}g}".replace("-", "−").replace("e−0", "e−")
 
 
+def title(view: View) -> str:
+    return f"<h3>{view.when}</h3>" if view.when else ""
+
+
+def loss(view: View) -> str:
+    step, weight = view.seen.step, view.seen.prior_loss_weight
+    text = f"loss{view.when and ' ' + view.when}: <b>{step.loss.item():.4f}</b> = "
+    text += f'<span class="subject">{step.loss_instance.item():.4f}</span>'
+    if view.seen.prior:
+        text += f' + {weight:g} · <span class="class">{step.loss_prior.item():.4f}</span>'
+    return text
+
+
 def img(image: Image.Image, alt: str) -> str:
-    if max(image.size) > SIDE:
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -182,44 +206,56 @@ def figure(image: str, caption: str, kind: str = "") -> str:
     return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'
 
 
-def samples(seen: Look) -> str:
+def samples(views: list[View]) -> str:
     out = []
-    for kind, pr, group in (("subject", "", seen.instance), ("class", "_pr", seen.prior)):
-        for i, sample in enumerate(group):
-            if sample.pictures is None:
-                out.append(f'<p class="faint">… and {len(group) - i} more.</p>')
+    for kind, pr in (("subject", ""), ("class", "_pr")):
+        groups = [v.seen.prior if pr else v.seen.instance for v in views]
+        for i, of_views in enumerate(zip(*groups, strict=True)):
+            if of_views[0].pictures is None:
+                out.append(f'<p class="faint">… and {len(groups[0]) - i} more.</p>')
                 break
-            out.append(one_sample(sample, kind, letters(f"x{pr}")))
+            out.append(one_sample(views, of_views, kind, letters(f"x{pr}")))
     return "".join(out)
 
 
-def one_sample(sample: Sample, kind: str, x: str) -> str:
-    clean, noisy, estimate = sample.pictures
-    share = sample.alpha_bar
-    latents = [channels(latent, "as a latent") for latent in sample.latents]
+def one_sample(views: list[View], of_views: tuple[Sample, ...], kind: str, x: str) -> str:
+    sample, share = of_views[0], of_views[0].alpha_bar
+    clean, noisy, _ = sample.pictures
+    latents = [channels(latent, "as a latent") for latent in sample.latents[:2]]
     figures = [
         figure(picture(clean, "the picture"), f"<b>{x}</b>, decoded"),
         figure(latents[0], f"<b>{x}</b>, the latent", "latent"),
         figure(latents[1], "<b>x<sub>t</sub></b>, with noise", "latent"),
         figure(picture(noisy, "with noise, decoded"), "<b>x<sub>t</sub></b>, decoded"),
-        figure(latents[2], "<b>x̂</b>, estimated", "latent"),
-        figure(picture(estimate, "the estimate"), "<b>x̂</b>, decoded"),
     ]
-    return f"""<div class="sample {kind}"><p>t = {sample.t}: {share:.1%} of the variance is picture,
-{1 - share:.1%} noise. Loss {sample.loss:.4f}</p>{"".join(figures)}</div>"""
+    for view, at in zip(views, of_views, strict=True):
+        how = f"{view.when and ' '}{view.when}"
+        latent = channels(at.latents[2], "the estimate as a latent")
+        figures += [
+            figure(latent, f"<b>x̂</b>{how}, estimated", "latent"),
+            figure(picture(at.pictures[2], "the estimate"), f"<b>x̂</b>{how}, decoded"),
+        ]
+    losses = " → ".join(f"{at.loss:.4f}" for at in of_views)
+    two = " two" * (len(views) == 2)
+    return f"""<div class="sample {kind}{two}"><p>t = {sample.t}: {share:.1%} of the variance is
+picture, {1 - share:.1%} noise. Loss {losses}</p>{"".join(figures)}</div>"""
 
 
-def loss_table(seen: Look) -> str:
-    group = [("subject", s) for s in seen.instance] + [("class", s) for s in seen.prior]
+def loss_table(views: list[View]) -> str:
+    first = views[0].seen
+    group = [("subject", s) for s in first.instance] + [("class", s) for s in first.prior]
+    of_views = zip(*([*v.seen.instance, *v.seen.prior] for v in views), strict=True)
     weighted = any(s.weight != 1 for _, s in group)
-    heads = ["", "t", "α_t", "σ_t", *["own weight"] * weighted, "w_t", "‖x̂ − x‖²"]
+    heads = ["", "t", "α_t", "σ_t", *["own weight"] * weighted, "w_t"]
+    for name in ("‖x̂ − x‖²", "w_t ‖x̂ − x‖²"):
+        heads += [f"{name} {v.when}".strip() for v in views]
     rows = []
-    for kind, s in group:
-        numbers = [s.t, s.alpha_bar**0.5, (1 - s.alpha_bar) ** 0.5, *[s.weight] * weighted]
-        numbers += [s.w_t, s.x_error, s.loss]
+    for (kind, s), seen in zip(group, of_views, strict=True):
+        numbers = [s.t, s.alpha_bar**0.5, (1 - s.alpha_bar) ** 0.5, *[s.weight] * weighted, s.w_t]
+        numbers += [at.x_error for at in seen] + [at.loss for at in seen]
         cells = "".join(f'<td class="n">{number(x, 3)}</td>' for x in numbers)
         rows.append(f'<tr><td class="{kind}">{kind}</td>{cells}</tr>')
-    return table([letters(head) for head in [*heads, "w_t ‖x̂ − x‖²"]], rows, plain=1)
+    return table([letters(head) for head in heads], rows, plain=1)
 
 
 def table(heads: list[str], rows: list[str], plain: int) -> str:
@@ -230,65 +266,90 @@ def table(heads: list[str], rows: list[str], plain: int) -> str:
     return f"<table><tr>{cells}</tr>{''.join(rows)}</table>"
 
 
-def tensor_table(entries: list[Entry]) -> str:
+def tensor_table(views: list[View]) -> str:
+    heads = ["in Eq. 2", "in the code", "shape, dtype"]
+    for view in views:
+        heads += [f"range {view.when}".strip(), f"norm {view.when}".strip()]
     rows = []
-    for e in entries:
-        x = e.tensor.detach().float()
+    for of_views in zip(*(v.seen.entries for v in views), strict=True):
+        e: Entry = of_views[0]
         shape = " × ".join(map(str, e.tensor.shape))
+        cells = ""
+        for view, at in zip(views, of_views, strict=True):
+            if at is not e and torch.equal(at.tensor, e.tensor):
+                cells += '<td class="n faint" colspan="2">the same</td>'
+                continue
+            x, norm = at.tensor.float(), f"norm {view.when}".strip()
+            cells += f'<td class="n">{number(x.min().item())} … {number(x.max().item())}</td>'
+            cells += f'<td class="n" data-of="{norm}">{number(x.norm().item())}</td>'
         rows.append(
             f'<tr><td class="letter">{letters(e.letter)}</td><td><code>{escape(e.name)}</code>'
             f"<small>{escape(e.about)}</small></td>"
             f'<td class="n">{shape}<small>{str(e.tensor.dtype).removeprefix("torch.")}</small></td>'
-            f'<td class="n">{number(x.min().item())} … {number(x.max().item())}</td>'
-            f'<td class="n">{number(x.norm().item())}</td></tr>'
+            f"{cells}</tr>"
         )
-    return table(["in Eq. 2", "in the code", "shape, dtype", "range", "norm"], rows, plain=2)
+    return table(heads, rows, plain=2)
 
 
-def attention(seen: Look) -> str:
-    a: Attended = seen.attended
-    named = " ".join(a.tokens[i] for i in a.identifier)
-    bars = "".join(
-        f"<span>{escape(token)}</span>"
-        f'<i class="{"named" if i in a.identifier else ""}" style="width:{share:.2%}"></i>'
-        f"<span>{share:.1%}</span>"
-        for i, (token, share) in enumerate(zip(a.tokens, a.share, strict=True))
-    )
+def attention(views: list[View]) -> str:
+    first = views[0].seen.attended
+    named = escape(" ".join(first.tokens[i] for i in first.identifier))
+    last = len(views) - 1
+    bars = ""
+    for i, token in enumerate(first.tokens):
+        shares = [v.seen.attended.share[i] for v in views]
+        kind = "named" * (i in first.identifier)
+        lines = (
+            f'<i class="{kind}{" before" * (n < last)}" style="width:{share:.2%}"></i>'
+            for n, share in enumerate(shares)
+        )
+        said = " → ".join(f"{share:.1%}" for share in shares)
+        bars += f"<span>{escape(token)}</span><div>{''.join(lines)}</div><span>{said}</span>"
+    also = f" {views[0].when.capitalize()} (pale) and {views[1].when}." if last else ""
     text = f"""<p>In every cross-attention each pixel of the feature map divides its attention,
 which sums to 1, among the 77 tokens of the prompt. Mean over layers, heads, pixels and the
-subject's samples:</p><div class="bars">{bars}</div>"""
-    if not a.identifier:
+subject's samples.{also}</p><div class="bars">{bars}</div>"""
+    if not first.identifier:
         return text + "<p>No word of the prompt names the subject, so there is no map of it.</p>"
-    text += f"""<p>Where <b class="subject">{escape(named)}</b> is attended, mean over heads: light
-is much, dark is little, each map over its own largest value. To a model that was not trained on it
-the word means nothing in particular; compare with one that was.</p>"""
-    for i, sample in enumerate(seen.instance[: microscope.SHOWN]):
-        clean = sample.pictures[0]
-        size = clean.shape[-2:]
-        over = [microscope.over_picture(m[i : i + 1], *size) for m in a.maps.values()]
-        whole = torch.stack(over).mean(dim=0)
-        whole = whole / whole.max()
-        lit = clean * (0.15 + 0.85 * whole)
-        figures = [figure(picture(lit, "attention"), "all sizes")]
-        for side, m in a.maps.items():
-            grey = m[i].float() / m[i].max().clamp(min=1e-12)
-            top = m[i].max().item()
-            image = picture(grey.expand(3, -1, -1), f"map of {side}²")
-            figures.append(figure(image, f"{side}²: up to {top:.1%}"))
-        text += f'<h3>t = {sample.t}</h3><div class="maps">{"".join(figures)}</div>'
+    compare = " To a model that was not trained on it the word means nothing in particular"
+    compare += "." if last else "; compare with one that was."
+    text += f"""<p>Where <b class="subject">{named}</b> is attended, mean over heads: light is much,
+dark is little, each map over its own largest value.{compare}</p>"""
+    for i in range(len(next(iter(first.maps.values())))):
+        rows = "".join(maps(view, i) for view in views)
+        text += f'<h3>t = {views[0].seen.instance[i].t}</h3><div class="pair">{rows}</div>'
     return text
 
 
-def gradient_table(gradients: list[Gradient], prior: bool) -> str:
-    most = max(max(g.instance, g.prior) for g in gradients) or 1.0
+def maps(view: View, i: int) -> str:
+    """Those of the subject's sample i."""
+    clean = view.seen.instance[i].pictures[0]
+    found = view.seen.attended.maps
+    over = [microscope.over_picture(m[i : i + 1], *clean.shape[-2:]) for m in found.values()]
+    whole = torch.stack(over).mean(dim=0)
+    lit = clean * (0.15 + 0.85 * whole / whole.max())
+    figures = [figure(picture(lit, "attention"), f"{view.when or 'all sizes'}")]
+    for side, m in found.items():
+        top = m[i].max().item()
+        grey = m[i].float() / max(top, 1e-12)
+        image = picture(grey.expand(3, -1, -1), f"map of {side}²")
+        figures.append(figure(image, f"{side}²: up to {top:.1%}"))
+    return f'<div class="maps">{"".join(figures)}</div>'
+
+
+def gradient_table(views: list[View]) -> str:
+    of_views = [[microscope.of_all(v.seen.gradients), *v.seen.gradients] for v in views]
+    most = max(max(g.instance, g.prior) for blocks in of_views for g in blocks[1:]) or 1.0
+    prior = bool(views[0].seen.prior)
 
     def bar(kind: str, x: float) -> str:
-        return f'<span class="bar {kind}" style="width:{min(x / most, 1):.2%}"></span>'
+        return f'<span class="bar {kind}" style="width:{x / most:.2%}"></span>'
 
     heads = ["first term", *["λ second", "cosine"] * prior, "both", "of the text"]
-    rows = []
-    for g in gradients:
+
+    def row(g: Gradient, when: str, first: bool, last: bool) -> str:
         bars = bar("subject", g.instance) + (bar("class", g.prior) if prior else "")
+        bars = "" if g.block == "all" else bars
         numbers = [number(g.instance)]
         if prior:
             numbers += [number(g.prior), f"{g.cosine:.2f}".replace("-", "−")]
@@ -297,12 +358,18 @@ def gradient_table(gradients: list[Gradient], prior: bool) -> str:
             f'<td class="n" data-of="{head}">{x}</td>'
             for head, x in zip(heads, numbers, strict=True)
         )
-        rows.append(
-            f"<tr><td>{escape(g.block)}<small>{g.weights:,} weights</small></td>"
-            f'<td class="norms">{bars}</td>{cells}</tr>'
-        )
-    heads[-1] = "to<sub>k</sub>, to<sub>v</sub> of the text"
-    return table(["block", "", *heads], rows, plain=2)
+        name = f"{escape(g.block)}<small>{g.weights:,} weights</small>" if first else ""
+        if when:
+            name += f"<small>{when}</small>"
+        kind = "" if last else ' class="when"'
+        return f'<tr{kind}><td>{name}</td><td class="norms">{bars}</td>{cells}</tr>'
+
+    rows = []
+    for blocks in zip(*of_views, strict=True):
+        for n, (view, g) in enumerate(zip(views, blocks, strict=True)):
+            rows.append(row(g, view.when, first=n == 0, last=n == len(views) - 1))
+    names = [*heads[:-1], "to<sub>k</sub>, to<sub>v</sub> of the text"]
+    return table(["block", "", *names], rows, plain=2)
 
 
 def low_rank(seen: LowRank) -> str:

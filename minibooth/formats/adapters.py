@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import lora
 from ..common.errors import UserError
+from . import hub
 from .tensor_files import read_tensors, write_safetensors
 
 DIFFUSERS_LORA, DIFFUSERS_EMBEDDING = (
@@ -31,6 +32,8 @@ NO_MODEL = {  # what to say where one of these is given as a model
 DIFFUSERS = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 A1111_EMBEDDING = ("emb_params", "*")  # the tensor's name where the file's name is the word
+MOST_RANK = 4096  # of a LoRA; those that are passed on have 4 to 512
+MOST_VECTORS = 10**6  # numbers in a word's vectors: a prompt holds 75 of SD 2.x's 1024
 SPELLINGS = (  # older and other ones → peft's, which diffusers has today
     (r"\.processor\.", "."),
     (r"\.self_attn\.to_(q|k|v|out)_lora\.", r".self_attn.\1_proj.lora."),
@@ -88,17 +91,18 @@ def check_parts(
     """A: (r, c_in) and B: (c_out, r) for that layer, if they are."""
     if not {"lora_A", "lora_B"} <= parts.keys():
         raise UserError(f"{path} is damaged: it lacks one of the two matrices for {layer}")
-    A, B = (parts[name].float() for name in ("lora_A", "lora_B"))
+    A, B = parts["lora_A"], parts["lora_B"]
     c_out, c_in = lora.matrix(module).shape
+    r = len(A) if A.ndim else 0
     shapes = [list(x.shape) + [1] * (4 - x.ndim) for x in (A, B)]
-    if shapes != [[len(A), c_in, 1, 1], [c_out, len(A), 1, 1]] or len(A) < 1:
+    if shapes != [[r, c_in, 1, 1], [c_out, r, 1, 1]] or not 1 <= r <= MOST_RANK:
         raise UserError(
             f"{path} is for another model: its matrices for {layer} are {list(A.shape)} and "
             f"{list(B.shape)}, the layer is {c_in} → {c_out}"
         )
-    if parts.get("alpha", A[0, 0]).numel() != 1:
+    if "alpha" in parts and parts["alpha"].numel() != 1:
         raise UserError(f"{path} is damaged: alpha of {layer} is not one number")
-    return A.flatten(1), B.flatten(1)
+    return A.reshape(r, c_in).float(), B.reshape(c_out, r).float()
 
 
 def stated_alphas(path: Path, metadata: dict[str, str]) -> dict[str, float]:
@@ -136,6 +140,12 @@ def file_and_strength(given: str) -> tuple[str, float]:
     if not math.isfinite(value):
         raise UserError(f"{given}: {strength!r} is no strength; give FILE or FILE:NUMBER")
     return file, value
+
+
+def public_name(given: str) -> str:
+    """FILE or FILE:STRENGTH without the folder that the file is in."""
+    file, strength = file_and_strength(given)
+    return hub.public_name(file) + (f":{strength:g}" if strength != 1 else "")
 
 
 def merge_files(networks: dict[str, nn.Module], given: Iterable[str]) -> None:
@@ -205,9 +215,10 @@ def read_embedding(path: str | Path) -> tuple[str, Tensor]:
     path = inside(path, DIFFUSERS_EMBEDDING)
     tensors, _ = read_tensors(path)
     word, vectors = next(iter(tensors.items()), ("", torch.empty(0)))
-    if len(tensors) != 1 or vectors.ndim not in (1, 2) or vectors.numel() == 0:
+    vectors = torch.atleast_2d(vectors)
+    if len(tensors) != 1 or vectors.ndim != 2 or not 1 <= vectors.numel() <= MOST_VECTORS:
         raise UserError(f"{path} does not hold the vectors of one word, and nothing else")
-    return path.stem if word in A1111_EMBEDDING else word, torch.atleast_2d(vectors).float()
+    return path.stem if word in A1111_EMBEDDING else word, vectors.float()
 
 
 def write_embedding(path: str | Path, word: str, vectors: Tensor) -> None:

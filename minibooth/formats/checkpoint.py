@@ -202,6 +202,7 @@ def read_config(path: Path | None, where: str) -> dict:
         raise UserError(f"{path} cannot be read: {first_line(e)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a config: it holds no dictionary")
+    config.pop("_name_or_path", None)  # where it once lay on somebody's disk
     return config
 
 

@@ -1,5 +1,6 @@
 """The files of a public model, by exact name, from the hub's cache or the hub itself."""
 
+import os
 import re
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def is_repo_id(source: str) -> bool:
     """Whether it can be one: a missing file, models/dog.safetensors, is nothing to ask the hub."""
     names = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)
     return names is not None and Path(source).suffix not in (".safetensors", ".ckpt", ".bin", ".pt")
+
+
+def public_name(source: str | Path) -> str:
+    """A source as others may read it: a hub id or toybox; of a folder or file its name alone."""
+    return Path(os.path.abspath(source)).name if Path(source).exists() else str(source)
 
 
 class Repo:

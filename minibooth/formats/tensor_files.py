@@ -77,8 +77,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as e:  # what a damaged file does to its reader has many names
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise wants_to_run_code(path, [foreign[1]]) from None
+        # torch's first line advises to let the code in it run; what is wrong stands further below.
+        why = re.search(r"WeightsUnpickler error: (.{,200})", str(e))
         raise UserError(
-            f"{path} is damaged or not a weight file: download it again ({first_line(e)})"
+            f"{path} is damaged or not a weight file: download it again "
+            f"({(why[1] or 'it is cut short') if why else first_line(e)})"
         ) from None
 
 

@@ -32,16 +32,18 @@ def ensure(
     seed: int,
     resolution: int,
     batch_size: int,
+    fingerprint: str | None = None,
 ) -> list[Path]:
     """The class images of these settings: the user's own in `folder`, all of them, and as many
-    drawn ones as bring the number to `count`. Image i is drawn from seed + i.
+    drawn ones as bring the number to `count`. Image i is drawn from seed + i. `fingerprint`: the
+    model's, where its weights have been rounded since.
     """
     try:
         own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
     except UserError:  # not there yet, or nothing in it
         own = []
     settings = {
-        "model": sd.fingerprint(),
+        "model": fingerprint or sd.fingerprint(),
         "prompt": prompt,
         "sampler": sampler,
         "steps": steps,

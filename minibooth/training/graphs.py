@@ -117,9 +117,10 @@ def captured(
 
 
 @contextmanager
-def captured_unet(unet: UNet) -> Iterator[None]:
-    """Within it, sampling on a GPU replays a CUDA graph of the UNet. Elsewhere nothing changes."""
-    if unet.conv_in.weight.device.type != "cuda":
+def captured_unet(unet: UNet, wanted: bool = True) -> Iterator[None]:
+    """Within it, sampling on a GPU replays a CUDA graph of the UNet, if `wanted`. Elsewhere nothing
+    changes."""
+    if not wanted or unet.conv_in.weight.device.type != "cuda":
         yield
         return
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from .. import pipeline
 from ..pipeline import StableDiffusion
 from . import graphs, memory, photos
+from .events import Events
 from .optimizer import Precision
 from .report import save_image
 from .settings import TrainConfig
@@ -34,9 +34,10 @@ class Grids:
     resolution: int  # in pixels
     batch_size: int  # pictures drawn at once
     captured: bool  # by a CUDA graph, which keeps what it works in until all are drawn
+    events: Events  # for TensorBoard
 
     @classmethod
-    def of(cls, folder: Path, config: TrainConfig, resolution: int) -> "Grids":
+    def of(cls, folder: Path, config: TrainConfig, resolution: int, events: Events) -> "Grids":
         return cls(
             folder,
             config.grid_prompts,
@@ -47,6 +48,7 @@ class Grids:
             resolution,
             config.grid_batch_size,
             captured=not config.saves_memory,
+            events=events,
         )
 
     def draw(self, sd: StableDiffusion, idle: list[nn.Module], precision: Precision) -> Rows:
@@ -57,7 +59,7 @@ class Grids:
         batches = math.ceil(len(self.prompts) * self.count / self.batch_size)
         bar = tqdm(total=batches * self.steps, desc="samples", unit="step", leave=False)
         text = memory.visiting([net for net in idle if net is not sd.vae], sd.device)
-        graph = graphs.captured_unet(sd.unet) if self.captured else nullcontext()
+        graph = graphs.captured_unet(sd.unet, wanted=self.captured)
         with bar, text, graph, precision.autocast():
             latents = self.draw_latents(sd, bar.update)
         with memory.visiting([sd.vae], sd.device), torch.no_grad():
@@ -93,6 +95,7 @@ class Grids:
         if rows:
             grid = photos.grid(photos.enlarged(rows), labels=self.prompts)
             save_image(grid, self.file(step))
+            self.events.picture(grid, step)
 
     def save_before_after(self, before: Rows, after: Rows) -> None:
         if before:

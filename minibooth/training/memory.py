@@ -22,29 +22,39 @@ from .optimizer import AdamW8bit, bitsandbytes
 # ---- what is sure ------------------------------------------------------------------------------
 
 
-def needed(sd: StableDiffusion, config) -> dict[str, int]:
-    """Bytes that are sure to be needed: the networks' weights, in fp32; of what trains, the weights
-    alone, the gradients and AdamW's two averages."""
+def needed(sd: StableDiffusion, config, half: bool = False) -> dict[str, int]:
+    """Bytes that are sure to be needed while it trains: the weights of the networks at work and of
+    what trains in them; of what trains, the weights alone, the gradients and AdamW's two averages.
+    `half`: whether the networks compute in 16 bits."""
     trained = trainable(sd, config)
-    weights = sum(size_of(network) for network in sd.networks.values())
     averages = 2 * sum(size(p) for p in trained)
     if config.use_8bit_adam:
         averages = sum(eight_bit(p) for p in trained)
     trained = sum(size(p) for p in trained)
+    weights = trained
     if config.method != "dreambooth":
-        weights += trained  # beside the weights that stay
+        weights += sum(placed(sd, config, half)[name] for name in at_work(config))
     gradients = 0 if config.optimizer_in_backward else trained
     return {"weights": weights, "trained": trained, "gradients": gradients, "averages": averages}
 
 
-def trained_networks(sd: StableDiffusion, config) -> list[nn.Module]:
-    """Which train, or through which the gradient of what trains goes."""
-    return [sd.unet, sd.text_encoder] if config.text_changes else [sd.unet]
+def at_work(config) -> tuple[str, ...]:
+    """The networks that train, or through which the gradient of what trains goes."""
+    return ("unet", "text_encoder") if config.text_changes else ("unet",)
+
+
+def placed(sd: StableDiffusion, config, half: bool) -> dict[str, int]:
+    """Bytes of each network's weights before training: in fp32 but, as methods.place has it, for
+    those at work that keep their weights."""
+    rounded = at_work(config) if half and config.method != "dreambooth" else ()
+    return {
+        name: size_of(net) // (2 if name in rounded else 1) for name, net in sd.networks.items()
+    }
 
 
 def trainable(sd: StableDiffusion, config) -> list[Tensor]:
     """The weights that train, or for adapters, which are not there yet, their shapes."""
-    networks = trained_networks(sd, config)
+    networks = [sd.networks[name] for name in at_work(config)]
     if config.trains_word:
         width = sd.text_encoder.final_layer_norm.weight.shape[0]
         return [torch.empty(config.num_vectors, width, device="meta")]
@@ -71,8 +81,10 @@ def eight_bit(p: Tensor) -> int:
 def available(device: torch.device) -> int | None:
     """Bytes free on the device; None where that cannot be told."""
     if device.type == "cuda":  # what PyTorch keeps of an earlier run is free, too
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device)
+        own = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free, own - held) + held - torch.cuda.memory_allocated(device)
     if device.type == "cpu" and Path("/proc/meminfo").exists():
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -90,30 +102,29 @@ def room(sd: StableDiffusion, device: torch.device) -> int | None:
     return free + sum(p.nbytes for p in parameters if (p.device.type, p.device.index or 0) == place)
 
 
-def require(sd: StableDiffusion, config, device: torch.device) -> None:
+def require(sd: StableDiffusion, config, device: torch.device, half: bool) -> None:
     """Raise UserError if not even weights, gradients and optimizer fit."""
-    need, free = needed(sd, config), room(sd, device)
-    total = need["weights"] + need["gradients"] + need["averages"]
-    if device.type == "cpu":  # the weights are there, but those that train are copied
-        total -= need["weights"] - need["trained"]
-    if free is not None and total > free:
-        raise UserError(f"{advice(sd, config)}; {gigabytes(free)} are free")
+    need, free = needed(sd, config, half), room(sd, device)
+    # On a CPU the weights are there, but those that train are copied.
+    weights = need["trained" if device.type == "cpu" else "weights"]
+    if free is not None and weights + need["gradients"] + need["averages"] > free:
+        raise UserError(f"{advice(sd, config, half)}; {gigabytes(free)} are free")
 
 
 @contextmanager
-def advised(sd: StableDiffusion, config) -> Iterator[None]:
+def advised(sd: StableDiffusion, config, half: bool = False) -> Iterator[None]:
     """Within it, running out of memory is a UserError that says which settings help."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            raise UserError(advice(sd, config)) from error
+            raise UserError(advice(sd, config, half)) from error
         raise
 
 
-def advice(sd: StableDiffusion, config) -> str:
+def advice(sd: StableDiffusion, config, half: bool = False) -> str:
     """Which settings lower the memory that is needed, and by about how much."""
-    need, helps = needed(sd, config), []
+    need, helps = needed(sd, config, half), []
     total = need["weights"] + need["gradients"] + need["averages"]
     if config.sample_batch_size > 1:
         helps.append("--sample_batch_size 1 (if it ran out while drawing class images)")
@@ -123,10 +134,10 @@ def advice(sd: StableDiffusion, config) -> str:
     # Counted: what the UNet of SD 1.5 keeps for its backward pass at 512² and 256².
     if not config.gradient_checkpointing:
         helps.append("--gradient_checkpointing (about -85 % of the activations)")
-    if not config.use_8bit_adam:
-        saved = need["averages"] - needed(sd, replace(config, use_8bit_adam=True))["averages"]
+    saved = need["averages"] - needed(sd, replace(config, use_8bit_adam=True))["averages"]
+    if saved > total / 100:  # of adapters there is hardly anything to save
         helps.append(f"--use_8bit_adam (-{gigabytes(saved)}; wants bitsandbytes: {INSTALL})")
-    if not config.optimizer_in_backward:
+    if need["gradients"] > total / 100:
         helps.append(f"--optimizer_in_backward (-{gigabytes(need['gradients'])}, no clipping)")
     helps.append("a smaller --resolution (half of it: about -75 % of the activations)")
     if config.train_text_encoder:
@@ -153,47 +164,90 @@ MODES = (
 INSTALL = 'pip install -e ".[low-memory]"'
 LOSSY = ("use_8bit_adam", "optimizer_in_backward")  # rounded averages; gradients are not clipped
 
-# Bytes per latent pixel, counted over SD 1.5's networks at 512². The UNet's are for one sample,
-# where it computes in 16 bits and in fp32.
-KEPT = {True: (299_000, 35_000), False: (457_000, 41_000)}  # for backward: in full, checkpointed
-PREDICTING = {True: 17_300, False: 32_000}  # without a backward pass
-DECODING = 197_000  # in the VAE, which computes in fp32 and takes one picture of this size at once
+# Bytes per latent pixel and sample, counted over SD 1.5's networks at 512²: what a training step
+# has at most beside weights, their 16-bit copies and gradients; in full, and checkpointed.
+ACTIVATIONS = {  # where the UNet computes in 16 bits, and in fp32
+    "dreambooth": {True: (304_000, 62_000), False: (464_000, 87_000)},
+    "lora": {True: (261_000, 46_000), False: (382_000, 84_000)},
+    "textual_inversion": {True: (234_000, 44_000), False: (353_000, 81_000)},
+}
+LEFT = 0.33, 0.6  # of these, where the backward pass has most of the gradients
+PREDICTING = {True: 17_300, False: 32_000}  # the UNet without a backward pass
+CODING = 197_000  # the VAE, which computes in fp32 and takes one picture of this size at once
 SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
 
 
 def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int]:
-    """Bytes that training needs on a GPU, about, by what they are for. Not all at a time: see peak.
-    `pixels` of the latents; whether the networks compute in 16 bits."""
-    need, samples = needed(sd, config), config.train_batch_size * (1 + config.uses_prior)
-    short = config.gradient_checkpointing
-    copies, frozen = need["trained"] // 2 * (half and not short), 0
-    if config.method != "dreambooth":
-        frozen = sum(size_of(n) for n in trained_networks(sd, config)) // (2 if half else 1)
-    drawing = 0
+    """Bytes that training needs on a GPU, about, by what they are for. Not all at a time: see
+    `phases`. `pixels` of the latents; whether the networks compute in 16 bits.
+
+    A step takes less than activations and gradients together, since the backward pass gives back
+    the ones while it adds the others. Its CUDA graph keeps that to itself.
+    """
+    need, short = needed(sd, config, half), config.gradient_checkpointing
+    samples = config.train_batch_size * (1 + config.uses_prior)
+    kept = samples * pixels * ACTIVATIONS[config.method][half][short]
+    activations = kept + copies(sd, config, half)
+    step = max(activations, int(LEFT[short] * kept) + need["gradients"])
+    pictures = 0
     if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
         text = 0 if config.text_changes else size_of(sd.text_encoder)
-        guided = 2 * config.grid_batch_size
-        predicting = text + copies + guided * pixels * PREDICTING[half]
-        drawing = max(predicting, size_of(sd.vae) + pixels * DECODING)
+        predicting = text + drawing(sd, config, pixels, half, config.grid_batch_size)
+        pictures = max(predicting, size_of(sd.vae) + pixels * CODING)
     return {
-        "weights": need["trained"] + frozen,
+        "weights": need["weights"],
         "gradients": need["gradients"],
         "averages": need["averages"],
-        "activations": samples * pixels * KEPT[half][short] + copies,
-        "pictures": drawing,
+        "activations": activations,
+        "step": step,
+        "graph": 0 if config.use_8bit_adam else step,
+        "pictures": pictures,
     }
 
 
+def copies(sd: StableDiffusion, config, half: bool) -> int:
+    """Bytes of the 16-bit copies of weights that train, which a Precision keeps."""
+    kept = half and not config.gradient_checkpointing
+    return needed(sd, config)["trained"] // 2 if kept else 0
+
+
+def drawing(sd: StableDiffusion, config, pixels: int, half: bool, pictures: int) -> int:
+    """Bytes that the UNet works in while it draws so many at once, with guidance."""
+    return copies(sd, config, half) + 2 * pictures * pixels * PREDICTING[half]
+
+
+def phases(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, tuple[int, int]]:
+    """By phase of a run on a GPU, bytes that stay through it and bytes that it works in at most."""
+    part, coding = parts(sd, config, pixels, half), pixels * CODING
+    vae, text = size_of(sd.vae), 0 if config.text_changes else size_of(sd.text_encoder)
+
+    # While a CUDA graph draws, what it works in is kept from the VAE.
+    draw = drawing(sd, config, pixels, half, config.sample_batch_size) if config.uses_prior else 0
+    first = max(draw, coding) if config.saves_memory else draw + coding
+    if config.num_validation_images:
+        first = max(first, drawing(sd, config, pixels, half, config.grid_batch_size))
+    found = {"pictures before": (sum(placed(sd, config, half).values()), first)}
+
+    if (
+        config.explain
+    ):  # there are no averages, yet or any more; of a gradient there are six at most
+        gradients = 6 * max(size(p) for p in trainable(sd, config))
+        looking = vae + max(part["activations"] + gradients, coding)
+        film = text + vae + max(drawing(sd, config, pixels, half, 1), coding)
+        found["explain"] = part["weights"], max(looking, film)
+
+    work = max(part["step"], part["graph"] + part["pictures"])
+    found["training"] = part["weights"] + part["averages"], work
+    return found
+
+
+def with_spare(stays: int, work: int) -> int:
+    return int(stays + (1 + SPARE[0]) * work + SPARE[1])
+
+
 def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
-    """Bytes that training needs at most on a GPU, about; the arguments are those of `parts`.
-    --explain, which looks before there are averages, needs less."""
-    part = parts(sd, config, pixels, half)
-    # While the backward pass adds gradients, it gives back what was kept for them.
-    step, drawing = max(part["activations"], part["gradients"]), part["pictures"]
-    # What a CUDA graph of the step works in is its own, also while pictures are drawn. Without one
-    # they take turns.
-    work = max(step, drawing) if config.use_8bit_adam else step + drawing
-    return int(part["weights"] + part["averages"] + (1 + SPARE[0]) * work + SPARE[1])
+    """Bytes that a run needs at most on a GPU, about; the arguments are those of `parts`."""
+    return max(with_spare(*phase) for phase in phases(sd, config, pixels, half).values())
 
 
 def fit(

@@ -61,19 +61,29 @@ def prompts_of(config: TrainConfig, photographs: int) -> tuple[Tensor, ...]:
     return (torch.arange(len(config.prompts)).expand(photographs, -1),)
 
 
-def freeze(sd: StableDiffusion, trained: dict[str, nn.Module], dtype: torch.dtype | None) -> None:
-    """Networks that keep their weights have them in `dtype` where the run computes in 16 bits, and
-    compute with what is trained from now on."""
+def place(
+    sd: StableDiffusion,
+    trained: dict[str, nn.Module],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """The networks go to the device as they came, but those that keep their weights while something
+    is trained in them go in `dtype`, where the run computes in 16 bits."""
+    for name, network in sd.networks.items():
+        trains = trained.get(name) is network
+        network.requires_grad_(trains)
+        if name in {"unet", *trained} and not trains:
+            network.to(device, dtype)
+    sd.to(device)
+
+
+def attach(sd: StableDiffusion, trained: dict[str, nn.Module]) -> None:
+    """From now on the networks compute with what is trained beside their own weights."""
     for name, of_it in trained.items():
         if isinstance(of_it, textual_inversion.Word):
-            for network in (sd.unet, sd.text_encoder):
-                network.requires_grad_(False).to(dtype)
             textual_inversion.attach(sd, of_it)
-            continue
-        network = sd.networks[name]
-        if of_it is not network:
-            network.requires_grad_(False).to(dtype)
-            lora.attach(network, of_it)
+        elif of_it is not sd.networks[name]:
+            lora.attach(sd.networks[name], of_it)
 
 
 def write(

@@ -3,14 +3,17 @@
 Nothing here waits for the device, but 8-bit AdamW: whether an update may happen is decided on it.
 """
 
+import logging
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
+from .settings import TrainConfig
 
 GROWTH_INTERVAL = 2000  # good steps after which fp16's loss scale doubles
 
@@ -45,12 +48,37 @@ def bitsandbytes(device: torch.device):
     if device.type not in ("cuda", "cpu"):
         raise UserError("--use_8bit_adam needs a CUDA device or a CPU: leave it out")
     try:
-        from bitsandbytes import functional
+        with hub_kernels_left_out():
+            from bitsandbytes import functional
     except ImportError as e:
         raise UserError(
             f"--use_8bit_adam needs bitsandbytes ({first_line(e)}): pip install bitsandbytes"
         ) from None
     return functional
+
+
+@contextmanager
+def hub_kernels_left_out() -> Iterator[None]:
+    """Within it bitsandbytes imports without Hugging Face's package `kernels`, and says nothing of
+    that, for a folder of this name or for none.
+
+    It would have it download code for 4-bit weights, which are not used here. What else it says
+    when it is imported is heard.
+    """
+    said = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = {name: sys.modules[name] for name in ("kernels",) if name in sys.modules}
+    sys.modules["kernels"] = None  # importing it is an ImportError
+
+    def heard(record: logging.LogRecord) -> bool:
+        return "kernels-community" not in record.getMessage()
+
+    said.addFilter(heard)
+    try:
+        yield
+    finally:
+        said.removeFilter(heard)
+        del sys.modules["kernels"]
+        sys.modules.update(before)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -198,8 +226,9 @@ class Update:
         """Before the backward pass: for those who update in it."""
 
     def release(self) -> None:
-        """No more updates: drop the gradients, and leave later ones alone."""
+        """No more updates: drop gradients and averages, and leave later gradients alone."""
         self.forget()
+        self.adam.state.clear()
 
     def apply(self, step: int | Tensor, loss: Tensor, warm_up: float | Tensor) -> Tensor:
         """Update the weights from the gradients of `scale · loss`; the gradients' norm before
@@ -268,6 +297,7 @@ class UpdateInBackward(Update):
         self.hooks = [p.register_post_accumulate_grad_hook(self.apply_one) for p in self.parameters]
 
     def release(self) -> None:
+        super().release()
         for hook in self.hooks:
             hook.remove()
 
@@ -332,19 +362,15 @@ def make_trainable(networks: Iterable[nn.Module], device: torch.device) -> None:
 
 
 def adamw(
-    groups: Iterable[tuple[float, list[nn.Parameter]]],
-    weight_decay: float,
-    max_grad_norm: float,
-    scaled: bool,
-    use_8bit_adam: bool,
-    in_backward: bool,
+    groups: Iterable[tuple[float, list[nn.Parameter]]], config: TrainConfig, scaled: bool
 ) -> Update:
-    """The optimizer over groups of (learning rate, weights). `scaled`: fp16 wants its loss scaled;
-    `in_backward`: weights are updated in the backward pass, and gradients not clipped."""
-    if in_backward:
+    """The optimizer over groups of (learning rate, weights), with the settings of a run. `scaled`:
+    fp16 wants its loss scaled."""
+    decay, eight_bit = config.adam_weight_decay, config.use_8bit_adam
+    if config.optimizer_in_backward:
         print("the optimizer runs in the backward pass: gradients are not clipped")
-        return UpdateInBackward(groups, weight_decay, use_8bit_adam)
-    return Update(groups, weight_decay, max_grad_norm, scaled, use_8bit_adam)
+        return UpdateInBackward(groups, decay, eight_bit)
+    return Update(groups, decay, config.max_grad_norm, scaled, eight_bit)
 
 
 @torch.no_grad()

@@ -22,6 +22,9 @@ EXTENSIONS = (
     *(".gif", ".mpo", ".avif", ".heic", ".heif"),
 )
 
+# What is in them, whatever the file is called: Pillow knows forty more, and has PostScript run.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
+
 NEARLY_SQUARE = 1.05  # long side / short side up to which one crop is enough
 
 # What undoes each EXIF orientation (1 is upright). ImageOps.exif_transpose does the same, but also
@@ -133,7 +136,7 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:
-    """One upright 8-bit RGB image from any file Pillow reads, the first frame if it has several.
+    """One upright 8-bit RGB image from a file of FORMATS, the first frame if it has several.
 
     EXIF rotation is applied, transparency is laid on white, and 16-bit, 32-bit and float
     greyscale is scaled to 8 bits. HEIC needs pillow-heif. With min_side a JPEG may come out at
@@ -149,7 +152,8 @@ def _decode(path: Path, min_side: int | None) -> Image.Image:
     try:
         if _is_heif(path):
             _register_heif(path)
-        with Image.open(path) as image:
+        Image.init()
+        with Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))  # does something for JPEG only
             image.load()

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, write_text
+from ..formats import hub
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
+from .events import Events
 from .settings import TrainConfig
 
 # Words of a prompt that neither name the subject nor its class.
@@ -80,9 +82,10 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
 
 
 class LossLog:
-    """loss.csv, and the progress bar of training, within a `with`."""
+    """loss.csv, its copy for TensorBoard, and the progress bar of training, within a `with`."""
 
-    def __init__(self, run: Path, steps: int, done: int, device: torch.device):
+    def __init__(self, run: Path, steps: int, done: int, device: torch.device, events: Events):
+        self.events = events
         self.path, self.every = run / LOSSES, steps_between_looks(device)
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", smoothing=0.1)
         self.pending: list[tuple[int, float, Tensor]] = []
@@ -115,6 +118,7 @@ class LossLog:
             if bad < 0 or step < bad
         ]
         append_losses(self.path, rows)
+        self.events.losses(COLUMNS[1:], rows)
         self.pending.clear()
         if bad >= 0:
             return bad
@@ -243,22 +247,23 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     picture = "\n![before and after](before_after.png)\n"
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
+    known = hub.is_repo_id(sd.source)  # the head of a card can name what is on the hub alone
+    base = f"\nbase_model: {sd.source}" if known else ""
     how = {
         "dreambooth": "DreamBooth",
         "lora": f"LoRA of rank {config.rank}",
         "textual_inversion": f"Textual Inversion of the word `{config.placeholder_token}`",
     }[config.method]
     return f"""---
-license: {sd.licence or "unknown"}
-base_model: {json.dumps(sd.source or "unknown")}
+license: {sd.licence or "unknown"}{base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}
 tags: [text-to-image, stable-diffusion, {config.method}]
 ---
 
 # {config.instance_prompt}
 
-`{sd.source}` fine-tuned with {how} by minibooth on photographs of `{config.instance_prompt}`,
-with {prior}. {steps} steps, learning rate
+`{sd.source or "unknown"}` fine-tuned with {how} by minibooth on photographs of
+`{config.instance_prompt}`, with {prior}. {steps} steps, learning rate
 {config.learning_rate}, batch {config.train_batch_size}, text encoder
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.
 

@@ -5,6 +5,7 @@ is written under another name and renamed when whole, then the others are remove
 also in the middle of saving, a whole one is there.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
-from ..common.files import write_json
+from ..common.files import read_text, write_json
 from ..formats.tensor_files import read_tensors, write_safetensors
 from ..pipeline import StableDiffusion
 from . import memory, report
@@ -99,7 +100,7 @@ def load(run: Path) -> State | None:
     all are damaged."""
     for folder in steps(run):
         try:
-            identity = json.loads((folder / "identity.json").read_text("utf-8"))
+            identity = json.loads(read_text(folder / "identity.json"))
             identity = {"method": "dreambooth"} | identity  # the only one there was at first
             tensors, _ = read_tensors(folder / "state.safetensors")
             return State(int(folder.name.removeprefix("step-")), tensors, identity)
@@ -131,7 +132,7 @@ def restore(saved: State | None, run: Path, weights: dict[str, Tensor], optimize
 
 def identify(
     config: TrainConfig,
-    sd: StableDiffusion,
+    fingerprint: str,
     photos: Photos,
     resolution: int,
     precision: str,
@@ -151,7 +152,7 @@ def identify(
     # 8-bit averages are in blocks of neighbours in memory, and a GPU lays out weights its way.
     place = {"device": device.type} if config.use_8bit_adam else {}
     return {
-        "model": sd.fingerprint()[:16],
+        "model": fingerprint[:16],
         "photographs": photos.content_hash(),
         "resolution": resolution,
         "mixed_precision": precision,
@@ -173,11 +174,12 @@ def remember(folder: Path, settings: dict) -> None:
     """Write settings.json into a folder of results. Raises UserError if it holds others': what is
     found there is not done again, so it must be what would be done now."""
     path = folder / "settings.json"
+    settings = {name: without_place(value) for name, value in settings.items()}
     settings = json.loads(json.dumps(settings))  # tuples as the lists that they are in the file
     if not path.exists():
         return write_json(path, settings)
     try:
-        before = dict(json.loads(path.read_text("utf-8")))
+        before = dict(json.loads(read_text(path)))
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged ({e}): give another --output_dir") from None
     if different := changes(before, settings):
@@ -185,6 +187,14 @@ def remember(folder: Path, settings: dict) -> None:
             f"{folder} holds results of other settings: {different}. Give these, or another "
             "--output_dir"
         )
+
+
+def without_place(value):
+    """An absolute path as its last part and a hash of the whole, which tells it from others; other
+    settings as they are."""
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    return f"{Path(value).name} ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
 
 
 def changes(before: dict, now: dict) -> str:

@@ -21,11 +21,16 @@ class TrainConfig:
         "base model: folder, single file (.safetensors, .ckpt), hub id, or toybox: the small one "
         "that is shipped, which is trained on a subject of its own where nothing else is said",
         aliases=("pretrained_model_name_or_path",),
+        place="source",
     )
-    instance_data_dir: str | None = option(None, "folder with 3 to 6 photographs of the subject")
+    instance_data_dir: str | None = option(
+        None, "folder with 3 to 6 photographs of the subject", place="path"
+    )
     instance_prompt: str | None = option(None, 'names the subject, say "a sks dog"')
     class_prompt: str | None = option(None, 'names its class, say "a dog"')
-    output_dir: str = option("minibooth-out", "where the trained model and all the rest go")
+    output_dir: str = option(
+        "minibooth-out", "where the trained model and all the rest go", place="path"
+    )
 
     method: str = option(
         "dreambooth",
@@ -55,7 +60,9 @@ class TrainConfig:
         1.0, "λ of Eq. 2; 0 is plain fine-tuning, without class images"
     )
     num_class_images: int = option(200, "class images to train with; your own in the folder count")
-    class_data_dir: str | None = option(None, "folder of class images [<output_dir>/class_images]")
+    class_data_dir: str | None = option(
+        None, "folder of class images [<output_dir>/class_images]", place="path"
+    )
     class_sampler: str = option("ddim", "sampler that draws them", choices=pipeline.SAMPLERS)
     class_steps: int = option(
         50, "its steps; the paper's sampler is ddpm, which wants many, up to 1000"
@@ -117,10 +124,20 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(
         None, "go on where the run in output_dir stopped", choices=("latest",)
     )
-    explain: bool = option(False, "show the first step in explain.html: tensors, pictures, maps")
+    report_to: str | None = option(
+        None,
+        "also write losses, gradient norm and grids as TensorBoard's event files, into "
+        "<output_dir>/logs; wants the library, pip install tensorboard",
+        choices=("tensorboard",),
+    )
+    explain: bool = option(
+        False, "show the first step, before and after training, in explain.html: tensors, maps, …"
+    )
 
-    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
-    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
+    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead", place="source")
+    tokenizer: str | None = option(
+        None, "folder or hub id of a tokenizer to use instead", place="source"
+    )
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )

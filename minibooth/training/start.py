@@ -12,9 +12,9 @@ from torch import nn
 from .. import ops, pipeline, schedule
 from ..common import cli
 from ..common.errors import Stopped, UserError
-from ..common.files import alone_in, folder_size, require_space, write_json
+from ..common.files import alone_in, folder_size, require_space
 from ..pipeline import StableDiffusion
-from . import memory, methods, photos, report, resume, settle, snapshots
+from . import events, memory, methods, photos, report, resume, settle, snapshots
 from .optimizer import Precision, bitsandbytes
 from .photos import Photos
 from .resume import State
@@ -33,8 +33,10 @@ class Run:
     photos: Photos
     precision: Precision
     saved: State | None  # where an earlier run of the same settings stopped
+    fingerprint: str  # of the model
     identity: dict  # what must be the same when a run goes on, but for the class images
     trained: dict[str, nn.Module]  # by network: itself, its adapters, or a word for it
+    events: events.Events  # for TensorBoard
 
     @property
     def idle(self) -> list[nn.Module]:
@@ -51,6 +53,7 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
             "stable-diffusion-v1-5/stable-diffusion-v1-5, or toybox"
         )
     config.check()
+    events.require(config.report_to)
     device = cli.pick_device(config.device)
     if config.use_8bit_adam:
         bitsandbytes(device)
@@ -136,7 +139,8 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
             "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
             "be thrown away together: give --mixed_precision bf16 or no"
         )
-    identity = resume.identify(config, sd, pictures, resolution, precision.name, device)
+    fingerprint = sd.fingerprint()
+    identity = resume.identify(config, fingerprint, pictures, resolution, precision.name, device)
     if saved is not None:
         resume.check(folder, saved.identity, identity)
         if saved.step > config.max_train_steps:
@@ -144,10 +148,22 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
                 f"{folder} is already at step {saved.step}: give --max_train_steps {saved.step} "
                 "or more"
             )
-    memory.require(sd, config, device)
+    memory.require(sd, config, device, half=precision.dtype is not None)
     trained = methods.to_train(sd, config)
+    logged = events.Events(folder, bool(config.report_to), saved.step if saved else 0)
     return Run(
-        config, sd, folder, device, resolution, pictures, precision, saved, identity, trained
+        config,
+        sd,
+        folder,
+        device,
+        resolution,
+        pictures,
+        precision,
+        saved,
+        fingerprint,
+        identity,
+        trained,
+        logged,
     )
 
 
@@ -239,8 +255,6 @@ def announce(run: Run) -> None:
     given = {k: v for k, v in asdict(config).items() if v not in (None, ())}
     text = "settings: " + ", ".join(f"{k} {v}" for k, v in given.items())
     print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
-    settings = {k: v for k, v in asdict(config).items() if k != "config"}
-    settings["resume_from_checkpoint"] = None
-    write_json(folder / "config.json", settings)
+    cli.write_config(folder / "config.json", replace(config, resume_from_checkpoint=None))
     sheet = photos.contact_sheet(run.photos)
     report.save_image(sheet, folder / "samples" / "photographs.png")

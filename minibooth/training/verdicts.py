@@ -14,7 +14,7 @@ import torch
 
 from .. import ops
 from ..common.errors import UserError
-from ..common.files import write_json
+from ..common.files import read_text, write_json
 from ..ops import Case
 
 
@@ -77,9 +77,9 @@ def key(case: Case) -> str:
 def read(path: Path, machine: str) -> dict[str, Verdict]:
     """What is remembered for this machine, by `key`; nothing where the file is damaged or old."""
     try:
-        found = json.loads(path.read_text("utf-8"))[machine]
+        found = json.loads(read_text(path))[machine]
         return {k: Verdict(bool(v["triton"]), dict(v["us"]), v["why"]) for k, v in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return {}
 
 
@@ -87,9 +87,9 @@ def write(path: Path, machine: str, found: dict[str, Verdict]) -> None:
     """Add to what is there. Where the folder cannot be written to, a warning: nothing depends on
     it. Of two that write at once one may be lost, and is found out again; the file is whole."""
     try:
-        everything = json.loads(path.read_text("utf-8"))
+        everything = json.loads(read_text(path))
         everything = everything if isinstance(everything, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         everything = {}
     before = read(path, machine)
     everything[machine] = {k: asdict(v) for k, v in {**before, **found}.items()}

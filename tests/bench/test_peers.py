@@ -3,17 +3,14 @@
 import json
 import sys
 
-import eight_bit_stand_in
 import pytest
 import tiny
 import torch
 from PIL import Image
 
-from minibooth.bench import memory as bench_memory
 from minibooth.bench import models, peers, sides
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.toybox.pretrain import TEXT_CONFIG
-from minibooth.training import memory
 
 CPU = torch.device("cpu")
 
@@ -89,38 +86,3 @@ def test_a_peak_is_measured_in_a_process_of_its_own(monkeypatch):
     monkeypatch.undo()
     row = sides.Row("forward", 1, "no")
     assert 10**8 < peers.peak(row, "toybox", CPU, sides.OURS) < 10**10
-
-
-def test_the_memory_bench_measures_every_mode(tmp_path, capsys, monkeypatch):
-    """Here in this process, and with two of the modes; one of them cannot run with the text."""
-
-    def alone(module, call):
-        if "use_8bit_adam" in call and "train_text_encoder" in call:
-            return None
-        return eval(call, vars(sys.modules[module]))
-
-    monkeypatch.setitem(sys.modules, "bitsandbytes", eight_bit_stand_in.MODULE)
-    monkeypatch.setattr(memory, "MODES", [(), memory.MODES[-1]])
-    monkeypatch.setattr(bench_memory, "alone", alone)
-    for module in (peers, bench_memory):
-        monkeypatch.setattr(module, "prepared", lambda *_, **__: CPU)
-    bench_memory.benchmark("memory", 60, tmp_path)
-    report = json.loads((tmp_path / "memory-cpu.json").read_text())
-    out = capsys.readouterr().out
-    assert len(report["modes"]) == 4
-    for found in report["modes"][:3]:
-        names = [name for name, _ in found["row"]["settings"]]
-        head = f"{' '.join(names) or 'full speed'}: peak {found['peak_bytes'] / 1e9:.2f} GB, "
-        assert head + f"{1e3 * found['seconds']:.1f} ms" in out
-    assert "gradient_checkpointing: cannot run here" in out
-    assert report["whole run, saving most"]["peak_bytes"] > 10**8
-
-
-def test_a_limited_mode_is_told_from_one_that_does_not_fit():
-    found = {"row": {"settings": ()}, "peak_bytes": 6 * 10**9, "seconds": 0.5}
-    found["counted_bytes"] = bench_memory.counted(sides.Row("step", 1, "bf16"), "SD 1.5")
-    assert found["counted_bytes"] == pytest.approx(15.4e9, rel=0.01)
-    assert bench_memory.describe_mode(found | {"limited": {"peak_bytes": 1}}).endswith(
-        "GB, within 7.5 GB: yes, 500.0 ms"
-    )
-    assert "within 7.5 GB: no" in bench_memory.describe_mode(found | {"limited": None})

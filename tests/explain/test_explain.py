@@ -17,7 +17,7 @@ from PIL import Image
 from minibooth import dreambooth, lora, train
 from minibooth.dreambooth import Term
 from minibooth.explain import __main__ as explain
-from minibooth.explain import microscope
+from minibooth.explain import first_step, microscope
 from minibooth.pipeline import StableDiffusion
 from minibooth.training import memory, optimizer, report
 from minibooth.training.data import rng
@@ -395,7 +395,7 @@ def test_the_program_writes_one_whole_page_of_the_first_step(tmp_path, monkeypat
         assert f"Loss {loss:.4f}" in text
 
 
-def test_training_explains_its_first_step_and_is_not_changed_by_it(tmp_path):
+def test_training_explains_both_its_ends_and_is_not_changed_by_it(tmp_path):
     more = {"train_text_encoder": True, "snr_gamma": 5.0, "gradient_checkpointing": True}
     plain = train.train(runs.config(tmp_path / "plain", **more))
     looked = train.train(runs.config(tmp_path / "looked", explain=True, **more))
@@ -403,10 +403,81 @@ def test_training_explains_its_first_step_and_is_not_changed_by_it(tmp_path):
         after = runs.flat(looked.networks[name].state_dict())
         assert torch.equal(runs.flat(network.state_dict()), after)
     only = runs.files(tmp_path / "looked") - runs.files(tmp_path / "plain")
-    assert only == {"explain.html"}
+    assert only == {"explain.html", "state/explain.pt"}
     text, _ = read(tmp_path / "looked" / "explain.html")
     assert "text_encoder.encoder.layers.1" in text
-    assert "own weight" in text
+    assert "own weight" in text and "after 3 steps" in text
+
+
+def losses(text: str) -> list[tuple[str, ...]]:
+    """The page's sums, in its order: loss, instance, prior."""
+    return re.findall(r"loss[ \w]*: (\d\.\d{4}) = (\d\.\d{4}) \+ 1 · (\d\.\d{4})", text)
+
+
+def test_the_last_step_stands_beside_the_first_also_where_the_run_was_resumed(
+    tmp_path, monkeypatch
+):
+    """Nothing of the optimizer is in memory while it is looked at."""
+    seen, made, there, look, adamw = [], [], [], microscope.look, optimizer.adamw
+
+    def make(*given, **more):
+        made.append(adamw(*given, **more))
+        return made[-1]
+
+    def looked(sd, *given, **more):
+        gradients = [p.grad for p in sd.unet.parameters() if p.grad is not None]
+        there.append((len(made[-1].adam.state), len(gradients)))
+        return look(sd, *given, **more)
+
+    monkeypatch.setattr(optimizer, "adamw", make)
+    monkeypatch.setattr(microscope, "look", looked)
+    run, more = tmp_path / "run", {"explain": True, "train_batch_size": 2}
+    train.train(runs.config(run, **more), on_step=lambda _, result: seen.append(result))
+    text, pictures = read(run / "explain.html")
+    first, last = losses(text)
+    assert first == tuple(
+        f"{getattr(seen[0], k):.4f}" for k in ("loss", "loss_instance", "loss_prior")
+    )
+    # Of four samples eight pictures each; two rows of maps; two films.
+    assert pictures == 4 * 8 + 2 * 2 * 3 + 2 * (2 * 2 + 1)
+
+    trained = explain.explain(runs.config(tmp_path / "alone", model=str(run), **more))
+    assert losses(read(trained)[0]) == [last] != [first]
+
+    more |= {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    train.train(runs.config(run, **more))
+    text, _ = read(run / "explain.html")
+    assert "after 4 steps" in text and losses(text)[0] == first and losses(text)[1] != last
+    assert there == [(0, 0)] * 4
+
+
+def test_a_kept_view_that_is_damaged_is_done_without(tmp_path):
+    (tmp_path / "explain.pt").write_bytes(b"no longer whole")
+    for name in ("explain.pt", "never kept"):
+        with pytest.warns(UserWarning, match="shows the last step alone"):
+            assert first_step.fetch(tmp_path / name) is None
+
+
+def test_the_norms_of_all_blocks_together_are_those_of_all_weights():
+    sd, (instance, prior, share, _), seen = look()
+    flat = []
+    for name in ("loss_instance", "loss_prior"):
+        sd.unet.zero_grad()
+        step = dreambooth.step(sd.unet, sd.schedule, instance, prior, share)
+        (getattr(step, name) * (share if name == "loss_prior" else 1)).backward()
+        flat.append(torch.cat([p.grad.flatten() for p in sd.unet.parameters()]))
+    a, b = flat
+    together = microscope.of_all(seen.gradients)
+    assert together.instance == pytest.approx(a.norm().item(), rel=1e-4)
+    assert together.prior == pytest.approx(b.norm().item(), rel=1e-4)
+    assert together.both == pytest.approx((a + b).norm().item(), rel=1e-4)
+    assert together.cosine == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-4)
+
+
+def test_pictures_are_reduced_to_what_the_page_shows():
+    assert microscope.reduced(torch.full((2, 3, 512, 384), 0.5)).shape == (2, 3, 256, 192)
+    small = torch.rand(1, 3, 64, 64)
+    assert torch.equal(microscope.reduced(small), small)
 
 
 def test_a_run_can_be_explained_afterwards_without_touching_it(tmp_path, monkeypatch, capsys):

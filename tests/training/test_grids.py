@@ -1,11 +1,15 @@
 """Grids are drawn with no more on the device at once than it takes."""
 
+import types
 from functools import partial
 
+import pytest
 import runs
 import torch
 
-from minibooth.training import graphs, memory
+from minibooth import train
+from minibooth.training import graphs, memory, start
+from minibooth.training.events import Events
 from minibooth.training.grids import Grids
 from minibooth.training.optimizer import Precision
 
@@ -15,7 +19,8 @@ SMALL = {"num_validation_images": 3, "validation_inference_steps": 2}
 
 
 def grids(folder, **changes):
-    return Grids.of(folder, runs.config(folder, **SMALL | changes), 32)
+    events = Events(folder, wanted=False, done=0)
+    return Grids.of(folder, runs.config(folder, **SMALL | changes), 32, events)
 
 
 def pixels(rows):
@@ -73,19 +78,40 @@ def test_the_pictures_are_those_of_generate(tmp_path):
     assert pixels(drawn) == [image.tobytes() for image in same]
 
 
-def test_where_memory_is_short_no_graph_is_recorded_and_fewer_are_drawn_at_once(
-    tmp_path, monkeypatch
-):
-    entered = []
-    captured_unet = graphs.captured_unet
-    monkeypatch.setattr(
-        graphs, "captured_unet", lambda unet: entered.append(1) or captured_unet(unet)
-    )
+@pytest.fixture
+def wanted(monkeypatch):
+    """Whether a CUDA graph was asked for, each time that pictures were drawn."""
+    asked, captured_unet = [], graphs.captured_unet
+
+    def watched(unet, wanted=True):
+        asked.append(wanted)
+        return captured_unet(unet, wanted)
+
+    monkeypatch.setattr(graphs, "captured_unet", watched)
+    return asked
+
+
+def test_where_memory_is_short_no_graph_is_recorded_and_fewer_are_drawn_at_once(tmp_path, wanted):
     sd = runs.model()
     for mode in MODES:
         grid = grids(tmp_path, **{mode: True})
         grid.draw(sd, [sd.vae, sd.text_encoder], Precision("no", CPU))
-        assert not entered and grid.batch_size == 4
+        assert wanted.pop() is False and grid.batch_size == 4
     grid = grids(tmp_path)
     grid.draw(sd, [sd.vae, sd.text_encoder], Precision("no", CPU))
-    assert entered and grid.batch_size == 8
+    assert wanted.pop() is True and grid.batch_size == 8
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_nor_is_one_for_the_class_images(short, tmp_path, wanted):
+    config = runs.config(tmp_path, gradient_checkpointing=short)
+    train.gather(start.set_up(config, runs.model(), CPU))
+    assert wanted == [not short]
+
+
+def test_a_graph_that_is_not_wanted_is_not_made_on_a_gpu_either():
+    weight = types.SimpleNamespace(device=torch.device("cuda"))
+    with graphs.captured_unet(
+        types.SimpleNamespace(conv_in=types.SimpleNamespace(weight=weight)), False
+    ):
+        pass  # would fail: this UNet has no forward

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from minibooth import UserError, textual_inversion, train
 from minibooth.bench import measure, models
 from minibooth.formats import adapters
-from minibooth.training import data, memory, methods, report
+from minibooth.training import class_images, data, memory, methods, report, start
 from minibooth.training.settings import TrainConfig
 
 LORA = {"method": "lora", "rank": 2, "lora_alpha": 4.0}
@@ -84,6 +84,26 @@ def test_frozen_weights_are_in_16_bits_and_adapters_in_32(tmp_path):
     trained(tmp_path / "plain")
     plain = (tmp_path / "plain" / "loss.csv").read_text().split()[1:]
     assert losses == pytest.approx([float(x.split(",")[1]) for x in plain], rel=0.02)
+
+
+def test_frozen_weights_are_rounded_before_pictures_are_drawn_whose_names_stay(
+    tmp_path, monkeypatch
+):
+    ensure, seen = class_images.ensure, {}
+
+    def watched(sd, *arguments, **settings):
+        files = ensure(sd, *arguments, **settings)
+        kinds = [next(sd.networks[name].parameters()).dtype for name in ("unet", "text_encoder")]
+        seen[method] = kinds, files
+        return files
+
+    monkeypatch.setattr(class_images, "ensure", watched)
+    for method in ("dreambooth", "lora"):
+        config = runs.config(tmp_path, method=method, mixed_precision="bf16")
+        train.gather(start.set_up(config, runs.model(), torch.device("cpu")))
+    (plain, files), (rounded, same_files) = seen.values()
+    assert plain == [torch.float32] * 2 and rounded == [torch.bfloat16, torch.float32]
+    assert files == same_files
 
 
 def test_the_first_step_can_be_explained(tmp_path):

@@ -1,0 +1,75 @@
+"""python docs/memory.py: what a run is expected to need of a GPU, by part and by phase.
+
+Prints docs/memory.md, computed by minibooth/training/memory.py, which plans every run on a GPU;
+nothing is measured.
+"""
+
+import torch
+
+from minibooth.bench import models
+from minibooth.training import memory
+from minibooth.training.settings import METHODS, TrainConfig
+
+PIXELS = 64 * 64  # of the latents of 512²
+ABOUT = """# What a run needs of a GPU's memory
+
+Made by `python docs/memory.py > docs/memory.md`: GB, as a run on a GPU counts them before it
+starts. **Counted, not yet measured**; `python -m minibooth.bench memory` measures them.
+
+Stable Diffusion 1.5 at 512², one photograph and one class image per step, all other settings as
+they are where nothing is given. Where the networks compute in bf16 or in fp16 the bytes are the
+same, but with fp16 there is no `optimizer_in_backward`: gradients that overflow must be thrown away
+together. LoRA (of rank 4) and Textual Inversion have hardly a gradient or an average to save.
+
+## By part
+"""
+BETWEEN = """
+- **weights**: of what trains in fp32; beside a LoRA or a word those of the networks that it trains
+  in, in 16 bits.
+- **averages**: AdamW's two.
+- **activations**: what the backward pass wants of the forward pass, with the weights' 16-bit
+  copies; checkpointed, what is kept and the part that is computed again.
+- **step**: gradients and activations are not all there at once, since the backward pass gives back
+  the ones while it adds the others.
+- **graph**: a CUDA graph of the step keeps that to itself, also while pictures are drawn. With
+  8-bit AdamW there is none.
+- **pictures**: the sample grids, on the way: the UNet's work or the VAE's, whichever is more.
+
+## By phase
+
+What stays and what is worked in at most, with a tenth of that and 0.5 GB to spare for libraries and
+fragments. A run needs the largest. Before training all networks are there: for the class images,
+the first grid and the encoding. `--explain` looks at the first step while there are no averages.
+"""
+
+
+def table(heads: list[str], rows: list[list[str]]) -> None:
+    print("\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)))
+
+
+def gigabytes(sizes: dict[str, int]) -> list[str]:
+    return [f"{size / 1e9:.1f}" for size in sizes.values()]
+
+
+def main() -> None:
+    sd, by_part, by_phase = models.model("SD 1.5", torch.device("meta")), [], []
+    for method in METHODS:
+        # Of adapters there is hardly a gradient or an average to save.
+        for mode in memory.MODES if method == "dreambooth" else memory.MODES[:2]:
+            config = TrainConfig(method=method, explain=True, **dict.fromkeys(mode, True))
+            computed = "bf16" if config.optimizer_in_backward else "bf16, fp16"
+            head = [method, ", ".join(f"`{name}`" for name in mode) or "none", computed]
+            part = memory.parts(sd, config, PIXELS, half=True)
+            by_part.append([*head, *gigabytes(part)])
+            phases = memory.phases(sd, config, PIXELS, half=True)
+            most = {name: memory.with_spare(*phase) for name, phase in phases.items()}
+            by_phase.append([*head, *gigabytes(most)])
+    heads = ["method", "options", "in"]
+    print(ABOUT)
+    table([*heads, *part], by_part)
+    print(BETWEEN)
+    table([*heads, *phases], by_phase)
+
+
+if __name__ == "__main__":
+    main()
