@@ -1,13 +1,12 @@
 """python docs/memory.py: what a run is expected to need of a GPU, by part and by phase.
 
-Prints docs/memory.md, computed by minibooth/training/memory.py, which plans every run on a GPU;
-nothing is measured.
+Prints docs/memory.md, computed by minibooth/training/plan.py; nothing is measured.
 """
 
 import torch
 
 from minibooth.bench import models
-from minibooth.training import memory
+from minibooth.training import memory, plan
 from minibooth.training.settings import METHODS, TrainConfig
 
 PIXELS = 64 * 64  # of the latents of 512²
@@ -59,10 +58,10 @@ def main() -> None:
             config = TrainConfig(method=method, explain=True, **dict.fromkeys(mode, True))
             computed = "bf16" if config.optimizer_in_backward else "bf16, fp16"
             head = [method, ", ".join(f"`{name}`" for name in mode) or "none", computed]
-            part = memory.parts(sd, config, PIXELS, half=True)
+            part = plan.parts(sd, config, PIXELS, half=True)
             by_part.append([*head, *gigabytes(part)])
-            phases = memory.phases(sd, config, PIXELS, half=True)
-            most = {name: memory.with_spare(*phase) for name, phase in phases.items()}
+            phases = plan.phases(sd, config, PIXELS, half=True)
+            most = {name: plan.with_spare(*phase) for name, phase in phases.items()}
             by_phase.append([*head, *gigabytes(most)])
     heads = ["method", "options", "in"]
     print(ABOUT)

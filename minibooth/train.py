@@ -8,7 +8,6 @@ called there stand for is in minibooth/training; the loss itself is dreambooth.s
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from .training import (
     methods,
     optimizer,
     photos,
+    ranks,
     report,
     resume,
     snapshots,
@@ -76,24 +76,13 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
     methods.place(sd, run.trained, device, run.precision.dtype)
     start.try_kernels(run)
 
-    identity, class_photos = run.identity, None
+    identity, class_photos, shown = run.identity, None, (run.shown,)
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
         graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
         with graph, run.precision.autocast():
-            files = class_images.ensure(
-                sd,
-                Path(config.class_data_dir or run.folder / "class_images"),
-                count=config.num_class_images,
-                prompt=config.class_prompt,
-                sampler=config.class_sampler,
-                steps=config.class_steps,
-                guidance_scale=config.class_guidance_scale,
-                seed=config.seed,
-                resolution=run.resolution,
-                batch_size=config.sample_batch_size,
-                fingerprint=run.fingerprint,
-            )
+            files, of_class = class_images.of_run(sd, config, run.resolution, run.fingerprint)
         class_photos = photos.load_photos(files, run.resolution, config.center_crop)
+        shown = (run.shown, of_class)
 
     instance = encode(sd, run.photos, config.random_flip, "photographs")
     prior = encode(sd, class_photos, False, "class images") if class_photos else None
@@ -101,14 +90,16 @@ def gather(run: Run) -> tuple[Batches, Loss, dict]:
         identity = {**identity, "class images": class_photos.content_hash()}
     if run.saved is not None:
         resume.check(run.folder, run.saved.identity, identity)
-    T, size = sd.schedule.T, config.train_batch_size
-    choice = methods.prompts_of(config, len(run.photos.files))
-    batches = Batches(instance, prior, T, config.seed, size, device, choice)
+    T, size = sd.schedule.T, config.train_batch_size * ranks.count()
+    prompts, choice = methods.prompts_of(config, run.captions, shown)
+    drawn_from = T, config.seed, size, device, choice, shown, ranks.share()
+    batches = Batches(instance, prior, *drawn_from)
 
-    ids = sd.tokenizer(config.prompts).to(device)  # (prompts, 77)
-    contexts = None if config.text_changes else sd.text_encoder(ids)  # (prompts, 77, D)
+    ids = sd.tokenizer(prompts).to(device)  # (prompts, 77)
+    contexts = None if config.text_changes else sd.encode_prompt(prompts)  # (prompts, 77, D)
     weights = config.prior_loss_weight, config.snr_gamma  # λ and γ
-    loss = Loss(sd, ids, contexts, *weights, run.precision, config.gradient_checkpointing)
+    how = run.precision, config.gradient_checkpointing
+    loss = Loss(sd, ids, contexts, *weights, *how, prompts)
     return batches, loss, identity
 
 
@@ -135,15 +126,16 @@ def one_update(
 
     def update(step: Tensor, warm_up: Tensor, *drawn: Tensor) -> Tensor:
         losses, size = [], len(drawn) // accumulate
-        for first in range(0, len(drawn), size):
-            result = loss_of(drawn[first : first + size])
+        batches = [drawn[first : first + size] for first in range(0, len(drawn), size)]
+        for batch in ranks.each(loss_of, batches):
+            result = loss_of(batch)
             loss = result.loss
             adam.start(loss, warm_up)
             (loss * adam.scale / accumulate).backward()
             losses.append(torch.stack([loss, result.loss_instance, result.loss_prior]).detach())
             if on_step:
                 on_step(int(step), result)
-        means = torch.stack(losses).mean(dim=0)  # (3,)
+        means = ranks.mean(torch.stack(losses).mean(dim=0))  # (3,)
         norm = adam.apply(step, means[0], warm_up)
         return torch.cat([means, norm[None]])
 
@@ -162,6 +154,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     adam = make_optimizer(run)
     weights = optimizer.named_weights(run.trained)
     done = resume.restore(run.saved, folder, weights, adam)
+    ranks.require_same({**identity, "step": done})
     if 0 < done < config.max_train_steps:  # it was stopped after its state, before these
         if done % config.checkpointing_steps == 0:
             save_snapshot(run, done)
@@ -171,7 +164,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
         first_step.explain(run, batches, loss, weights, adam.scale, done)
 
     accumulate = config.gradient_accumulation_steps
-    update = one_update(loss, adam, accumulate, on_step)
+    update = one_update(ranks.averaged(loss, run.trained), adam, accumulate, on_step)
     if adam.capturable and not on_step:  # who looks on wants to see what the step leaves behind
         adam.allocate()
         update = graphs.captured(update, run.device, undo=adam.forget)
@@ -184,7 +177,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
             losses = update(*numbers, *(x for n in ns for x in batches.draw(n)))
             log.add(step, config.learning_rate * warm_up, losses)
 
-            last = step == config.max_train_steps or stopping.asked
+            last = step == config.max_train_steps or stopping.heard()
             save = step % config.checkpointing_steps == 0
             show = step % config.validation_steps == 0
             if log.due or save or show or last:
@@ -214,11 +207,18 @@ def save_snapshot(run: Run, step: int) -> None:
 
 
 def finish(run: Run, grids: Grids, before: list[list], originals: dict[str, Tensor]) -> None:
-    """Write the last pictures, the model and its card; say what can be done with it."""
-    config, sd, folder = run.config, run.sd, run.folder
-    after = grids.draw(sd, run.idle, run.precision)
-    grids.save(config.max_train_steps, after)
+    """The last pictures, and the model, on the device at the end."""
+    after = grids.draw(run.sd, run.idle, run.precision)
+    grids.save(run.config.max_train_steps, after)
     grids.save_before_after(before, after)
+    write_result(run, originals)
+    run.sd.to(run.device)
+
+
+@ranks.by_first
+def write_result(run: Run, originals: dict[str, Tensor]) -> None:
+    """Write the model and its card; say what can be done with it."""
+    config, sd, folder = run.config, run.sd, run.folder
     report.save_loss_chart(folder)
     # An older model, of a run with fewer steps, must not be half of this one.
     (folder / "model_index.json").unlink(missing_ok=True)
@@ -226,9 +226,9 @@ def finish(run: Run, grids: Grids, before: list[list], originals: dict[str, Tens
     for name, share in methods.moved(sd, run.trained, originals).items():
         print(f"{name} moved by {share:.3%} of their norm")
     print(report.what_next(folder, config))
-    sd.to(run.device)
 
 
+@ranks.joined()
 def main() -> None:
     train(
         cli.parse(

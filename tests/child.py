@@ -34,8 +34,9 @@ def stop(names: list[str]) -> None:
 def arm(moment: str) -> None:
     """moment: "before NAME" or "after NAME", around the renaming that gives a file or folder that
     name (before it, the half-written part is cut in two); "remove NAME", half through removing a
-    folder; "encode N", at the N-th batch of pictures; "step N", in the update of a step. It dies as
-    of kill -9, or, with "SIGINT step N", "SIGINT,SIGINT step N", …, sends itself these signals."""
+    folder; "encode N", at the N-th batch of pictures; "step N", in the update of a step; "full N",
+    out of memory there. It dies as of kill -9, or, with "SIGINT step N", "SIGINT,SIGINT step N", …,
+    sends itself these signals."""
     *signals, kind, name = moment.split()
     replace, rmtree = os.replace, shutil.rmtree
 
@@ -60,11 +61,13 @@ def arm(moment: str) -> None:
         data.tqdm = lambda rows, **_: (
             row if i + 1 < int(name) else last() for i, row in enumerate(rows)
         )
-    if kind == "step":
+    if kind in ("step", "full"):
         apply = train.Update.apply
 
         def dying_apply(self, step, *rest):
             if step == int(name):
+                if kind == "full":
+                    raise MemoryError
                 stop(signals[0].split(",")) if signals else die()
             return apply(self, step, *rest)
 
@@ -72,9 +75,15 @@ def arm(moment: str) -> None:
 
 
 def main(
-    arguments: list[str], moment: str | None, log: str, program: str, toybox: Path | None
+    arguments: list[str],
+    moment: str | None,
+    log: str,
+    program: str,
+    toybox: Path | None,
+    environment: dict[str, str],
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -92,14 +101,16 @@ def start(
     log: Path,
     program: str = "minibooth.train",
     toybox: Path | None = None,
+    environment: dict[str, str] | None = None,
 ) -> multiprocessing.Process:
     """`python -m` with arguments, forked from a server that has imported it; `toybox` is the folder
-    that it takes for the toybox."""
+    that it takes for the toybox, `environment` is added to its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "child"])
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11 gives the server no other
-    process = context.Process(target=main, args=(arguments, moment, str(log), program, toybox))
+    given = (arguments, moment, str(log), program, toybox, environment or {})
+    process = context.Process(target=main, args=given)
     process.start()
     if path is None:
         del os.environ["PYTHONPATH"]

@@ -508,8 +508,8 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_weights_before(
 ):
     draw = data.draw_batch
 
-    def poisoned(latents, T, seed, name, n, batch, device):
-        x0, eps, t = draw(latents, T, seed, name, n, batch, device)
+    def poisoned(latents, rows, T, seed, name, n, *rest):
+        x0, eps, t = draw(latents, rows, T, seed, name, n, *rest)
         if (name, n) == ("class", 2):  # the third step's class half
             x0[0, 0, 0, 0] = float("inf")
         return x0, eps, t

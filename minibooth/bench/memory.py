@@ -21,7 +21,7 @@ from .. import train
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..explain import first_step
-from ..training import finite, memory
+from ..training import finite, memory, plan
 from ..training.data import Batches
 from ..training.settings import METHODS, TrainConfig
 from .measure import alone, peaks, prepared
@@ -79,15 +79,15 @@ def rows(device: torch.device) -> list[Row]:
 
 
 def counted(row: Row, size: str) -> dict[str, tuple[int, int]]:
-    """memory.phases of a row."""
+    """plan.phases of a row."""
     sd = model(size, torch.device("meta"))
     pixels = (sd.image_size // sd.vae.factor) ** 2
-    return memory.phases(sd, TrainConfig(**row.settings()), pixels, row.precision != "no")
+    return plan.phases(sd, TrainConfig(**row.settings()), pixels, row.precision != "no")
 
 
 def cap(phases: dict[str, tuple[int, int]]) -> int:
     """The smallest card on which a run is counted to fit; beyond all of them, what is counted."""
-    need = max(memory.with_spare(*phase) for phase in phases.values())
+    need = max(plan.with_spare(*phase) for phase in phases.values())
     return min((size for size in CAPS if size >= need), default=need)
 
 
@@ -95,7 +95,7 @@ def cap(phases: dict[str, tuple[int, int]]) -> int:
 
 
 class Meter:
-    """Peaks of the memory by phase of a run."""
+    """Peaks of the memory by phase of a run; on a CPU, which does not begin anew, all so far."""
 
     def __init__(self, device: torch.device):
         self.device, self.phase, self.found = device, "pictures before", {}
@@ -179,16 +179,15 @@ def compare(row: Row, size: str, device: torch.device) -> dict:
     """What was counted and what was measured of a row; without the latter where it did not fit."""
     found, on_gpu = {"row": asdict(row)}, device.type == "cuda"
     if on_gpu:
-        plan = counted(row, size)
-        found |= {"plan": plan, "cap": cap(plan)}
-        found["counted_bytes"] = max(memory.with_spare(*phase) for phase in plan.values())
+        phases = counted(row, size)
+        found |= {"plan": phases, "cap": cap(phases)}
+        found["counted_bytes"] = max(plan.with_spare(*phase) for phase in phases.values())
     measured = alone(__name__, f"measure({row!r}, {size!r}, {found.get('cap')})")
     found |= measured or {}
     if on_gpu and measured:
-        errors = {p: sum(plan[p]) / measured["phases"][p]["peak_bytes"] - 1 for p in plan}
-        found["errors"] = errors
-        most = max(phase["peak_bytes"] for phase in measured["phases"].values())
-        found["error"] = max(sum(phase) for phase in plan.values()) / most - 1
+        taken = {name: phase["peak_bytes"] for name, phase in measured["phases"].items()}
+        found["errors"] = {name: sum(phase) / taken[name] - 1 for name, phase in phases.items()}
+        found["error"] = max(map(sum, phases.values())) / max(taken.values()) - 1
     return found
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     where the disk is full or the place cannot be written to.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In containers that share a folder, processes can have one number.
+    part = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**6):06}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -43,29 +45,41 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
-    """Within it `folder` is there and no other process gets in here with it.
+    """As `claimed`, but raises UserError where another process is in the folder."""
+    with claimed(folder) as ours:
+        if not ours:
+            raise UserError(
+                f"another run is at work in {folder}: wait for it, or give another --output_dir"
+            )
+        yield
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[bool]:
+    """Within it `folder` is there and, if what this gives is true, no other process is in here
+    with it.
 
     Its file .lock is locked, which the system undoes however the process ends: a crash leaves an
     empty file that hinders nobody. If the folder was made for this and is empty after it, it is
-    removed. Raises UserError where another process is in it.
+    removed.
     """
     folder = Path(folder)
     made = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    with open(path, "a") as file:
-        if not lock(file, path):
-            raise UserError(
-                f"another run is at work in {folder}: wait for it, or give another --output_dir"
-            )
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows keeps files that are open
-                path.unlink()
-    with suppress(OSError):
-        for empty in made:
-            empty.rmdir()
+    try:
+        with open(path, "a") as file:
+            ours = lock(file, path)
+            try:
+                yield ours
+            finally:
+                if ours:
+                    with suppress(OSError):  # Windows keeps files that are open
+                        path.unlink()
+    finally:
+        with suppress(OSError):
+            for empty in made:
+                empty.rmdir()
 
 
 def lock(file: TextIO, path: Path) -> bool:

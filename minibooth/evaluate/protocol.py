@@ -3,7 +3,8 @@
 For each way of training that a table wants, and each subject: train, draw its prompts, score. What
 is there is not done again: a model that was trained, a picture that was drawn, a subject that was
 scored. So a run that was stopped goes on with the same command, and one of few subjects or pictures
-with more of them.
+with more of them. Several processes can work in one folder, each on its --shard of the trainings or
+on all that are left: who begins one locks its folder, and a crash unlocks it.
 """
 
 import io
@@ -17,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import toybox
-from ..common import cli
+from ..common import cli, files
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import read_text, write_json, write_text
@@ -60,6 +61,11 @@ class DatasetConfig(Options):
     keep_models: bool = option(
         False, "keep every trained model (4.3 GB for SD 1.5); else its pictures are enough"
     )
+    shard: str | None = option(
+        None,
+        "3/8 trains the 3rd, 11th, 19th … only; others can do the rest at the same time, in the "
+        "same output_dir [all that nobody else is at]",
+    )
     output_dir: str = option("evaluation", "where everything goes")
 
     def check(self) -> None:
@@ -67,10 +73,19 @@ class DatasetConfig(Options):
         if self.data is None:
             raise UserError(f"give --data: a checkout of google/dreambooth, which holds {FILE}")
         cli.check_at_least_one(self, ["prompts"])
+        _ = self.share
         if wrong := [n for n in self.table_numbers if n not in TABLES]:
             raise UserError(f"--tables {wrong[0]!r}: give some of {', '.join(TABLES)}")
         if wrong := [n for n in self.trained_by if n not in METHODS]:
             raise UserError(f"--methods {wrong[0]!r}: give some of {', '.join(METHODS)}")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """--shard 3/8 as (3, 8). Raises UserError for what is none."""
+        number, _, of = (self.shard or "1/1").partition("/")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            raise UserError(f"--shard {self.shard!r}: give one of 1/8, 2/8, …, 8/8")
+        return int(number), int(of)
 
     @property
     def table_numbers(self) -> list[str]:
@@ -124,6 +139,7 @@ def evaluate(config: DatasetConfig) -> str:
         print(f"{len(absent)} subjects of {FILE} have no folder here: {', '.join(absent)}")
     protocol = Protocol(config, found)
     protocol.run()
+    protocol.collect()
     text = protocol.make_tables()
     write_text(protocol.out / "tables.md", text + "\n")
     grids = ", a grid.png for every subject" if protocol.arms else ""
@@ -145,7 +161,7 @@ class Protocol:
 
     def run(self) -> None:
         config = self.config
-        resume.remove_leftovers(self.out)
+        resume.remove_leftovers(self.out, older=3600)
         if config.model:
             names = ("model", "identifier", "steps", "guidance_scale", "seed")
             settings = {name: getattr(config, name) for name in names}
@@ -159,21 +175,40 @@ class Protocol:
             rows = real_rows(self.judge, self.photographs(subject), config.self_pair_choices)
             for self_pairs, scores in rows.items():
                 self.results[tables.real_name(self_pairs), subject.name] = scores
-        todo = []
-        for arm in self.arms:
-            for subject in self.subjects:
-                scores = self.scored(arm, subject)
-                if scores is None:
-                    todo.append((arm, subject))
-                else:
-                    self.results[arm.name, subject.name] = scores
-        self.write_csv()
+        self.collect()
+        number, of = config.share
+        todo = [job for job in self.trainings[number - 1 :: of] if not self.known(*job)]
         with tqdm(total=len(todo), desc="protocol", unit="subject", disable=not todo) as bar:
             for arm, subject in todo:
-                tqdm.write(f"{subject.name} ({subject.noun}), {arm.name}:")
+                self.attempt(arm, subject)
+                bar.update()
+
+    @property
+    def trainings(self) -> list[tuple[Arm, Subject]]:
+        return [(arm, subject) for arm in self.arms for subject in self.subjects]
+
+    def known(self, arm: Arm, subject: Subject) -> bool:
+        return (arm.name, subject.name) in self.results
+
+    def attempt(self, arm: Arm, subject: Subject) -> None:
+        """Train and score, unless another process is at it or has done it."""
+        what = f"{subject.name} ({subject.noun}), {arm.name}:"
+        with files.claimed(self.folder(arm, subject)) as ours:
+            self.collect()
+            if not ours:
+                tqdm.write(f"{what} another process is at it")
+            elif not self.known(arm, subject):
+                tqdm.write(what)
                 self.results[arm.name, subject.name] = self.evaluate(arm, subject)
                 self.write_csv()
-                bar.update()
+
+    def collect(self) -> None:
+        """Take over the scores that are there, whoever found them."""
+        for arm, subject in self.trainings:
+            scores = None if self.known(arm, subject) else self.scored(arm, subject)
+            if scores is not None:
+                self.results[arm.name, subject.name] = scores
+        self.write_csv()
 
     # -- one subject, trained in one way
 
@@ -315,6 +350,13 @@ class Protocol:
         average = {"subjects": "every subject counts the same", "pairs": "every pair does"}
         lines = tables.stated(config, self.judge)
         lines += [tables.drawn_with(config)] if self.arms else []
+        done = [arm.name for arm, subject in self.trainings if self.known(arm, subject)]
+        if len(done) < len(self.trainings):
+            of_arms = [f"{arm.name} {done.count(arm.name)}" for arm in self.arms]
+            lines.append(
+                f"{len(done)} of {len(self.trainings)} trainings are finished, of the subjects of "
+                f"each row: {', '.join(of_arms)}"
+            )
         lines.append(f"averaged so that {average[config.averaging]} (--averaging)")
         parts.append("\n".join(f"- {line}" for line in lines))
         return "\n\n".join(parts)
@@ -342,6 +384,8 @@ def training_settings(config: DatasetConfig, method: str) -> dict:
         "num_validation_images": 0,
         "validation_prompt": (),
         "checkpoints_total_limit": 1,
+        "concepts_list": None,
+        "caption_extension": None,
         "config": None,
     }
     if method == "dreambooth" and not shared.uses_prior:

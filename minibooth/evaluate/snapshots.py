@@ -48,6 +48,8 @@ def evaluate(config: SnapshotsConfig) -> dict[int, dict[str, Mean]]:
     if config.run is None:
         raise UserError("give --run: the folder of a run, with config.json and checkpoint-…/")
     run, training = Path(config.run), read_run(Path(config.run))
+    if training.concepts_list:
+        raise UserError(f"{run} has several subjects: measure each by minibooth.evaluate --model")
     out = Path(config.output_dir) if config.output_dir else run / "evaluation"
     cli.check_folder("--output_dir", out)
     prompts = config.prompt or tuple(training.instance_prompt + where for where in WHERE)

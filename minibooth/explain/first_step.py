@@ -3,6 +3,7 @@
 import io
 import pickle
 import warnings
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from ..common.errors import first_line
 from ..common.files import atomic
 from ..dreambooth import Step
-from ..training import memory, report
+from ..training import memory, ranks, report
 from ..training.data import Batches
 from ..training.loss import Loss
 from ..training.start import Run
@@ -24,6 +25,7 @@ IN_IT = [View, Step, microscope.Look, microscope.Entry, microscope.Sample, micro
 IN_IT += [microscope.LowRank, microscope.Attended, microscope.Frame]  # and tensors, nothing else
 
 
+@ranks.by_first
 def explain(
     run: Run,
     batches: Batches,
@@ -62,13 +64,12 @@ def look(
 ) -> tuple[microscope.Look, list[microscope.Frame]]:
     """Batch 0, and a sampling, as the weights are now."""
     config, sd, autocast = run.config, run.sd, run.precision.autocast
-    names = report.identifiers(config.instance_prompt, config.class_prompt)
+    classes = [s.class_prompt or "" for s in config.subjects]
     drawn = batches.draw(0)
+    prompts = loss.prompts_of(drawn)
+    prompt, alike = prompts[0], len(list(takewhile(prompts[0].__eq__, prompts)))
+    names = report.identifiers(prompt, " ".join(classes))
     adapters = {name: m for name, m in run.trained.items() if isinstance(m, nn.ModuleDict)}
-    prompt, alike = config.instance_prompt, None
-    if batches.prompts:  # each sample has one of several
-        which = drawn[-1][: len(drawn[0])]
-        prompt, alike = config.prompts[which[0]], int((which == which[0]).cumprod(0).sum())
     with autocast():
         instance, prior, weight = loss.terms(drawn)
     with loss.checkpointing(), memory.visiting([sd.vae], run.device):
@@ -91,7 +92,7 @@ def look(
     with bar, memory.visiting(run.idle, run.device), autocast():
         strip = microscope.film(
             sd,
-            config.instance_prompt,
+            prompt,
             steps=steps,
             guidance_scale=strength,
             seed=config.seed,

@@ -20,7 +20,7 @@ def default_run() -> dict:
         "instance_prompt": name,
         "class_prompt": noun,
         "num_class_images": 48,
-        "class_steps": 25,
+        "class_steps": 25,  # of DDIM: enough for a class without a place (docs/class_images.md)
         "class_guidance_scale": 4.0,
         "sample_batch_size": 16,
         "max_train_steps": 200,
@@ -59,7 +59,8 @@ def train_settings(given: dict) -> dict:
 
     Photographs without a model are not its business: training then asks for one.
     """
-    chosen = given.get("model", None if "instance_data_dir" in given else "toybox")
+    own = {"instance_data_dir", "concepts_list"} & set(given)
+    chosen = given.get("model", None if own else "toybox")
     if chosen != "toybox" or "config" in given:
         return {}
     suitable = default_run()
@@ -71,7 +72,7 @@ def train_settings(given: dict) -> dict:
         prompts = tuple(p.replace(common, name) for p in suitable["validation_prompt"])
         suitable |= {"instance_prompt": name, "validation_prompt": prompts} | WORD
         suitable |= {k: word[k] for k in ("placeholder_token", "initializer_token")}
-    if "instance_data_dir" in given:
+    if own:
         for name in ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt"):
             del suitable[name]
     return suitable

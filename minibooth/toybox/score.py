@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..common.files import write_json
 from ..formats import hub
 from ..pipeline import StableDiffusion
-from ..training import photos
+from ..training import photos, ranks
 from . import judge as judges
 from . import world
 from .judge import Judge, diversity, self_similarity, share, similarity
@@ -116,6 +116,7 @@ def yardstick(judge: Judge, real: Tensor, noun: str, count: int = 64) -> Yardsti
     return Yardstick(self_similarity(truth), similarity(others, truth), diversity(others))
 
 
+@ranks.by_first
 def after_run(sd: StableDiffusion, config) -> str:
     """Score a run on the toybox (a TrainConfig): a line each, and all of it in scores.json."""
     judge, real = judges.load(hub.toybox()), photographs(config.instance_data_dir)

@@ -7,17 +7,57 @@ only the missing ones are drawn, none is overwritten, and one folder serves many
 import hashlib
 import json
 import re
+import zlib
 from pathlib import Path
 
+import torch
 from PIL import PngImagePlugin
+from torch import Tensor
 from tqdm import tqdm
 
 from ..common.errors import UserError
 from ..common.files import atomic
 from ..pipeline import StableDiffusion
-from . import photos
+from . import photos, ranks
+from .settings import TrainConfig
+from .subjects import Subject
 
 GENERATED = re.compile(r"[0-9a-f]{12}-\d{5}\.png")
+
+
+def of_run(
+    sd: StableDiffusion, config: TrainConfig, resolution: int, fingerprint: str
+) -> tuple[list[Path], Tensor]:
+    """As `ensure`, of all subjects of a run; and which subject's each class image is: (M,)."""
+    found = [
+        (i, file)
+        for i, subject in enumerate(config.subjects)
+        for file in of_subject(sd, config, subject, resolution, fingerprint)
+    ]
+    return [file for _, file in found], torch.tensor([i for i, _ in found])
+
+
+def of_subject(
+    sd: StableDiffusion,
+    config: TrainConfig,
+    subject: Subject,
+    resolution: int,
+    fingerprint: str,
+) -> list[Path]:
+    return ensure(
+        sd,
+        Path(subject.class_data_dir or Path(config.output_dir) / "class_images"),
+        count=config.num_class_images,
+        prompt=subject.class_prompt,
+        sampler=config.class_sampler,
+        steps=config.class_steps,
+        guidance_scale=config.class_guidance_scale,
+        seed=config.seed,
+        resolution=resolution,
+        batch_size=config.sample_batch_size,
+        fingerprint=fingerprint,
+        begin=zlib.crc32(config.output_dir.encode()),
+    )
 
 
 def ensure(
@@ -33,10 +73,15 @@ def ensure(
     resolution: int,
     batch_size: int,
     fingerprint: str | None = None,
+    begin: int = 0,
 ) -> list[Path]:
     """The class images of these settings: the user's own in `folder`, all of them, and as many
     drawn ones as bring the number to `count`. Image i is drawn from seed + i. `fingerprint`: the
     model's, where its weights have been rounded since.
+
+    Each rank draws its share; raises UserError where it does not see the others'. Runs that draw
+    into one folder at the same time, and `begin` with another one of the missing batches, share the
+    work.
     """
     try:
         own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
@@ -54,8 +99,10 @@ def ensure(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     wanted = [folder / f"{key}-{i:05d}.png" for i in range(max(0, count - len(own)))]
     # Whole batches, always the same ones: their rounding is that of an uninterrupted run.
-    starts = range(0, len(wanted), batch_size)
+    starts = ranks.mine(range(0, len(wanted), batch_size))
     todo = [i for i in starts if not all(path.exists() for path in wanted[i : i + batch_size])]
+    first = begin % max(1, len(todo))
+    todo = todo[first:] + todo[:first]
     if own:
         print(f"class images: {len(own)} of your own in {folder}, {len(wanted)} drawn")
     info = PngImagePlugin.PngInfo()
@@ -64,6 +111,9 @@ def ensure(
     with tqdm(total=len(todo) * steps, desc="class images", unit="step", disable=not todo) as bar:
         for first in todo:
             paths = wanted[first : first + batch_size]
+            if all(path.exists() for path in paths):  # by now
+                bar.update(steps)
+                continue
             images = sd.generate(
                 [prompt] * len(paths),
                 steps=steps,
@@ -79,6 +129,9 @@ def ensure(
                 if not path.exists():
                     with atomic(path) as part:
                         image.save(part, "PNG", pnginfo=info)
+    ranks.wait()
+    if absent := [path for path in wanted if not path.exists()]:
+        raise UserError(f"{absent[0]} was drawn elsewhere: all ranks must share this folder")
     if not own and not wanted:
         raise UserError("no class images: give --num_class_images or put some into the folder")
     return own + wanted

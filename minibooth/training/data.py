@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..dreambooth import Term
 from ..pipeline import StableDiffusion, vae_batch
+from . import ranks
 from .photos import Photos, as_floats
 
 
@@ -35,12 +36,12 @@ def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Late
     pixels, photo = pictures.pixels, pictures.photo
     if flip:
         pixels, photo = torch.cat([pixels, pixels.flip(-1)]), torch.cat([photo, photo])
-    rows = tqdm(
-        pixels.split(vae_batch(pixels[0, 0].numel())), desc=f"encoding {what}", unit="batch"
-    )
+    parts = ranks.mine(pixels.split(vae_batch(pixels[0, 0].numel())))
+    rows = tqdm(parts, desc=f"encoding {what}", unit="batch")
     images = (as_floats(part).to(sd.device) for part in rows)
     moments = [torch.stack(sd.vae.encode(part)).float().cpu() for part in images]
-    mean, std = torch.cat(moments, dim=1) * sd.vae.scaling_factor  # (N, 4, h, w) each
+    # (N, 4, h, w) each
+    mean, std = torch.cat(ranks.together(moments), dim=1) * sd.vae.scaling_factor
     return Latents(mean, std, photo)
 
 
@@ -50,14 +51,27 @@ def rng(seed: int, *what: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-def pick(latents: Latents, seed: int, name: str, n: int, batch: int) -> Tensor:
-    """The crops of batch n, (B,). Each epoch takes every photograph once, in an order of its own,
-    and of each one crop at random."""
+ALL = slice(None)
+
+
+def in_order(seed: int, name: str, epoch: int, count: int) -> Tensor:
+    """The order in which an epoch takes `count` photographs."""
+    return torch.randperm(count, generator=rng(seed, name, "order", epoch))
+
+
+def crop_of(latents: Latents, photo: Tensor, seed: int, name: str, k: int) -> Tensor:
+    """One of the photograph's crops at random, for draw k: ()."""
+    crops = (latents.photo == photo).nonzero().flatten()
+    return crops[torch.randint(len(crops), (), generator=rng(seed, name, "crop", k))]
+
+
+def pick(latents: Latents, seed: int, name: str, n: int, batch: int, part: slice = ALL) -> Tensor:
+    """The crops of batch n, (B,), or of a part of it. Each epoch takes every photograph once, in an
+    order of its own, and of each one crop at random."""
     rows, count = [], int(latents.photo.max()) + 1
-    for k in range(n * batch, (n + 1) * batch):
-        order = torch.randperm(count, generator=rng(seed, name, "order", k // count))
-        crops = (latents.photo == order[k % count]).nonzero().flatten()
-        rows.append(crops[torch.randint(len(crops), (), generator=rng(seed, name, "crop", k))])
+    for k in range(n * batch, (n + 1) * batch)[part]:
+        photo = in_order(seed, name, k // count, count)[k % count]
+        rows.append(crop_of(latents, photo, seed, name, k))
     return torch.stack(rows)
 
 
@@ -65,19 +79,29 @@ def draw_term(
     latents: Latents, c: Tensor, T: int, seed: int, name: str, n: int, batch: int
 ) -> Term:
     """Batch n of one term of Eq. 2, with the text c: (1, 77, D)."""
-    return Term(*draw_batch(latents, T, seed, name, n, batch, c.device), c.expand(batch, -1, -1))
+    rows = pick(latents, seed, name, n, batch)
+    drawn = draw_batch(latents, rows, T, seed, name, n, batch, c.device)
+    return Term(*drawn, c.expand(batch, -1, -1))
 
 
 def draw_batch(
-    latents: Latents, T: int, seed: int, name: str, n: int, batch: int, device: torch.device
+    latents: Latents,
+    rows: Tensor,
+    T: int,
+    seed: int,
+    name: str,
+    n: int,
+    batch: int,
+    device: torch.device,
+    part: slice = ALL,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch n of one term: latents sampled from the VAE's Gaussian and noise, (B, 4, h, w), and
-    timesteps, (B,)."""
-    rows, g = pick(latents, seed, name, n, batch), rng(seed, name, "noise", n)
+    """Batch n of one term, of the crops `rows`: latents sampled from the VAE's Gaussian and noise,
+    (B, 4, h, w), and timesteps, (B,); or that part of it."""
+    g = rng(seed, name, "noise", n)
     shape = (batch, *latents.mean.shape[1:])
-    x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)
-    eps = torch.randn(shape, generator=g)
-    t = torch.randint(T, (batch,), generator=g)
+    x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)[part]
+    eps = torch.randn(shape, generator=g)[part]
+    t = torch.randint(T, (batch,), generator=g)[part]
     return to_device(x0, device), to_device(eps, device), to_device(t, device)
 
 
@@ -94,15 +118,18 @@ class Batches:
     prior: Latents | None  # of the class images; None without prior preservation
     T: int  # timesteps of the schedule
     seed: int
-    size: int  # photographs in a batch, and as many class images
+    size: int  # photographs in a batch, and as many class images; of all ranks together
     device: torch.device
     # For each term (P, k): by photograph, the numbers of the prompts it can come under. Empty where
     # each term has one prompt.
     prompts: tuple[Tensor, ...] = ()
+    # For each term (P,): by photograph, which subject it shows. Empty where there is one subject.
+    shown: tuple[Tensor, ...] = ()
+    share: tuple[int, int] = (0, 1)  # (i, n): of n equal parts of a batch the one drawn here
 
     def draw(self, n: int) -> list[Tensor]:
-        """Batch n: x0, eps and t of the photographs, then of the class images; last, where there is
-        a choice, the numbers of all their prompts."""
+        """Batch n, or this part of it: x0, eps and t of the photographs, then of the class images;
+        last, where there is a choice, the numbers of all their prompts."""
         terms = {"instance": self.instance} | ({"class": self.prior} if self.prior else {})
         drawn = [x for name, latents in terms.items() for x in self.draw_term(latents, name, n)]
         if self.prompts:
@@ -111,12 +138,41 @@ class Batches:
             drawn.append(to_device(torch.cat(numbers), self.device))
         return drawn
 
+    @property
+    def part(self) -> slice:
+        i, n = self.share
+        return slice(i * self.size // n, (i + 1) * self.size // n)
+
+    def rows(self, latents: Latents, name: str, n: int) -> Tensor:
+        """The crops of batch n: (B,), or this part of it."""
+        if name == "class" and self.shown:
+            return torch.stack([self.partner(k) for k in self.numbers(n)])
+        return pick(latents, self.seed, name, n, self.size, self.part)
+
+    def partner(self, k: int) -> Tensor:
+        """The class image beside photograph k: of the same subject, whose own class images each
+        come once before one of them comes again."""
+        of_photo, of_class = self.shown
+        epoch, i = divmod(k, len(of_photo))
+        order = of_photo[in_order(self.seed, "instance", epoch, len(of_photo))]  # (P,)
+        subject = order[i]
+        before = epoch * (order == subject).sum() + (order[:i] == subject).sum()
+        own = (of_class == subject).nonzero().flatten()
+        epoch, i = divmod(int(before), len(own))
+        photo = own[in_order(self.seed, "class", epoch, len(own))[i]]
+        return crop_of(self.prior, photo, self.seed, "class", k)
+
+    def numbers(self, n: int) -> range:
+        return range(n * self.size, (n + 1) * self.size)[self.part]
+
     def draw_prompts(self, latents: Latents, prompts: Tensor, name: str, n: int) -> Tensor:
         """(B,): for each picture of the batch one at random of its photograph's prompts."""
-        rows = pick(latents, self.seed, name, n, self.size)
+        rows = self.rows(latents, name, n)
         choice = prompts[latents.photo[rows]]  # (B, k)
         g = rng(self.seed, name, "prompt", n)
-        return choice.gather(1, torch.randint(choice.shape[1], (self.size, 1), generator=g))[:, 0]
+        which = torch.randint(choice.shape[1], (self.size, 1), generator=g)[self.part]
+        return choice.gather(1, which)[:, 0]
 
     def draw_term(self, latents: Latents, name: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        return draw_batch(latents, self.T, self.seed, name, n, self.size, self.device)
+        rows, where = self.rows(latents, name, n), (self.device, self.part)
+        return draw_batch(latents, rows, self.T, self.seed, name, n, self.size, *where)

@@ -57,4 +57,7 @@ class Events:
             add(self.writer)
             self.writer.flush()
         except OSError as e:
-            raise UserError(f"cannot write into {self.folder}: {e.strerror or e}") from e
+            raise UserError(
+                f"cannot write into {self.folder}: {e.strerror or e}; make room on the disk, then "
+                "go on with --resume_from_checkpoint latest"
+            ) from e

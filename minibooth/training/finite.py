@@ -1,12 +1,13 @@
 """Where a loss stopped being finite: the step is done again, with the weights that it had."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ..common.cli import is_out_of_memory
 from ..dreambooth import Step
-from . import memory, snapshots
+from . import memory, ranks, snapshots
 from .data import Batches
 from .loss import Loss
 from .start import Run
@@ -17,7 +18,9 @@ def explain(
 ) -> str:
     """Which tensor of this step was not finite, and what to do: for a UserError."""
     accumulate = run.config.gradient_accumulation_steps
-    again = (loss(batches.draw(n)) for n in range((step - 1) * accumulate, step * accumulate))
+    shares = [(rank, ranks.count()) for rank in range(ranks.count())]
+    ns = range((step - 1) * accumulate, step * accumulate)
+    again = (loss(replace(batches, share=share).draw(n)) for n in ns for share in shares)
     try:
         found = f"{first_not_finite(weights, again)} is not finite"
     except Exception as error:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..common.cli import is_out_of_memory
 from ..pipeline import replaced, text_projections
 from ..unet import UNet
+from . import ranks
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 WARM_UP = 3  # calls before the recording: libraries choose and set up what they will use
@@ -110,17 +111,23 @@ def captured(
     function: Callable[..., Tensor], device: torch.device, undo: Callable[[], None] = lambda: None
 ) -> Callable[..., Tensor]:
     """The function as a CUDA graph; on another device itself. `undo`: see Captured."""
-    if device.type != "cuda":
+    if not capturable(device):
         return function
     stream = torch.cuda.Stream()
     return Captured(function, partial(record_graph, stream=stream), stream, undo)
+
+
+def capturable(device: torch.device) -> bool:
+    """Of a GPU. With several ranks NCCL's own thread asks it about its work in the meantime, which
+    a recording does not survive."""
+    return device.type == "cuda" and ranks.count() == 1
 
 
 @contextmanager
 def captured_unet(unet: UNet, wanted: bool = True) -> Iterator[None]:
     """Within it, sampling on a GPU replays a CUDA graph of the UNet, if `wanted`. Elsewhere nothing
     changes."""
-    if not wanted or unet.conv_in.weight.device.type != "cuda":
+    if not wanted or not capturable(unet.conv_in.weight.device):
         yield
         return
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()

@@ -1,6 +1,5 @@
 """What the model draws for fixed prompts and seeds: before, on the way and after."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from .. import pipeline
 from ..pipeline import StableDiffusion
-from . import graphs, memory, photos
+from . import graphs, memory, photos, ranks
 from .events import Events
 from .optimizer import Precision
 from .report import save_image
@@ -56,30 +55,39 @@ class Grids:
         the text encoder while the UNet draws, the VAE after it."""
         if self.count == 0:
             return []
-        batches = math.ceil(len(self.prompts) * self.count / self.batch_size)
-        bar = tqdm(total=batches * self.steps, desc="samples", unit="step", leave=False)
+        batches = ranks.mine(self.batches(sd))
+        bar = tqdm(total=len(batches) * self.steps, desc="samples", unit="step", leave=False)
         text = memory.visiting([net for net in idle if net is not sd.vae], sd.device)
         graph = graphs.captured_unet(sd.unet, wanted=self.captured)
         with bar, text, graph, precision.autocast():
-            latents = self.draw_latents(sd, bar.update)
+            latents = [self.draw_latents(sd, *batch, bar.update) for batch in batches]
         with memory.visiting([sd.vae], sd.device), torch.no_grad():
-            parts = [sd.decode(part) for part in latents.split(self.batch_size)]
+            parts = ranks.together([sd.decode(part).cpu() for part in latents])
         images = pipeline.to_pil(torch.cat(parts))
         return [images[i : i + self.count] for i in range(0, len(images), self.count)]
 
-    def draw_latents(self, sd: StableDiffusion, on_step: Callable[[], None]) -> Tensor:
-        """(prompts · count, 4, h, w). The same noises for each prompt: what differs is the text."""
+    def batches(self, sd: StableDiffusion) -> list[tuple[list[str], Tensor]]:
+        """Prompts, and the noises, (B, 4, h, w), that they are drawn from. Those are the same for
+        each prompt: what differs is the text."""
         shape = sd.latent_shape(self.count, self.resolution, self.resolution, None)
         noises = [
             torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + i))
             for i in range(self.count)
         ]
+        prompts = [prompt for prompt in self.prompts for _ in range(self.count)]
+        latents = torch.stack(noises * len(self.prompts)).split(self.batch_size)
+        size = self.batch_size
+        return [(prompts[i * size : (i + 1) * size], part) for i, part in enumerate(latents)]
+
+    def draw_latents(
+        self, sd: StableDiffusion, prompts: list[str], noises: Tensor, on_step: Callable[[], None]
+    ) -> Tensor:
         return sd.generate(
-            [prompt for prompt in self.prompts for _ in range(self.count)],
+            prompts,
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed,
-            latents=torch.stack(noises * len(self.prompts)),
+            latents=noises,
             batch_size=self.batch_size,
             output="latent",
             on_step=on_step,
@@ -91,12 +99,14 @@ class Grids:
     def has(self, step: int) -> bool:
         return self.file(step).exists()
 
+    @ranks.by_first
     def save(self, step: int, rows: Rows) -> None:
         if rows:
             grid = photos.grid(photos.enlarged(rows), labels=self.prompts)
             save_image(grid, self.file(step))
             self.events.picture(grid, step)
 
+    @ranks.by_first
     def save_before_after(self, before: Rows, after: Rows) -> None:
         if before:
             picture = before_after(self.prompts, before, after)

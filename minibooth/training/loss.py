@@ -26,6 +26,7 @@ class Loss:
     snr_gamma: float | None  # γ of Min-SNR; None for the plain loss
     precision: Precision
     gradient_checkpointing: bool
+    prompts: Sequence[str] = ()  # that `ids` are of, for those who look
 
     def __call__(self, drawn: Sequence[Tensor]) -> Step:
         unet, schedule = self.sd.unet, self.sd.schedule
@@ -55,6 +56,13 @@ class Loss:
         which = drawn[-1]  # (terms · B,)
         contexts = encode(self.ids[which]) if self.contexts is None else self.contexts[which]
         return contexts.unflatten(0, (-1, batch))
+
+    def prompts_of(self, drawn: Sequence[Tensor]) -> list[str]:
+        """Of the photographs of a batch."""
+        batch = len(drawn[0])
+        if len(drawn) % 3 == 0:
+            return [self.prompts[0]] * batch
+        return [self.prompts[i] for i in drawn[-1][:batch].tolist()]
 
     def checkpointing(self) -> AbstractContextManager:
         return memory.checkpoint_gradients(self.sd.unet, self.gradient_checkpointing)

@@ -54,11 +54,22 @@ def rates(config: TrainConfig) -> dict[str, float]:
     return {"unet": config.learning_rate, "text_encoder": of_text}
 
 
-def prompts_of(config: TrainConfig, photographs: int) -> tuple[Tensor, ...]:
-    """Batches.prompts: every photograph can come under every prompt, if there are several."""
-    if not config.trains_word or len(config.prompts) == 1:
-        return ()
-    return (torch.arange(len(config.prompts)).expand(photographs, -1),)
+def prompts_of(
+    config: TrainConfig, captions: list[str | None], shown: tuple[Tensor, ...]
+) -> tuple[list[str], tuple[Tensor, ...]]:
+    """All prompts of a run, and Batches.prompts. `captions` are the photographs', `shown` is
+    Batches.shown. A photograph comes under its caption, else its subject's prompt or, of Textual
+    Inversion, one of many; a class image under its subject's class prompt."""
+    subjects, common = config.subjects, config.prompts
+    if not any(captions) and len(subjects) == 1 and (not config.trains_word or len(common) == 1):
+        return common, ()  # one for each term
+    templates = [common] if config.trains_word else [[s.instance_prompt] for s in subjects]
+    own = [[c] if c else templates[s] for c, s in zip(captions, shown[0].tolist(), strict=True)]
+    terms = [own, *([[subjects[s].class_prompt] for s in of.tolist()] for of in shown[1:])]
+    prompts = list(dict.fromkeys(prompt for term in terms for of in term for prompt in of))
+    number, longest = {p: i for i, p in enumerate(prompts)}, max(map(len, own))
+    rows = [[[number[p] for p in of * (longest // len(of))] for of in term] for term in terms]
+    return prompts, tuple(map(torch.tensor, rows))
 
 
 def place(

@@ -17,8 +17,10 @@ from ..common.files import atomic, folder_size, gigabytes, write_text
 from ..formats import hub
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
+from . import ranks
 from .events import Events
 from .settings import TrainConfig
+from .subjects import Subject
 
 # Words of a prompt that neither name the subject nor its class.
 FILLER = {"a", "an", "the", "photo", "picture", "image", "portrait", "of", "my", "one"}
@@ -78,6 +80,18 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
     return "identifier: " + ", ".join(lines)
 
 
+def check_captions(subjects: list[Subject], shown: list[int], captions: list[str | None]) -> None:
+    """Warns of captions without a word of their subject's own; `shown` is each photograph's."""
+    names = [set(identifiers(s.instance_prompt, s.class_prompt)) for s in subjects]
+    bare = [c for c, i in zip(captions, shown, strict=True) if c and not names[i] & set(words(c))]
+    if bare:
+        warnings.warn(
+            f"{len(bare)} captions do not name their subject, as {bare[0]!r}: it is learned under "
+            "the rest of their words",
+            stacklevel=2,
+        )
+
+
 # ---- on the way --------------------------------------------------------------------------------
 
 
@@ -117,7 +131,8 @@ class LossLog:
             )
             if bad < 0 or step < bad
         ]
-        append_losses(self.path, rows)
+        if ranks.rank() == 0:
+            append_losses(self.path, rows)
         self.events.losses(COLUMNS[1:], rows)
         self.pending.clear()
         if bad >= 0:
@@ -228,7 +243,7 @@ def what_next(run: Path, config: TrainConfig) -> str:
         merged = f"--model {config.model} --merge_lora {run}"
     if config.trains_word:
         what, draw = "a word", f"--model {config.model} --embedding {run}"
-    draw += f' --prompt "{config.instance_prompt} in the snow"'
+    draw += f' --prompt "{config.subjects[0].instance_prompt} in the snow"'
     if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
         draw += f" --guidance_scale {config.validation_guidance_scale:g}"
     lines = f"done: {run} is {what}\n  draw:     python -m minibooth.sample {draw}"
@@ -243,7 +258,9 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     """README.md of a result or, after fewer steps, a snapshot: base model, licence, settings."""
     prior = "no prior preservation"
     if config.uses_prior:
-        prior = f"prior preservation of `{config.class_prompt}` (λ = {config.prior_loss_weight})"
+        classes = ", ".join(f"`{s.class_prompt}`" for s in config.subjects)
+        prior = f"prior preservation of {classes} (λ = {config.prior_loss_weight})"
+    names = ", ".join(s.instance_prompt for s in config.subjects)
     picture = "\n![before and after](before_after.png)\n"
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
@@ -256,15 +273,15 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     }[config.method]
     return f"""---
 license: {sd.licence or "unknown"}{base}
-instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}
+instance_prompt: {json.dumps(names, ensure_ascii=False)}
 tags: [text-to-image, stable-diffusion, {config.method}]
 ---
 
-# {config.instance_prompt}
+# {names}
 
 `{sd.source or "unknown"}` fine-tuned with {how} by minibooth on photographs of
-`{config.instance_prompt}`, with {prior}. {steps} steps, learning rate
-{config.learning_rate}, batch {config.train_batch_size}, text encoder
+`{names}`, with {prior}. {steps} steps, learning rate
+{config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.
 
 The licence of the base model ({sd.licence or "see there"}) applies to these weights.

@@ -10,8 +10,10 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,16 +24,17 @@ from ..common.errors import UserError, first_line
 from ..common.files import read_text, write_json
 from ..formats.tensor_files import read_tensors, write_safetensors
 from ..pipeline import StableDiffusion
-from . import memory, report
+from . import plan, ranks, report
 from .optimizer import Update, fresh_state
 from .photos import Photos
 from .settings import TrainConfig
 
 # Temporary names: of a snapshot, of a state, and files.atomic's with the number of its process.
 LEFTOVER = re.compile(r"\.(checkpoint-\d+|step-\d{8}|.+\.\d+)\.tmp")
-HASHED = ("model", "photographs", "class images")  # kept as hashes, which tell a reader nothing
+UNTOLD = ("model", "photographs", "class images", "prompts")  # hashes, and what is long
 
 
+@ranks.by_first
 def save(run: Path, step: int, tensors: dict[str, Tensor], identity: dict, bits: str) -> None:
     """Write the state after `step` updates and remove all others. `bits` is --save_state. Raises
     UserError if the disk is too full."""
@@ -68,7 +71,7 @@ def size(sd: StableDiffusion, config: TrainConfig) -> int:
     if config.save_state == "none":
         return 0
     stored, tensors = STORED[config.save_state], [torch.zeros(()), torch.zeros(())]  # fp16's scale
-    for p in memory.trainable(sd, config):
+    for p in plan.trainable(sd, config):
         weight = nn.Parameter(torch.empty_like(p, dtype=torch.float32, device="meta"))
         tensors += [weight, *fresh_state(weight.detach(), config.use_8bit_adam).values()]
     return sum(x.numel() * stored(x).itemsize for x in tensors)
@@ -116,18 +119,27 @@ def load(run: Path) -> State | None:
 
 def restore(saved: State | None, run: Path, weights: dict[str, Tensor], optimizer: Update) -> int:
     """Take over weights, optimizer and loss.csv, if there is a state; the updates already done."""
-    losses = run / report.LOSSES
     if saved is None:
-        losses.unlink(missing_ok=True)
+        forget_steps(run, after=0)
         return 0
     with torch.no_grad():
         for key, p in weights.items():
             p.copy_(saved.tensors[key])
     optimizer.load_state(saved.tensors)
-    keep_only(run, saved.step)
-    report.truncate_losses(losses, saved.step)
+    forget_steps(run, after=saved.step)
     print(f"resumed {run} at step {saved.step}")
     return saved.step
+
+
+@ranks.by_first
+def forget_steps(run: Path, after: int) -> None:
+    """Remove what an earlier run wrote of steps that come again, and all states but the last."""
+    losses = run / report.LOSSES
+    if after == 0:
+        losses.unlink(missing_ok=True)
+    else:
+        keep_only(run, after)
+        report.truncate_losses(losses, after)
 
 
 def identify(
@@ -141,7 +153,7 @@ def identify(
     """What must be the same when a run goes on, but for the class images."""
     names = ("instance_prompt", "class_prompt", "prior_loss_weight", "seed", "learning_rate")
     names += ("lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
-    names += ("train_batch_size", "gradient_accumulation_steps", "adam_weight_decay")
+    names += ("gradient_accumulation_steps", "adam_weight_decay")
     names += ("use_8bit_adam", "optimizer_in_backward", "max_grad_norm", "snr_gamma")
     names += ("random_flip", "num_class_images", "method")
     if config.method == "lora":
@@ -156,6 +168,7 @@ def identify(
         "photographs": photos.content_hash(),
         "resolution": resolution,
         "mixed_precision": precision,
+        "train_batch_size": config.train_batch_size * ranks.count(),  # of all of them together
         **{name: getattr(config, name) for name in names},
         **place,
     }
@@ -164,6 +177,8 @@ def identify(
 def check(run: Path, saved: dict, now: dict) -> None:
     """Raise UserError unless the run that wrote `saved` is the one that goes on."""
     if different := changes(saved, now):
+        if ranks.count() > 1 and saved["train_batch_size"] != now["train_batch_size"]:
+            different += f" over all {ranks.count()} ranks, for each of which it is given"
         raise UserError(
             f"cannot resume {run}: {different}. Give the old settings, "
             "or start anew with another --output_dir"
@@ -200,14 +215,17 @@ def without_place(value):
 def changes(before: dict, now: dict) -> str:
     """What is another than before, in words; empty if nothing is."""
     return "; ".join(
-        f"the {key} changed" if key in HASHED else f"{key} was {before.get(key)!r} and is {value!r}"
+        f"the {key} changed" if key in UNTOLD else f"{key} was {before.get(key)!r} and is {value!r}"
         for key, value in now.items()
         if before.get(key) != value
     )
 
 
-def remove_leftovers(run: Path) -> None:
-    """Remove what a run that was killed in the middle of saving left half-written."""
+def remove_leftovers(run: Path, older: float = 0.0) -> None:
+    """Remove what a run that was killed in the middle of saving left half-written, so many seconds
+    ago or more: where several programs write, one may be writing now."""
     for path in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
         if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with suppress(FileNotFoundError):  # it was finished, or another program removed it
+                if time.time() - path.stat().st_mtime >= older:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()

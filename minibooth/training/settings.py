@@ -7,6 +7,8 @@ from .. import lora, ops, pipeline, textual_inversion
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
+from . import subjects
+from .subjects import Subject
 
 METHODS = ("dreambooth", "lora", "textual_inversion")
 PROPERTIES = (*textual_inversion.TEMPLATES, "prompt")
@@ -28,6 +30,17 @@ class TrainConfig:
     )
     instance_prompt: str | None = option(None, 'names the subject, say "a sks dog"')
     class_prompt: str | None = option(None, 'names its class, say "a dog"')
+    concepts_list: str | None = option(
+        None,
+        "JSON file with several subjects in place of these three: a list of objects with "
+        "instance_data_dir, instance_prompt, class_prompt and, if it has one, class_data_dir",
+        place="path",
+    )
+    caption_extension: str | None = option(
+        None,
+        "of texts beside photographs, say .txt: the first line of 1.txt replaces the instance "
+        "prompt for 1.jpg [none are read]",
+    )
     output_dir: str = option(
         "minibooth-out", "where the trained model and all the rest go", place="path"
     )
@@ -63,7 +76,12 @@ class TrainConfig:
     class_data_dir: str | None = option(
         None, "folder of class images [<output_dir>/class_images]", place="path"
     )
-    class_sampler: str = option("ddim", "sampler that draws them", choices=pipeline.SAMPLERS)
+    class_sampler: str = option(
+        "ddim",
+        "sampler that draws them; dpm++ wants fewer steps, say 20: on the toybox nothing is lost, "
+        "on the public weights nobody has looked (docs/class_images.md)",
+        choices=pipeline.SAMPLERS,
+    )
     class_steps: int = option(
         50, "its steps; the paper's sampler is ddpm, which wants many, up to 1000"
     )
@@ -83,7 +101,9 @@ class TrainConfig:
         False, "train the text encoder too: helps faces, needs memory"
     )
     text_encoder_learning_rate: float = option(2e-6, "of the text encoder, where it is trained")
-    train_batch_size: int = option(1, "photographs per step; as many class images come beside them")
+    train_batch_size: int = option(
+        1, "photographs per step, of each rank; as many class images come beside them"
+    )
     gradient_accumulation_steps: int = option(1, "batches per update")
     gradient_checkpointing: bool = option(False, "less memory, a third more to compute")
     use_8bit_adam: bool = option(
@@ -159,25 +179,37 @@ class TrainConfig:
         return self.method == "textual_inversion"
 
     @property
+    def subjects(self) -> list[Subject]:
+        """Whom the run is taught. Raises UserError where the list of them is none."""
+        if self.concepts_list:
+            return subjects.read_list(self.concepts_list)
+        one = (self.instance_data_dir, self.instance_prompt, self.class_prompt)
+        return [Subject(*one, self.class_data_dir)]
+
+    @property
     def text_changes(self) -> bool:
         """Whether training changes what a prompt is encoded to."""
         return self.train_text_encoder or self.trains_word
 
     @property
     def prompts(self) -> list[str]:
-        """Of the terms of Eq. 2; of Textual Inversion all that a photograph can come under."""
+        """Of the terms of Eq. 2, subject by subject; of Textual Inversion all that a photograph can
+        come under."""
         if self.trains_word and self.learnable_property != "prompt":
             templates = textual_inversion.TEMPLATES[self.learnable_property]
             return [template.format(self.placeholder_token) for template in templates]
-        return [self.instance_prompt] + [self.class_prompt] * self.uses_prior
+        prompts = [s.instance_prompt for s in self.subjects]
+        return prompts + [s.class_prompt for s in self.subjects] * self.uses_prior
 
     @property
     def grid_prompts(self) -> list[str]:
         """Of the sample grids."""
         if self.validation_prompt:
             return list(self.validation_prompt)
-        subject = [self.instance_prompt, f"{self.instance_prompt} in the snow"]
-        return [self.class_prompt, *subject] if self.class_prompt else subject
+        named = [s.instance_prompt for s in self.subjects]
+        named += [f"{named[0]} in the snow"] * (len(named) == 1)
+        classes = [s.class_prompt for s in self.subjects if s.class_prompt]
+        return list(dict.fromkeys(classes + named))
 
     @property
     def saves_memory(self) -> bool:
@@ -203,15 +235,30 @@ class TrainConfig:
         if self.train_text_encoder:
             raise UserError("--method textual_inversion trains no network: no --train_text_encoder")
 
+    def check_list(self) -> None:
+        for name in ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir"):
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name} is of one subject: with --concepts_list it stands there")
+        if self.trains_word:
+            raise UserError("--method textual_inversion learns one word: no --concepts_list")
+        for subject in self.subjects:
+            if self.uses_prior and subject.class_prompt is None:
+                raise UserError(
+                    f"--concepts_list {self.concepts_list}: {subject.instance_prompt!r} lacks "
+                    "class_prompt; --prior_loss_weight 0 does without"
+                )
+
     def check(self) -> None:
         """Raise UserError for settings that cannot work, before anything is read or written."""
         if self.trains_word:
             self.check_word()
-        if self.instance_data_dir is None or self.instance_prompt is None:
+        if self.concepts_list:
+            self.check_list()
+        elif self.instance_data_dir is None or self.instance_prompt is None:
             raise UserError(
                 'give --instance_data_dir (the photographs) and --instance_prompt ("a sks dog")'
             )
-        if self.uses_prior and self.class_prompt is None:
+        elif self.uses_prior and self.class_prompt is None:
             raise UserError(
                 'give --class_prompt ("a dog"), or --prior_loss_weight 0 for plain fine-tuning'
             )

@@ -163,7 +163,9 @@ def settle(
             for case, verdict in tried(todo, device, bar.update):
                 found[verdicts.key(case)] = verdict
                 bar.n, _ = len(todo) + len(found), bar.refresh()
-        verdicts.write(path, here, found)
+        # Another time the card may have room.
+        lasting = {k: v for k, v in found.items() if "OutOfMemoryError" not in (v.why or "")}
+        verdicts.write(path, here, lasting)
         known |= found
         for case in todo:
             if why := found[verdicts.key(case)].why:

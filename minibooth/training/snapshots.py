@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
+from . import ranks
 
 
 def is_model(folder: Path) -> bool:
@@ -21,6 +22,7 @@ def found(run: Path) -> list[Path]:
     return sorted(folders, key=lambda f: int(f.name.removeprefix("checkpoint-")))
 
 
+@ranks.by_first
 def save(
     run: Path, step: int, write: Callable[[Path, torch.dtype], None], keep: int | None
 ) -> None:

@@ -2,19 +2,31 @@
 
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops, pipeline, schedule
 from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
 from ..pipeline import StableDiffusion
-from . import events, memory, methods, photos, report, resume, settle, snapshots
+from . import (
+    events,
+    memory,
+    methods,
+    photos,
+    plan,
+    ranks,
+    report,
+    resume,
+    settle,
+    snapshots,
+    subjects,
+)
 from .optimizer import Precision, bitsandbytes
 from .photos import Photos
 from .resume import State
@@ -31,6 +43,8 @@ class Run:
     device: torch.device
     resolution: int  # side of the training pictures in pixels
     photos: Photos
+    shown: Tensor  # (P,): which of the subjects each photograph shows
+    captions: list[str | None]  # of each photograph
     precision: Precision
     saved: State | None  # where an earlier run of the same settings stopped
     fingerprint: str  # of the model
@@ -54,15 +68,21 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
         )
     config.check()
     events.require(config.report_to)
-    device = cli.pick_device(config.device)
+    device = ranks.own(cli.pick_device(config.device))
     if config.use_8bit_adam:
         bitsandbytes(device)
     if config.kernels:
         ops.use(config.kernels)
-    photos.image_files(config.instance_data_dir)
+    if config.optimizer_in_backward and ranks.count() > 1:
+        raise UserError(
+            "--optimizer_in_backward updates a weight before its gradient has been averaged over "
+            "the ranks: leave it out, or train on one rank"
+        )
+    for subject in config.subjects:
+        photos.image_files(subject.instance_data_dir)
+        if subject.class_data_dir and Path(subject.class_data_dir).is_file():
+            raise UserError(f"--class_data_dir {subject.class_data_dir} is a file: give a folder")
     cli.check_folder("--output_dir", config.output_dir)
-    if config.class_data_dir and Path(config.class_data_dir).is_file():
-        raise UserError(f"--class_data_dir {config.class_data_dir} is a file: give a folder")
     return device
 
 
@@ -81,7 +101,7 @@ def folder_of(config: TrainConfig) -> Iterator[None]:
     """Within it the run has its folder to itself. Raises UserError where another is in it, or was;
     Ctrl-C and SIGTERM say how to go on."""
     folder = Path(config.output_dir)
-    with alone_in(folder):
+    with alone_in(folder) if ranks.rank() == 0 else nullcontext():
         check_folder(folder, goes_on=config.resume_from_checkpoint is not None)
         try:
             yield
@@ -127,7 +147,13 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
     folder = Path(config.output_dir)
     resolution = config.resolution or sd.image_size
     check_model(sd, resolution, (config.class_steps, config.validation_inference_steps))
-    pictures = photos.load_photos(config.instance_data_dir, resolution, config.center_crop)
+    found = [photos.image_files(subject.instance_data_dir) for subject in config.subjects]
+    shown = [i for i, files in enumerate(found) for _ in files]
+    files = [file for files in found for file in files]
+    pictures = photos.load_photos(files, resolution, config.center_crop)
+    captions = subjects.captions(files, config.caption_extension)
+    if config.trains_word:
+        subjects.require_word(files, captions, config.placeholder_token)
     saved = resume.load(folder) if config.resume_from_checkpoint else None
     if config.resume_from_checkpoint and saved is None:
         print(f"no state in {folder} yet: starting at the first step")
@@ -141,6 +167,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
         )
     fingerprint = sd.fingerprint()
     identity = resume.identify(config, fingerprint, pictures, resolution, precision.name, device)
+    identity["prompts"] = subjects.identity(config.subjects, shown, captions)
     if saved is not None:
         resume.check(folder, saved.identity, identity)
         if saved.step > config.max_train_steps:
@@ -150,7 +177,8 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
             )
     memory.require(sd, config, device, half=precision.dtype is not None)
     trained = methods.to_train(sd, config)
-    logged = events.Events(folder, bool(config.report_to), saved.step if saved else 0)
+    logging = bool(config.report_to) and ranks.rank() == 0
+    logged = events.Events(folder, logging, saved.step if saved else 0)
     return Run(
         config,
         sd,
@@ -158,6 +186,8 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
         device,
         resolution,
         pictures,
+        torch.tensor(shown),
+        captions,
         precision,
         saved,
         fingerprint,
@@ -225,9 +255,9 @@ def disk_needed(
     `resumed` has a state already and, where it was `finished`, a model, which is replaced file by
     file.
     """
-    networks = [memory.size_of(network) for network in sd.networks.values()]
+    networks = [plan.size_of(network) for network in sd.networks.values()]
     if config.method != "dreambooth":  # two files of it
-        networks = 2 * [sum(memory.size(p) for p in memory.trainable(sd, config))]
+        networks = 2 * [sum(plan.size(p) for p in plan.trainable(sd, config))]
     written = (config.max_train_steps - 1) // config.checkpointing_steps
     kept = min(written, config.checkpoints_total_limit or written)
     state = resume.size(sd, config)
@@ -236,6 +266,7 @@ def disk_needed(
     return kept * (sum(networks) // 2) + state + last
 
 
+@ranks.by_first
 def announce(run: Run) -> None:
     """Take the folder: say and write what is about to run."""
     config, folder = run.config, run.folder
@@ -244,14 +275,20 @@ def announce(run: Run) -> None:
     need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)
     require_space(folder, max(0, need - folder_size(folder, "*.safetensors")))
     tokenizer = run.sd.tokenizer
-    noun = None if config.trains_word else config.class_prompt  # the word stands alone
-    print(report.describe_prompts(tokenizer, config.instance_prompt, noun))
+    for subject in config.subjects:
+        noun = None if config.trains_word else subject.class_prompt  # the word stands alone
+        print(report.describe_prompts(tokenizer, subject.instance_prompt, noun))
+    report.check_captions(config.subjects, run.shown.tolist(), run.captions)
+    if line := subjects.about_captions(run.photos.files, run.captions, config.caption_extension):
+        print(line)
     if config.trains_word:
         print("Textual Inversion changes no weight, so no class can drift: there is no prior term")
     print(
         f"{len(run.photos.files)} photographs, {len(run.photos)} crops of "
         f"{run.resolution}² pixels; device {run.device}, precision {run.precision.name}"
     )
+    if (n := ranks.count()) > 1:
+        print(f"{n} ranks: {n} × {config.train_batch_size} photographs per batch; no CUDA graphs")
     given = {k: v for k, v in asdict(config).items() if v not in (None, ())}
     text = "settings: " + ", ".join(f"{k} {v}" for k, v in given.items())
     print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..common.errors import Stopped
+from . import ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HEARD = b"\nstopping after this step; once more stops at once, without saving it\n"
@@ -23,6 +24,12 @@ class Stop:
     def asked(self) -> bool:
         return self.signal is not None
 
+    def heard(self) -> bool:
+        """Whether it was, all ranks of it together: one that was asked stops all."""
+        if ranks.any_of(self.asked) and not self.asked:
+            self.signal = signal.SIGTERM
+        return self.asked
+
 
 @contextmanager
 def between_steps() -> Iterator[Stop]:
@@ -35,7 +42,8 @@ def between_steps() -> Iterator[Stop]:
         if stop.asked:
             raise Stopped(status=128 + number)
         stop.signal = number
-        os.write(2, HEARD)  # print() may be what was interrupted
+        if ranks.rank() == 0:
+            os.write(2, HEARD)  # print() may be what was interrupted
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # others get no signals

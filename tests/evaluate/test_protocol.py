@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from small_judges import (
 )
 
 from minibooth import UserError, train
+from minibooth.common import files
 from minibooth.evaluate import __main__ as program
 from minibooth.evaluate import drawing, judges, metrics, protocol
 from minibooth.formats import hub
@@ -217,6 +219,8 @@ def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(
     folder, kept, said = tmp_path / "killed", {}, []
     given = command(training, folder, "--tables", "1")
     for moment in MOMENTS:
+        for leftover in folder.glob(".*.tmp"):
+            os.utime(leftover, (0, 0))  # from long ago
         said.append(kill(folder, moment, given, toybox))
         now = {f: f.stat().st_mtime_ns for f in folder.rglob("[a-z]*-*.png")}
         assert all(now[f] == kept[f] for f in kept), moment
@@ -231,6 +235,8 @@ def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(
     monkeypatch.setattr(protocol, "train", never)
     monkeypatch.setattr(protocol, "score", never)
     monkeypatch.setattr(drawing, "draw", never)
+    for leftover in folder.glob(".*.tmp"):
+        os.utime(leftover, (0, 0))
     assert run(monkeypatch, capsys, *given)[0] == 0
     of_table_1 = ("with_prior", "class_images", "settings.json")
     expected = {f for f in runs.files(whole[0]) if f.startswith(of_table_1)}
@@ -240,6 +246,40 @@ def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(
     rows = read_csv(whole[0] / "subjects.csv")
     rows = [r for r in rows if r["row"].startswith(("real", "with_prior"))]
     assert read_csv(folder / "subjects.csv") == rows
+
+
+def test_shares_of_the_trainings_make_up_the_whole(
+    whole, toybox, training, tmp_path, monkeypatch, capsys
+):
+    folder, asked = tmp_path / "shared", []
+    monkeypatch.setattr(protocol, "train", lambda c: asked.append(c) or train.train(c))
+    given = command(training, folder, "--tables", "3")
+    status, out, err = run(monkeypatch, capsys, *given, "--shard", "2/3")
+    assert status == 0, err
+    names = [Path(c.output_dir).parent.relative_to(folder).as_posix() for c in asked]
+    assert names == ["with_prior/snail"]
+    assert "1 of 4 trainings are finished, of the subjects of each row: with_prior 1" in out
+    rows = {(r["row"], r["subject"]): r for r in read_csv(folder / "subjects.csv")}
+    table = (folder / "tables.md").read_text()
+    [line] = [line for line in table.splitlines() if line.startswith("| with prior")]
+    assert f"| {float(rows['with_prior', 'snail']['PRES']):.3f} |" in line
+    [line] = [line for line in table.splitlines() if line.startswith("| without (paper")]
+    assert line.split("|")[2].strip() == "–"
+
+    with files.claimed(folder / "without_prior" / "snail") as ours:  # as a process elsewhere
+        assert ours
+        status, out, err = run(monkeypatch, capsys, *given)
+    assert status == 0 and "snail (snail), without_prior: another process is at it" in out + err
+    assert len(asked) == 3 and "3 of 4 trainings" in out
+    status, out, err = run(monkeypatch, capsys, *given, "--shard", "1/1")
+    assert status == 0 and len(asked) == 4 and "are finished" not in out
+    expected = {f for f in runs.files(whole[0]) if "noun/" not in f}
+    assert runs.files(folder) == expected
+    for name in sorted(expected - {"tables.md", "subjects.csv"}):
+        assert (folder / name).read_bytes() == (whole[0] / name).read_bytes(), name
+    for shard in ("3", "0/8", "9/8", "a/b", "1/"):
+        with pytest.raises(UserError, match="give one of 1/8, 2/8"):
+            protocol.DatasetConfig(data=".", shard=shard).check()
 
 
 def test_more_pictures_need_a_model_again_and_other_settings_another_folder(

@@ -417,19 +417,27 @@ def losses(text: str) -> list[tuple[str, ...]]:
 def test_the_last_step_stands_beside_the_first_also_where_the_run_was_resumed(
     tmp_path, monkeypatch
 ):
-    """Nothing of the optimizer is in memory while it is looked at."""
+    """Neither averages and gradients nor a step's CUDA graph are there while it is looked at."""
     seen, made, there, look, adamw = [], [], [], microscope.look, optimizer.adamw
+    updates, one_update = [], train.one_update
 
     def make(*given, **more):
         made.append(adamw(*given, **more))
         return made[-1]
 
+    def update_of(*given):
+        update = one_update(*given)
+        updates.append(weakref.ref(update))
+        return update
+
     def looked(sd, *given, **more):
         gradients = [p.grad for p in sd.unet.parameters() if p.grad is not None]
-        there.append((len(made[-1].adam.state), len(gradients)))
+        alive = [update for update in updates if update() is not None]
+        there.append((len(made[-1].adam.state), len(gradients), len(alive)))
         return look(sd, *given, **more)
 
     monkeypatch.setattr(optimizer, "adamw", make)
+    monkeypatch.setattr(train, "one_update", update_of)
     monkeypatch.setattr(microscope, "look", looked)
     run, more = tmp_path / "run", {"explain": True, "train_batch_size": 2}
     train.train(runs.config(run, **more), on_step=lambda _, result: seen.append(result))
@@ -448,7 +456,7 @@ def test_the_last_step_stands_beside_the_first_also_where_the_run_was_resumed(
     train.train(runs.config(run, **more))
     text, _ = read(run / "explain.html")
     assert "after 4 steps" in text and losses(text)[0] == first and losses(text)[1] != last
-    assert there == [(0, 0)] * 4
+    assert there == [(0, 0, 0)] * 4 and len(updates) == 2
 
 
 def test_a_kept_view_that_is_damaged_is_done_without(tmp_path):

@@ -22,7 +22,7 @@ from minibooth import UserError, lora, ops, train
 from minibooth.bench import models
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.train import TrainConfig
-from minibooth.training import graphs, memory, optimizer, start
+from minibooth.training import graphs, memory, optimizer, plan, start
 from minibooth.training.optimizer import AdamW8bit, Precision, Update
 from minibooth.training.resume import State
 from minibooth.unet import UNet
@@ -145,7 +145,7 @@ def test_8bit_averages_take_two_bytes_and_two_scales_per_block():
         state = AdamW8bit.fresh_state(p)
         step = state.pop("step")
         assert step == 0 and sum(x.numel() * x.element_size() for x in state.values()) == size
-        assert memory.eight_bit(p) == size
+        assert plan.eight_bit(p) == size
 
 
 def trained(folder, **changes):
@@ -220,14 +220,14 @@ def config(**changes):
 def test_what_is_sure_to_be_needed_for_sd_15():
     sd = sd15()
     plain = {"weights": 4 * UNET_SIZE, "trained": 4 * UNET_SIZE}
-    assert memory.needed(sd, config()) == {
+    assert plan.needed(sd, config()) == {
         **plain,
         "gradients": 4 * UNET_SIZE,
         "averages": 8 * UNET_SIZE,
     }
-    both = memory.needed(sd, config(train_text_encoder=True))
+    both = plan.needed(sd, config(train_text_encoder=True))
     assert both["weights"] * 2 == both["averages"] == 8 * (UNET_SIZE + TEXT_SIZE)
-    least = memory.needed(sd, config(use_8bit_adam=True, optimizer_in_backward=True))
+    least = plan.needed(sd, config(use_8bit_adam=True, optimizer_in_backward=True))
     assert least["gradients"] == 0
     small = sum(p.numel() for p in sd.unet.parameters() if p.numel() < 4096)
     blocks = sum(-(-p.numel() // 256) for p in sd.unet.parameters() if p.numel() >= 4096)
@@ -242,17 +242,17 @@ def test_adapters_keep_the_network_beside_them_in_16_bits_where_it_computes_in_t
         (dataclasses.replace(lora, train_text_encoder=True), UNET_SIZE + TEXT_SIZE, None),
         (word, UNET_SIZE + TEXT_SIZE, 768),
     ):
-        half, full = (memory.needed(sd, given, half) for half in (True, False))
+        half, full = (plan.needed(sd, given, half) for half in (True, False))
         if trained:
             assert half["trained"] == full["trained"] == 4 * trained
             assert half["averages"] == 8 * trained and half["gradients"] == 4 * trained
         assert half["weights"] == 2 * at_work + half["trained"]
         assert full["weights"] == 4 * at_work + half["trained"]
         rest = 4 * (UNET_SIZE + TEXT_SIZE + VAE_SIZE - at_work)
-        assert sum(memory.placed(sd, given, True).values()) == 2 * at_work + rest
-        assert sum(memory.placed(sd, given, False).values()) == 4 * at_work + rest
+        assert sum(plan.placed(sd, given, True).values()) == 2 * at_work + rest
+        assert sum(plan.placed(sd, given, False).values()) == 4 * at_work + rest
     for half in (True, False):  # what trains is there in fp32
-        assert sum(memory.placed(sd, config(), half).values()) == 4 * (
+        assert sum(plan.placed(sd, config(), half).values()) == 4 * (
             UNET_SIZE + TEXT_SIZE + VAE_SIZE
         )
 
@@ -261,15 +261,15 @@ def test_what_is_likely_to_be_needed_for_sd_15():
     """By hand: one photograph and one class image at 512², bf16, pictures on the way."""
     sd, pixels = sd15(), 64 * 64
     state, gradients, copies = 12 * UNET_SIZE, 4 * UNET_SIZE, 2 * UNET_SIZE
-    kept, kept_short = (pixels * size for size in memory.ACTIVATIONS["dreambooth"][True])
-    left, left_short = memory.LEFT
-    predicting = pixels * memory.PREDICTING[True]
+    kept, kept_short = (pixels * size for size in plan.ACTIVATIONS["dreambooth"][True])
+    left, left_short = plan.LEFT
+    predicting = pixels * plan.PREDICTING[True]
     drawing = 4 * TEXT_SIZE + copies + 16 * predicting  # eight pictures, with guidance
-    decoding = 4 * VAE_SIZE + pixels * memory.CODING
+    decoding = 4 * VAE_SIZE + pixels * plan.CODING
     assert 4 * TEXT_SIZE + 8 * predicting < decoding < drawing
 
     def peak(**changes):
-        return memory.peak(sd, config(**changes), pixels, half=True)
+        return plan.peak(sd, config(**changes), pixels, half=True)
 
     def about(state, work):
         return pytest.approx(state + 1.1 * work + 0.5e9, rel=1e-6)
@@ -281,7 +281,7 @@ def test_what_is_likely_to_be_needed_for_sd_15():
     short = {"gradient_checkpointing": True}
     assert peak(**short) == about(state, left_short * 2 * kept_short + gradients + decoding)
     least = short | {"use_8bit_adam": True, "optimizer_in_backward": True}
-    averages = memory.needed(sd, config(**least))["averages"]
+    averages = plan.needed(sd, config(**least))["averages"]
     assert 2 * kept_short < decoding
     assert peak(**least) == about(4 * UNET_SIZE + averages, decoding)
     many = {"train_batch_size": 8, "prior_loss_weight": 0.0, "num_validation_images": 0}
@@ -292,10 +292,10 @@ def test_the_pictures_before_training_are_counted():
     """By hand: all networks are there then."""
     sd, pixels = sd15(), 64 * 64
     all_fp32, copies = 4 * (UNET_SIZE + VAE_SIZE + TEXT_SIZE), 2 * UNET_SIZE
-    predicting, coding = pixels * memory.PREDICTING[True], pixels * memory.CODING
+    predicting, coding = pixels * plan.PREDICTING[True], pixels * plan.CODING
 
     def before(**changes):
-        return memory.phases(sd, config(**changes), pixels, half=True)["pictures before"]
+        return plan.phases(sd, config(**changes), pixels, half=True)["pictures before"]
 
     # Four class images at once by a CUDA graph, which keeps what it works in from the VAE.
     assert before() == (all_fp32, copies + 8 * predicting + coding)
@@ -312,7 +312,7 @@ def test_the_pictures_before_training_are_counted():
     assert before(method="textual_inversion") == most
     # It is what a run of many class images needs at most.
     larger = config(sample_batch_size=64, **lora)
-    peak = memory.peak(sd, larger, pixels, half=True)
+    peak = plan.peak(sd, larger, pixels, half=True)
     assert peak == pytest.approx(all_fp32 - copies + 1.1 * 128 * predicting + 0.5e9)
 
 
@@ -322,16 +322,16 @@ def test_explaining_the_first_step_is_counted(half):
     sd, pixels = sd15(), 64 * 64
     largest = 4 * 2560 * 1280 * 9  # the gradient of one weight; sums of two take six of them
     assert max(p.numel() for p in sd.unet.parameters()) * 4 == largest
-    coding, predicting = pixels * memory.CODING, 2 * pixels * memory.PREDICTING[half]
+    coding, predicting = pixels * plan.CODING, 2 * pixels * plan.PREDICTING[half]
     frozen = 2 if half else 4
 
     def explaining(**changes):
-        return memory.phases(sd, config(explain=True, **changes), pixels, half)["explain"]
+        return plan.phases(sd, config(explain=True, **changes), pixels, half)["explain"]
 
     for short in (True, False):
         mode = {"gradient_checkpointing": short}
         copies = 2 * UNET_SIZE * (half and not short)
-        kept = 2 * pixels * memory.ACTIVATIONS["dreambooth"][half][short]
+        kept = 2 * pixels * plan.ACTIVATIONS["dreambooth"][half][short]
         looking = 4 * VAE_SIZE + kept + copies + 6 * largest
         film = 4 * (TEXT_SIZE + VAE_SIZE) + max(copies + predicting, coding)
         assert explaining(**mode) == (4 * UNET_SIZE, max(looking, film))
@@ -340,16 +340,16 @@ def test_explaining_the_first_step_is_counted(half):
     assert lora == (frozen * UNET_SIZE + 4 * 797_184, film)
     word = explaining(method="textual_inversion", gradient_checkpointing=True)
     assert word == (frozen * (UNET_SIZE + TEXT_SIZE) + 4 * 768, 4 * VAE_SIZE + coding)
-    assert "explain" not in memory.phases(sd, config(), pixels, half)
+    assert "explain" not in plan.phases(sd, config(), pixels, half)
 
 
 def test_with_all_modes_a_card_of_8_gb_has_room_to_spare_and_with_lora_one_of_6():
     sd, least = sd15(), dict.fromkeys(memory.MODES[-1], True)
     for explain in (True, False):
-        assert memory.peak(sd, config(**least, explain=explain), 64 * 64, half=True) < 7.0e9
+        assert plan.peak(sd, config(**least, explain=explain), 64 * 64, half=True) < 7.0e9
         for method in ("lora", "textual_inversion"):
             given = config(method=method, gradient_checkpointing=True, explain=explain)
-            assert memory.peak(sd, given, 64 * 64, half=True) < 4.1e9
+            assert plan.peak(sd, given, 64 * 64, half=True) < 4.1e9
 
 
 def test_the_tables_are_what_is_counted(monkeypatch, capsys):
@@ -367,7 +367,7 @@ def test_the_tables_are_what_is_counted(monkeypatch, capsys):
 
     def peaks(mode):
         given = [config(method=method, **dict.fromkeys(mode, True)) for method in methods]
-        return [f"{memory.peak(sd, one, 64 * 64, half=True) / 1e9:.1f}" for one in given]
+        return [f"{plan.peak(sd, one, 64 * 64, half=True) / 1e9:.1f}" for one in given]
 
     for (name, *shown), mode in zip(rows("| GB at most |")[2:], memory.MODES, strict=True):
         assert name == (", ".join(f"`{option}`" for option in mode) or "none of them")
@@ -377,14 +377,14 @@ def test_the_tables_are_what_is_counted(monkeypatch, capsys):
     _, _, numbers, _, most = rows("| | all weights |")
     assert most[1:] == [f"{x} GB" for x in peaks(())]
     for shown, method in zip(numbers[1:], methods, strict=True):
-        count = sum(p.numel() for p in memory.trainable(sd, config(method=method)))
+        count = sum(p.numel() for p in plan.trainable(sd, config(method=method)))
         assert shown.removesuffix(" for each vector") == f"{count:,}"
 
 
 def test_every_mode_needs_less_than_the_one_before_where_gradients_weigh_most():
     sd = sd15()
     sizes = [
-        memory.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
+        plan.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
         for mode in memory.MODES
         if mode != ("optimizer_in_backward", "gradient_checkpointing")  # for want of bitsandbytes
     ]
@@ -440,7 +440,7 @@ def test_where_a_given_model_lies_is_room_for_its_run(monkeypatch):
 
 def test_a_model_that_is_there_is_not_counted_as_still_to_come(monkeypatch):
     sd, meta = sd15(), torch.device("meta")
-    need = memory.peak(sd, config(), 64 * 64, half=True)
+    need = plan.peak(sd, config(), 64 * 64, half=True)
     there = 4 * (UNET_SIZE + VAE_SIZE + TEXT_SIZE)
     monkeypatch.setattr(memory, "available", lambda device: need - there)
     plain, line = memory.fit(sd, config(), 64 * 64, "bf16", meta, resumed=False)
@@ -473,12 +473,12 @@ def fit(monkeypatch, free, given=None, precision="bf16", resumed=False):
 def test_the_first_mode_that_fits_is_chosen_and_said(eight_bit, monkeypatch):
     sd = sd15()
     for mode in memory.MODES:
-        need = memory.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
+        need = plan.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
         names, line = fit(monkeypatch, need)
         fitting = [
             m
             for m in memory.MODES
-            if memory.peak(sd, config(**dict.fromkeys(m, True)), 64 * 64, half=True) <= need
+            if plan.peak(sd, config(**dict.fromkeys(m, True)), 64 * 64, half=True) <= need
         ]
         assert names == set(fitting[0])
         assert f"{need / 1e9:.2f} GB are free" in line and "not be enough" not in line
@@ -638,7 +638,7 @@ def step_at_most(given, samples, side, half):
 
 
 STEPS = [
-    *((method, 2, 64, {}) for method in memory.ACTIVATIONS),
+    *((method, 2, 64, {}) for method in plan.ACTIVATIONS),
     *(("dreambooth", samples, 64, {}) for samples in (1, 8)),
     ("dreambooth", 2, 96, {}),
     ("lora", 8, 64, {}),
@@ -657,7 +657,7 @@ def test_the_plan_says_what_a_step_of_sd_15_takes(
     monkeypatch.setattr(torch.nn.ModuleDict, "to", lambda self, device: self)
     settings = {"prior_loss_weight": 0.0, "train_batch_size": samples, **modes}
     given = config(method=method, gradient_checkpointing=short, **settings)
-    part = memory.parts(sd15(), given, side * side, half)
+    part = plan.parts(sd15(), given, side * side, half)
     assert step_at_most(given, samples, side, half) == pytest.approx(part["step"], rel=0.05)
 
 
@@ -686,10 +686,10 @@ def test_the_table_says_what_drawing_takes(half, monkeypatch):
         vae, x = VAE(SD_VAE).requires_grad_(False), torch.empty(1, 3, 512, 512)
         return lambda: vae.encode(x)
 
-    assert counted(decode)[1] == pytest.approx(64 * 64 * memory.CODING, rel=0.02)
-    assert counted(encode)[1] < 64 * 64 * memory.CODING
+    assert counted(decode)[1] == pytest.approx(64 * 64 * plan.CODING, rel=0.02)
+    assert counted(encode)[1] < 64 * 64 * plan.CODING
     for samples in (8, 16):
-        expected = samples * 64 * 64 * memory.PREDICTING[half]
+        expected = samples * 64 * 64 * plan.PREDICTING[half]
         assert counted(lambda samples=samples: predict(samples))[1] == pytest.approx(
             expected, rel=0.02
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minibooth.bench import models
-from minibooth.training import memory
+from minibooth.training import memory, plan
 from minibooth.training.settings import TrainConfig
 
 PIXELS = 64 * 64
@@ -29,7 +29,7 @@ def said(monkeypatch, free, precision="bf16", **changes):
 
 
 def needs(*modes, half=True):
-    return memory.peak(sd15(), TrainConfig(**dict.fromkeys(modes, True)), PIXELS, half)
+    return plan.peak(sd15(), TrainConfig(**dict.fromkeys(modes, True)), PIXELS, half)
 
 
 @pytest.fixture

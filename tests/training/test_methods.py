@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from minibooth import UserError, textual_inversion, train
 from minibooth.bench import measure, models
+from minibooth.explain import microscope
 from minibooth.formats import adapters
-from minibooth.training import class_images, data, memory, methods, report, start
+from minibooth.training import class_images, data, methods, plan, report, start
 from minibooth.training.settings import TrainConfig
 
 LORA = {"method": "lora", "rank": 2, "lora_alpha": 4.0}
@@ -119,13 +120,13 @@ def test_the_first_step_can_be_explained(tmp_path):
 def test_what_sd15_would_train_and_need():
     """797,184 is what diffusers' script prints for rank 4 of SD 1.5's UNet."""
     sd, config = models.model("SD 1.5", torch.device("meta")), TrainConfig(method="lora")
-    assert sum(p.numel() for p in memory.trainable(sd, config)) == 797_184
+    assert sum(p.numel() for p in plan.trainable(sd, config)) == 797_184
     frozen = sum(p.numel() for p in sd.unet.parameters())
-    part = memory.parts(sd, config, 64 * 64, half=True)
+    part = plan.parts(sd, config, 64 * 64, half=True)
     assert part["weights"] == 2 * frozen + 4 * 797_184
     assert part["averages"] == 8 * 797_184 and part["gradients"] == 4 * 797_184
     short = TrainConfig(method="lora", gradient_checkpointing=True)
-    assert memory.peak(sd, short, 64 * 64, half=True) < 6e9
+    assert plan.peak(sd, short, 64 * 64, half=True) < 6e9
 
 
 def two_steps_of_sd15(folder):
@@ -174,6 +175,21 @@ def inverted(folder, **changes):
     sd = runs.model()
     train.train(runs.config(folder, **WORD | changes), sd)
     return sd
+
+
+def test_the_prompt_that_is_explained_is_the_one_that_was_drawn(tmp_path, monkeypatch):
+    look, seen = microscope.look, []
+
+    def looked(sd, instance, *given, prompt, alike, **more):
+        for c in instance.c[:alike]:
+            assert torch.allclose(c, sd.encode_prompt([prompt])[0], atol=1e-5)
+        seen.append((prompt, alike))
+        return look(sd, instance, *given, prompt=prompt, alike=alike, **more)
+
+    monkeypatch.setattr(microscope, "look", looked)
+    inverted(tmp_path, explain=True, learnable_property="object", train_batch_size=3)
+    [first, last] = seen
+    assert first == last and first[0] != "a <sks>" and 1 <= first[1] <= 3
 
 
 def vectors_of(folder):
@@ -300,8 +316,8 @@ def test_a_word_in_16_bits_and_with_little_memory(tmp_path):
 def test_what_a_word_of_sd15_would_need():
     sd = models.model("SD 1.5", torch.device("meta"))
     config = TrainConfig(method="textual_inversion", gradient_checkpointing=True)
-    assert sum(p.numel() for p in memory.trainable(sd, config)) == 768
-    part = memory.parts(sd, config, 64 * 64, half=True)
+    assert sum(p.numel() for p in plan.trainable(sd, config)) == 768
+    part = plan.parts(sd, config, 64 * 64, half=True)
     frozen = sum(p.numel() for n in (sd.unet, sd.text_encoder) for p in n.parameters())
     assert part["weights"] == 2 * frozen + 4 * 768
 

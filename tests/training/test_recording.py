@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+import warnings
 
 import pytest
 import runs
@@ -181,6 +182,29 @@ def test_allocating_again_keeps_what_is_there():
     before = {key: value.clone() for key, value in update.state().items()}
     update.allocate()
     assert all(torch.equal(value, before[key]) for key, value in update.state().items())
+
+
+def test_torch_s_advice_against_capturable_does_not_reach_the_user(monkeypatch):
+    """It is for steps that no graph captures, as the first ones are; here as if on a GPU. torch
+    gives it only to an optimizer that does not remember having been told."""
+    stream = types.SimpleNamespace(is_capturing=lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: CUDA)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
+    parameters = weights()
+    update = Update([(1e-2, parameters)], 0.01, 1.0, False)
+    for group in update.adam.param_groups:
+        group["capturable"] = True
+
+    def step():
+        sum((p * p).sum() for p in parameters).backward()
+        update.apply(1, torch.tensor(1.0), 1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    update.adam._warned_capturable_if_run_uncaptured = False
+    with pytest.warns(UserWarning, match="you should set capturable=False"):
+        step()
 
 
 def test_a_step_that_could_not_be_recorded_leaves_no_gradient_for_the_next_one(monkeypatch):

@@ -71,6 +71,16 @@ def test_only_new_cases_are_tried(tmp_path):
     assert tried.asked == [] and not taken(CASES[3])  # this run does not meet it
 
 
+def test_a_case_for_which_there_was_no_memory_is_tried_again(tmp_path, monkeypatch, capsys):
+    path, why = tmp_path / "kernels.json", "OutOfMemoryError: CUDA out of memory."
+    with monkeypatch.context() as patch:
+        patch.setitem(GIVEN, CASES[0], Verdict(False, {}, why))
+        settled(path)
+    assert why in capsys.readouterr().out and not taken(CASES[0])
+    settled(path)
+    assert tried.asked == [CASES[:1]] and taken(CASES[0])
+
+
 def test_another_driver_is_another_machine(tmp_path, monkeypatch):
     path = tmp_path / "kernels.json"
     settled(path)

@@ -1,0 +1,105 @@
+"""Whom a run is taught: its subjects, by name, photographs and class, and their captions.
+
+Several subjects stand in a JSON list, as --concepts_list of other trainers has them:
+
+    [{"instance_prompt": "a sks dog", "class_prompt": "a dog", "instance_data_dir": "photos/dog"},
+     {"instance_prompt": "a ohwx cat", "class_prompt": "a cat", "instance_data_dir": "photos/cat"}]
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..common.errors import UserError, first_line
+from ..common.files import read_text
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The settings of TrainConfig that are a subject's own."""
+
+    instance_data_dir: str | None
+    instance_prompt: str | None
+    class_prompt: str | None = None
+    class_data_dir: str | None = None
+
+
+KEYS = [field.name for field in fields(Subject)]
+
+
+def read_list(path: str | Path) -> list[Subject]:
+    """The subjects of a JSON list. Raises UserError for a file that is none."""
+    try:
+        entries = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"--concepts_list {path} is no JSON file: {first_line(e)}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"--concepts_list {path} is no list of subjects: [{{…}}, {{…}}]")
+    return [read_entry(entry, f"--concepts_list {path}, {i}") for i, entry in enumerate(entries, 1)]
+
+
+def read_entry(entry: dict, where: str) -> Subject:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: {entry!r:.50} is no subject: {{{', '.join(KEYS)}}}")
+    for key, value in entry.items():
+        if key not in KEYS:
+            raise UserError(f"{where}: a subject has no {key!r:.50}, but {', '.join(KEYS)}")
+        if value is not None and (not isinstance(value, str) or not value):
+            raise UserError(f"{where}: {key} = {value!r:.50} is no text")
+    for key in ("instance_data_dir", "instance_prompt"):
+        if entry.get(key) is None:
+            raise UserError(f"{where} lacks {key}")
+    return Subject(**entry)
+
+
+def captions(files: list[Path], extension: str | None) -> list[str | None]:
+    """Of each photograph what the text file beside it says, named alike but for `extension`: its
+    first line. None without one. Raises UserError for one that is empty or no text."""
+    if extension is None:
+        return [None] * len(files)
+    return [caption(sidecar(file, extension)) for file in files]
+
+
+def sidecar(file: Path, extension: str) -> Path:
+    return file.with_suffix("." + extension.removeprefix("."))
+
+
+def caption(path: Path) -> str | None:
+    try:
+        lines = read_text(path).strip().splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is no text in UTF-8: {first_line(e)}") from None
+    if not lines:
+        raise UserError(f"{path} is empty: write the caption of its photograph, or remove it")
+    return lines[0].strip()
+
+
+def about_captions(files: list[Path], found: list[str | None], extension: str | None) -> str | None:
+    """A line on where the photographs' prompts come from; None where there is nothing to say."""
+    if extension is None:
+        beside = sum(sidecar(file, ".txt").exists() for file in files)
+        if not beside:
+            return None
+        return (
+            f"{beside} of {len(files)} photographs have a .txt beside them, which is not read: "
+            "--caption_extension .txt takes it as the prompt of its photograph"
+        )
+    count = len(files) - found.count(None)
+    return f"{count} of {len(files)} photographs have a caption, the others the instance prompt"
+
+
+def require_word(files: list[Path], found: list[str | None], word: str) -> None:
+    """Raise UserError where a caption does not have the word that is trained."""
+    for file, text in zip(files, found, strict=True):
+        if text and word not in text:
+            raise UserError(f"the caption of {file} does not have the word that is trained, {word}")
+
+
+def identity(subjects: list[Subject], of_photo: list[int], found: list[str | None]) -> list | None:
+    """What a run that goes on must have as before; None where other settings say it already.
+    `of_photo` is the subject of each photograph, `found` its caption."""
+    if len(subjects) == 1 and not any(found):
+        return None
+    return [[[s.instance_prompt, s.class_prompt] for s in subjects], of_photo, found]
