@@ -102,7 +102,7 @@ def measured(name: str, seed: int) -> dict[str, float | str]:
         written = [*folder.glob("unet/*.safetensors"), *folder.glob("text_encoder/*.safetensors")]
     numbers = sum(t.numel() for file in written for t in read_tensors(file)[0].values())
     cost = {} if name in EXTRACTED else json.loads((folder / "cost.json").read_text())
-    return {
+    found = {
         "trained": name,
         "seed": seed,
         "fidelity": subject["fidelity_seen"],
@@ -115,6 +115,7 @@ def measured(name: str, seed: int) -> dict[str, float | str]:
         "CPU seconds": cost.get("cpu_seconds", ""),
         "GB": cost.get("bytes", 0) / 1e9 or "",
     }
+    return {key: round(x, 4) if isinstance(x, float) else x for key, x in found.items()}
 
 
 def row(of_seeds: list[dict]) -> list[str]:
