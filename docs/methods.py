@@ -1,14 +1,14 @@
 """python docs/methods.py: what is trained, compared: all weights, LoRA, one word, SVD of all.
 
-The toybox's dog, in each way for three seeds. Writes docs/methods.png, whose pictures are of the
-first seed, and prints the table of docs/methods.md. Takes a quarter of an hour; what is in the work
-folder already is not done again.
+The toybox's dog, in each way for three seeds. Writes docs/methods.csv, and docs/methods.png, whose
+pictures are of the first seed, and prints the table of docs/methods.md. Takes half an hour on two
+CPU cores; what is in the work folder already is not done again.
 """
 
+import csv
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +24,7 @@ from minibooth.toybox import score
 from minibooth.training import photos, report
 from minibooth.training.settings import TrainConfig
 
-WORK = Path("methods-work")
+HERE, WORK = Path(__file__).parent, Path("methods-work")
 SEEDS = (0, 1, 2)
 ALL, WORD = "all weights", "Textual Inversion"
 TRAINED = {
@@ -36,6 +36,8 @@ TRAINED = {
 EXTRACTED = {"SVD of all, rank 4": 4, "SVD of all, rank 16": 16}
 MARGIN = 0.05  # by which all weights must be above the word in fidelity: fixed beforehand
 SHOWN = ("", " in the snow", " at night", " wearing a red hat")
+SCORES = ("fidelity", "held-out fidelity", "held-out prompts", "PRES", "DIV")
+COLUMNS = ("trained", "seed", *SCORES, "numbers", "kB", "CPU seconds", "GB")
 FILES = (adapters.DIFFUSERS_LORA, adapters.DIFFUSERS_EMBEDDING)
 
 
@@ -90,29 +92,44 @@ def model(name: str, seed: int) -> StableDiffusion:
     return sd
 
 
-def row(name: str) -> list[str]:
-    """Its line of the table: medians over the seeds, and from where to where."""
-    folders = [folder_of(name, seed) for seed in SEEDS]
-    scores = [json.loads((folder / "scores.json").read_text()) for folder in folders]
-
-    def spread(part: str, field: str, form: str = ".2f") -> str:
-        values = sorted(s[part][field] for s in scores)
-        return f"{values[1]:{form}} ({values[0]:{form}}–{values[-1]:{form}})"
-
-    cells = [name, *(spread("subject", f) for f in ("fidelity_seen", "fidelity_held_out"))]
-    cells += [spread("subject", "prompt_held_out", ".0%")]
-    cells += [spread("class after", field) for field in ("pres", "div")]
-    written = [folders[0] / file for file in FILES if (folders[0] / file).exists()]
-    # The networks that were trained, where it is no small file.
-    written = written or [*folders[0].glob("unet/*.safetensors")]
-    written += [*folders[0].glob("text_encoder/*.safetensors")] if name == ALL else []
+def measured(name: str, seed: int) -> dict[str, float | str]:
+    """Its line of methods.csv."""
+    folder = folder_of(name, seed)
+    scores = json.loads((folder / "scores.json").read_text())
+    subject, of_class = scores["subject"], scores["class after"]
+    written = [folder / file for file in FILES if (folder / file).exists()]
+    if name == ALL:  # no small file, but the networks that were trained
+        written = [*folder.glob("unet/*.safetensors"), *folder.glob("text_encoder/*.safetensors")]
     numbers = sum(t.numel() for file in written for t in read_tensors(file)[0].values())
-    cells += [f"{numbers:,}", f"{sum(f.stat().st_size for f in written) / 1e6:.2f}"]
-    if name in EXTRACTED:
-        return [*cells, "–", "–"]
-    costs = [json.loads((folder / "cost.json").read_text()) for folder in folders]
-    cells += [f"{statistics.median(c['cpu_seconds'] for c in costs):.0f}"]
-    return [*cells, f"{statistics.median(c['bytes'] for c in costs) / 1e9:.2f}"]
+    cost = {} if name in EXTRACTED else json.loads((folder / "cost.json").read_text())
+    found = {
+        "trained": name,
+        "seed": seed,
+        "fidelity": subject["fidelity_seen"],
+        "held-out fidelity": subject["fidelity_held_out"],
+        "held-out prompts": subject["prompt_held_out"],
+        "PRES": of_class["pres"],
+        "DIV": of_class["div"],
+        "numbers": numbers,
+        "kB": sum(file.stat().st_size for file in written) / 1e3,
+        "CPU seconds": cost.get("cpu_seconds", ""),
+        "GB": cost.get("bytes", 0) / 1e9 or "",
+    }
+    return {key: round(x, 4) if isinstance(x, float) else x for key, x in found.items()}
+
+
+def row(of_seeds: list[dict]) -> list[str]:
+    """Its line of the table: medians over the seeds, of scores also from where to where."""
+    cells = [of_seeds[0]["trained"]]
+    for column in COLUMNS[2:]:
+        values = sorted(found[column] for found in of_seeds)
+        middle = values[len(values) // 2]
+        if column in SCORES:
+            cells.append(f"{middle:.2f} ({values[0]:.2f}–{values[-1]:.2f})")
+        else:
+            form = ".2f" if column == "GB" else ",.0f"
+            cells.append(f"{middle:{form}}" if middle != "" else "–")
+    return cells
 
 
 def picture() -> None:
@@ -127,7 +144,7 @@ def picture() -> None:
         rows.append(drawn)
     headings = [f"…{where}" if i == 1 else "" for where in SHOWN for i in range(3)]
     grid = photos.grid(photos.enlarged(rows), labels=names, headings=headings)
-    report.save_image(grid, Path(__file__).parent / "methods.png")
+    report.save_image(grid, HERE / "methods.png")
 
 
 def main() -> None:
@@ -135,15 +152,19 @@ def main() -> None:
         train(name, seed)
     for seed, name in product(SEEDS, EXTRACTED):
         extract(name, seed)
-    heads = ["trained", "fidelity", "held-out fidelity", "held-out prompts", "PRES", "DIV"]
-    heads += ["numbers", "MB", "CPU seconds", "GB"]
-    lines = [heads, ["---"] * len(heads), *(row(name) for name in (*TRAINED, *EXTRACTED))]
+    found = [[measured(name, seed) for seed in SEEDS] for name in (*TRAINED, *EXTRACTED)]
+    with open(HERE / "methods.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(line for of_seeds in found for line in of_seeds)
+    heads = [COLUMNS[0], *COLUMNS[2:]]
+    lines = [heads, ["---"] * len(heads), *map(row, found)]
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    of_all, of_word = (found[list(TRAINED).index(name)] for name in (ALL, WORD))
     wins = [
-        json.loads((folder_of(ALL, seed) / "scores.json").read_text())["subject"][key]
-        - json.loads((folder_of(WORD, seed) / "scores.json").read_text())["subject"][key]
-        for seed in SEEDS
-        for key in ("fidelity_seen", "fidelity_held_out")
+        a[column] - b[column]
+        for a, b in zip(of_all, of_word, strict=True)
+        for column in ("fidelity", "held-out fidelity")
     ]
     print(f"\nall weights above one word by at least {min(wins):.2f}; margin {MARGIN}")
     picture()

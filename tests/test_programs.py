@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import warnings
@@ -26,6 +27,7 @@ from minibooth.convert import ConvertConfig
 from minibooth.explain import __main__ as explain
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
+from minibooth.training import report
 
 PROGRAMS = {
     train: TrainConfig,
@@ -67,7 +69,7 @@ def test_the_modules_run_as_programs(tmp_path, monkeypatch, capsys):
     """One in a process of its own, from any folder. Without a model they say what to give."""
     root = Path(minibooth.__file__).parent.parent
     command = [sys.executable, "-m", "minibooth.train", "--instance-data-dir", str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(root)}
+    env = os.environ | {"PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}  # of other libraries
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("minibooth.train: give --model")
@@ -114,6 +116,20 @@ def test_flags_that_are_unknown_shortened_or_empty_are_refused():
     for argv in (["--instance_data", "x"], ["--model"], ["stray"], ["--seed", "x"]):
         with pytest.raises(minibooth.UserError, match="--help lists the options"):
             parse(*argv)
+
+
+def test_what_is_not_text_in_the_terminals_encoding_is_said():
+    with pytest.raises(minibooth.UserError, match=r"udcfc.* is not text .* PYTHONUTF8=1"):
+        parse("--instance_prompt", b"s\xfc\xdf".decode("ascii", "surrogateescape"))
+
+
+def test_the_commands_that_come_next_can_be_copied(tmp_path):
+    config = TrainConfig(model="my models/base", method="lora", instance_prompt="a sks dog")
+    said = report.what_next(tmp_path / "my dog", config)
+    draw, merge = re.findall(r"python -m minibooth\.(\w+ .*)", said)
+    given = ["--model", "my models/base"]
+    assert shlex.split(draw)[:5] == ["sample", *given, "--lora", str(tmp_path / "my dog")]
+    assert shlex.split(merge)[-1] == str(tmp_path / "my dog.safetensors")
 
 
 def test_a_prompt_given_several_times_is_several_prompts(tmp_path):

@@ -299,6 +299,8 @@ def test_the_commands_run_as_written(tmp_path):
 
 # ---- numbers that were measured ----------------------------------------------------------------
 
+WHOLE = ("numbers", "kB", "CPU seconds")  # columns of whole numbers
+
 
 def table(text: str, corner: str) -> dict[str, list[str]]:
     """The rows of the Markdown table whose heads begin with `corner`: first cell → the others."""
@@ -314,6 +316,28 @@ def test_the_drift_table_of_the_readme_is_what_was_measured():
     assert shown.pop("") == ["held-out fidelity", "prompt fidelity", *columns[2:]]
     measured = drift_means()
     assert shown == {arm: [f"{m[c]:.2f}" for c in columns] for arm, m in measured.items()}
+
+
+def test_the_table_of_methods_is_what_was_measured():
+    """docs/methods.py writes both; here the table's cells are made of the lines of the seeds."""
+    runs = defaultdict(lambda: defaultdict(list))
+    for row in csv.DictReader((ROOT / "docs" / "methods.csv").read_text("utf-8").splitlines()):
+        for column, value in row.items():
+            runs[row["trained"]][column].append(value)
+    shown = table((ROOT / "docs" / "methods.md").read_text("utf-8"), "| trained | fidelity |")
+    columns = shown.pop("trained")
+    assert shown.keys() == runs.keys() and len(columns) == 9
+    for name, cells in shown.items():
+        assert runs[name]["seed"] == ["0", "1", "2"]
+        for column, cell in zip(columns, cells, strict=True):
+            values = sorted(float(x) for x in runs[name][column] if x)
+            numbers = [float(x) for x in re.findall(r"[\d.]+", cell.replace(",", ""))]
+            assert len(values) == (3 if numbers else 0)
+            wanted = [values[1], values[0], values[2]][: len(numbers)] if numbers else []
+            assert numbers == pytest.approx(wanted, abs=0.5 if column in WHOLE else 0.00501)
+    fidelity = {name: [float(x) for x in runs[name]["fidelity"]] for name in runs}
+    pairs = zip(fidelity["all weights"], fidelity["Textual Inversion"], strict=True)
+    assert all(a - b > 0.05 for a, b in pairs)  # the order of the paper's Table 1
 
 
 def by_eye() -> dict[str, tuple[int, int]]:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import types
@@ -85,6 +86,11 @@ def parse(
             **common,
         )
     argv = sys.argv[1:] if argv is None else argv
+    if odd := [a for a in argv if re.search("[\ud800-\udfff]", a)]:  # bytes that are no letters
+        raise UserError(
+            f"{odd[0]!a} is not text in this terminal's encoding: set PYTHONUTF8=1 if it is "
+            "UTF-8, or give the file another name"
+        )
     given = vars(parser.parse_args([underscored(a) for a in argv]))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if "config" in given:

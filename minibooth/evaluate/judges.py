@@ -170,15 +170,19 @@ def pretrained(cls, source: str, what: str, **settings):
 
 
 def read(cls, source: str, what: str, **settings):
-    """cls.from_pretrained(source), with every failure as a UserError."""
+    """cls.from_pretrained(source), with every failure as a UserError. What is in the hub's cache is
+    used as it is, without asking the hub."""
     if not Path(source).is_dir():
         if not hub.is_repo_id(source):
             raise UserError(f"{source} is not there: give a folder with {what}, or a hub id")
         hub.Repo(source).file("config.json")  # says what is wrong in one line, if something is
-    try:
-        return cls.from_pretrained(source, **settings)
-    except Exception as e:  # what can be wrong with a folder has many names
-        raise UserError(f"{source} cannot be read as {what}: {first_line(e)}") from None
+    for local in (True, False):
+        try:
+            return cls.from_pretrained(source, local_files_only=local, **settings)
+        except Exception as e:  # what can be wrong with a folder has many names
+            if not local or Path(source).is_dir():
+                why = first_line(e)
+                raise UserError(f"{source} cannot be read as {what}: {why}") from None
 
 
 def load_lpips(network: str):

@@ -276,7 +276,7 @@ def tensor_table(views: list[View]) -> str:
         shape = " × ".join(map(str, e.tensor.shape))
         cells = ""
         for view, at in zip(views, of_views, strict=True):
-            if at is not e and torch.equal(at.tensor, e.tensor):
+            if view is not views[0] and torch.equal(at.tensor, e.tensor):
                 cells += '<td class="n faint" colspan="2">the same</td>'
                 continue
             x, norm = at.tensor.float(), f"norm {view.when}".strip()

@@ -237,18 +237,20 @@ def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
 
 def what_next(run: Path, config: TrainConfig) -> str:
     """The last lines of a run."""
-    what, draw, merged = "the model", f"--model {run}", f"--model {run}"
+    places = (config.model, run, f"{run}.safetensors")
+    model, result, file = (f'"{x}"' if " " in str(x) else str(x) for x in places)
+    what, draw, merged = "the model", f"--model {result}", f"--model {result}"
     if config.method == "lora":
-        what, draw = "a LoRA", f"--model {config.model} --lora {run}"
-        merged = f"--model {config.model} --merge_lora {run}"
+        what, draw = "a LoRA", f"--model {model} --lora {result}"
+        merged = f"--model {model} --merge_lora {result}"
     if config.trains_word:
-        what, draw = "a word", f"--model {config.model} --embedding {run}"
+        what, draw = "a word", f"--model {model} --embedding {result}"
     draw += f' --prompt "{config.subjects[0].instance_prompt} in the snow"'
     if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
         draw += f" --guidance_scale {config.validation_guidance_scale:g}"
     lines = f"done: {run} is {what}\n  draw:     python -m minibooth.sample {draw}"
     if not config.trains_word:
-        lines += f"\n  one file: python -m minibooth.convert {merged} --output {run}.safetensors"
+        lines += f"\n  one file: python -m minibooth.convert {merged} --output {file}"
     if (state := run / "state").exists():
         lines += f"\n  {state} ({gigabytes(folder_size(state))}) is only needed for more steps"
     return lines

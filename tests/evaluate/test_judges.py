@@ -89,6 +89,23 @@ def test_models_that_are_missing_or_of_another_kind_are_named(tmp_path, monkeypa
         judges.load(options(clip=CLIP_ID))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_hub_is_asked_for_what_is_not_in_its_cache_alone(cached, monkeypatch):
+    asked = []
+
+    class Model:
+        @staticmethod
+        def from_pretrained(source, local_files_only):
+            asked.append(local_files_only)
+            if local_files_only and not cached:
+                raise OSError("a file is not in the cache")
+            return "it"
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: "/x/config.json")
+    assert judges.read(Model, CLIP_ID, "CLIP") == "it"
+    assert asked == ([True] if cached else [True, False])
+
+
 def test_the_toyboxs_judge_fills_the_same_interface(toybox):
     judge = judges.load(options(judge="toybox"))
     assert judge.missing == {} and "not the paper's" in judge.about

@@ -1,17 +1,20 @@
 """Training low-rank differences: the same loss and run, and the model's weights stay."""
 
+import math
 import re
+from pathlib import Path
 
 import pytest
 import runs
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from minibooth import UserError, textual_inversion, train
-from minibooth.bench import models
+from minibooth.bench import measure, models
 from minibooth.explain import microscope
 from minibooth.formats import adapters
-from minibooth.training import class_images, data, methods, plan, start
+from minibooth.training import class_images, data, methods, plan, report, start
 from minibooth.training.settings import TrainConfig
 
 LORA = {"method": "lora", "rank": 2, "lora_alpha": 4.0}
@@ -126,6 +129,39 @@ def test_what_sd15_would_train_and_need():
     assert plan.peak(sd, short, 64 * 64, half=True) < 6e9
 
 
+def two_steps_of_sd15(folder):
+    """In a process of its own, whose peak is this run's alone."""
+    torch.manual_seed(0)
+    photograph = Path(folder) / "photographs" / "0.png"
+    photograph.parent.mkdir()
+    Image.effect_noise((512, 512), 60).convert("RGB").save(photograph)
+    settings = {"method": "lora", "max_train_steps": 2, "gradient_checkpointing": True}
+    settings |= {"instance_data_dir": str(photograph.parent), "output_dir": f"{folder}/out"}
+    settings |= {"instance_prompt": "a sks dog", "class_prompt": "a dog", "device": "cpu"}
+    settings |= {"num_class_images": 1, "class_steps": 1, "num_validation_images": 0}
+    train.train(TrainConfig(**settings), models.model("SD 1.5", torch.device("cpu")))
+    return measure.peaks(torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_lora_of_sd15_s_size_trains_on_a_cpu(tmp_path):
+    """Random weights, 512², a photograph and a class image per step: fp32 weights are 4.3 GB."""
+    peak = measure.alone("test_methods", f"two_steps_of_sd15({str(tmp_path)!r})")["peak_bytes"]
+    losses = report.read_losses(tmp_path / "out" / "loss.csv")
+    print(f"peak {peak / 1e9:.2f} GB, losses {losses}")
+    assert [step for step, *_ in losses] == [1, 2]
+    assert all(math.isfinite(x) for row in losses for x in row)
+    for file in (methods.LORA_FILE, adapters.DIFFUSERS_LORA):
+        path = tmp_path / "out" / file
+        found = load_file(path)
+        up = [v for k, v in found.items() if "lora_up" in k or "lora_B" in k]
+        assert len(up) == 128 and all(v.any() for v in up)
+        assert sum(v.numel() for v in found.values() if v.ndim) == 797_184
+        assert path.stat().st_size == pytest.approx(4 * 797_184, rel=0.02)  # and the names
+        print(f"{file}: {path.stat().st_size:,} bytes")
+    assert peak < 7.5e9
+
+
 def test_rates_suit_the_method_where_none_is_given():
     assert methods.defaults({"method": "lora"}) == methods.LORA_RATES
     assert methods.defaults({}) == {}
@@ -163,9 +199,11 @@ def vectors_of(folder):
 
 
 @pytest.mark.parametrize("vectors", [1, 2])
-def test_a_word_is_trained_and_no_weight(vectors, tmp_path):
+def test_a_word_is_trained_and_no_weight(vectors, tmp_path, capsys):
     before = {name: net.state_dict() for name, net in runs.model().networks.items()}
-    sd = inverted(tmp_path, num_vectors=vectors)
+    sd = inverted(tmp_path, num_vectors=vectors, prior_loss_weight=1.0, class_prompt="a dog")
+    assert "there is no prior term" in capsys.readouterr().out
+    assert all(prior == 0 for _, _, _, prior, *_ in report.read_losses(tmp_path / "loss.csv"))
     for name, network in sd.networks.items():
         for key, now in network.state_dict().items():
             old = before[name][key]
@@ -185,6 +223,19 @@ def test_a_word_is_trained_and_no_weight(vectors, tmp_path):
     draw = {"steps": 2, "seed": 1, "guidance_scale": 2.0, "output": "latent"}
     wanted = sd.generate(["a <sks>"], **draw)
     torch.testing.assert_close(base.generate(["a <sks>"], **draw), wanted, atol=1e-6, rtol=0)
+
+
+def test_the_prompts_of_a_word_are_those_of_the_papers_code():
+    found = textual_inversion.TEMPLATES
+    assert {name: (len(x), len(set(x))) for name, x in found.items()} == {
+        "object": (27, 27),
+        "style": (19, 17),
+    }
+    assert all(prompt.count("{}") == 1 for prompts in found.values() for prompt in prompts)
+    assert found["object"][4:6] == ("a photo of a clean {}", "a photo of a dirty {}")
+    assert found["style"][-1] == "a large painting in the style of {}"
+    prompts = TrainConfig(**WORD, learnable_property="style").prompts
+    assert prompts == [prompt.format("<sks>") for prompt in found["style"]]
 
 
 def test_the_gradient_is_the_new_rows_of_the_whole_embedding_s(tmp_path):

@@ -86,6 +86,7 @@ CASES = {
         "prior_loss_weight": 0.0,
         "gradient_accumulation_steps": 2,
         "num_validation_images": 3,
+        "explain": True,
     },
 }
 
