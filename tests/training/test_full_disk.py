@@ -103,7 +103,7 @@ def check(room: int, whole: Path, folder: Path, monkeypatch, capsys) -> None:
     for name in written:
         if name == report.LOSSES:  # which is appended to
             assert (whole / name).read_text().startswith((folder / name).read_text()), where
-        elif not name.startswith("state/"):
+        elif not name.startswith("state/") and not name.endswith("README.md"):  # written twice
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), (where, name)
     for model in (folder, *snapshots.found(folder)):
         if snapshots.is_model(model):
