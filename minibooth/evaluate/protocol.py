@@ -354,8 +354,8 @@ class Protocol:
         if len(done) < len(self.trainings):
             of_arms = [f"{arm.name} {done.count(arm.name)}" for arm in self.arms]
             lines.append(
-                f"{len(done)} of {len(self.trainings)} trainings are finished, of the subjects of "
-                f"each row: {', '.join(of_arms)}"
+                f"{len(done)} of {len(self.trainings)} trainings are finished; a row is the mean "
+                f"over the subjects it has: {', '.join(of_arms)}"
             )
         lines.append(f"averaged so that {average[config.averaging]} (--averaging)")
         parts.append("\n".join(f"- {line}" for line in lines))

@@ -258,7 +258,10 @@ def test_shares_of_the_trainings_make_up_the_whole(
     assert status == 0, err
     names = [Path(c.output_dir).parent.relative_to(folder).as_posix() for c in asked]
     assert names == ["with_prior/snail"]
-    assert "1 of 4 trainings are finished, of the subjects of each row: with_prior 1" in out
+    assert (
+        "1 of 4 trainings are finished; a row is the mean over the subjects it has: with_prior 1"
+        in out
+    )
     rows = {(r["row"], r["subject"]): r for r in read_csv(folder / "subjects.csv")}
     table = (folder / "tables.md").read_text()
     [line] = [line for line in table.splitlines() if line.startswith("| with prior")]
