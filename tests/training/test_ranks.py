@@ -163,8 +163,8 @@ def test_ranks_draw_the_parts_of_one_batch(count):
     moments = torch.randn(2, 7, 4, 8, 8, generator=g)
     latents = data.Latents(moments[0], moments[1].abs(), torch.tensor([0, 0, 0, 1, 2, 2, 3]))
     prompts = (torch.arange(12).view(4, 3), torch.arange(4)[:, None])
-    device = torch.device("cpu")
-    whole = data.Batches(latents, latents, 1000, 3, 4, device, prompts)
+    device, shown = torch.device("cpu"), torch.tensor([0, 1, 0, 1])
+    whole = data.Batches(latents, latents, 1000, 3, 4, device, prompts, (shown, shown))
     parts = [replace(whole, share=(i, count)) for i in range(count)]
     for n in range(5):
         *drawn, which = whole.draw(n)
