@@ -40,12 +40,15 @@ class Disk:
         disk, plain, mkdir, replace = self, builtins.open, os.mkdir, os.replace
 
         class File(io.FileIO):
+            full = False
+
             def write(self, data):
                 try:
                     disk.take(self.name, "write")
-                except OSError:
-                    super().write(bytes(data)[: len(data) // 2])
-                    raise
+                except OSError:  # as a real disk: what there is room for, then the error
+                    if self.full or len(data) < 2:
+                        raise
+                    self.full, data = True, bytes(data)[: len(data) // 2]
                 return super().write(data)
 
         def limited(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **more):
