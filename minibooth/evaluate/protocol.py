@@ -386,6 +386,7 @@ def training_settings(config: DatasetConfig, method: str) -> dict:
         "checkpoints_total_limit": 1,
         "concepts_list": None,
         "caption_extension": None,
+        "caption_column": None,
         "config": None,
     }
     if method == "dreambooth" and not shared.uses_prior:

@@ -41,6 +41,11 @@ class TrainConfig:
         "of texts beside photographs, say .txt: the first line of 1.txt replaces the instance "
         "prompt for 1.jpg [none are read]",
     )
+    caption_column: str | None = option(
+        None,
+        "captions as Hugging Face's data sets have them instead: the name, say text, under which "
+        "metadata.jsonl in the photographs' folder has them beside their file_name",
+    )
     output_dir: str = option(
         "minibooth-out", "where the trained model and all the rest go", place="path"
     )
@@ -175,6 +180,10 @@ class TrainConfig:
         return self.prior_loss_weight > 0 and not self.trains_word
 
     @property
+    def reads_captions(self) -> bool:
+        return self.caption_extension is not None or self.caption_column is not None
+
+    @property
     def trains_word(self) -> bool:
         return self.method == "textual_inversion"
 
@@ -262,6 +271,8 @@ class TrainConfig:
             raise UserError(
                 'give --class_prompt ("a dog"), or --prior_loss_weight 0 for plain fine-tuning'
             )
+        if self.caption_extension is not None and self.caption_column is not None:
+            raise UserError("--caption_extension and --caption_column exclude each other")
         if self.optimizer_in_backward and self.gradient_accumulation_steps > 1:
             raise UserError(
                 "--optimizer_in_backward drops each gradient at once: it cannot go with "

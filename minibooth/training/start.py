@@ -151,7 +151,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
     shown = [i for i, files in enumerate(found) for _ in files]
     files = [file for files in found for file in files]
     pictures = photos.load_photos(files, resolution, config.center_crop)
-    captions = subjects.captions(files, config.caption_extension)
+    captions = subjects.captions(files, config.caption_extension, config.caption_column)
     if config.trains_word:
         subjects.require_word(files, captions, config.placeholder_token)
     saved = resume.load(folder) if config.resume_from_checkpoint else None
@@ -279,7 +279,7 @@ def announce(run: Run) -> None:
         noun = None if config.trains_word else subject.class_prompt  # the word stands alone
         print(report.describe_prompts(tokenizer, subject.instance_prompt, noun))
     report.check_captions(config.subjects, run.shown.tolist(), run.captions)
-    if line := subjects.about_captions(run.photos.files, run.captions, config.caption_extension):
+    if line := subjects.about_captions(run.photos.files, run.captions, config.reads_captions):
         print(line)
     if config.trains_word:
         print("Textual Inversion changes no weight, so no class can drift: there is no prior term")

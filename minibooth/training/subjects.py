@@ -25,6 +25,7 @@ class Subject:
 
 
 KEYS = [field.name for field in fields(Subject)]
+TABLE = "metadata.jsonl"  # of a folder of pictures, as Hugging Face's data sets have it
 
 
 def read_list(path: str | Path) -> list[Subject]:
@@ -52,12 +53,34 @@ def read_entry(entry: dict, where: str) -> Subject:
     return Subject(**entry)
 
 
-def captions(files: list[Path], extension: str | None) -> list[str | None]:
+def captions(
+    files: list[Path], extension: str | None, column: str | None = None
+) -> list[str | None]:
     """Of each photograph what the text file beside it says, named alike but for `extension`: its
-    first line. None without one. Raises UserError for one that is empty or no text."""
+    first line; or what `column` says in its line of the folder's metadata.jsonl. None without one.
+    Raises UserError for a caption that is empty or no text."""
+    if column is not None:
+        folders = {file.parent for file in files}
+        tables = {folder: read_table(folder / TABLE, column) for folder in folders}
+        return [tables[file.parent].get(file.name) for file in files]
     if extension is None:
         return [None] * len(files)
     return [caption(sidecar(file, extension)) for file in files]
+
+
+def read_table(path: Path, column: str) -> dict[str, str]:
+    """The captions of a metadata.jsonl by file name; a line is {"file_name": "1.jpg", …}. Raises
+    UserError for a file that is none."""
+    try:
+        rows = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"--caption_column: {path} cannot be read: {first_line(e)}") from None
+    for i, row in enumerate(rows, 1):
+        for key in ("file_name", column):
+            text = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"--caption_column: {path}, entry {i} has no text as {key!r:.50}")
+    return {row["file_name"]: row[column].strip() for row in rows}
 
 
 def sidecar(file: Path, extension: str) -> Path:
@@ -76,9 +99,10 @@ def caption(path: Path) -> str | None:
     return lines[0].strip()
 
 
-def about_captions(files: list[Path], found: list[str | None], extension: str | None) -> str | None:
-    """A line on where the photographs' prompts come from; None where there is nothing to say."""
-    if extension is None:
+def about_captions(files: list[Path], found: list[str | None], asked: bool) -> str | None:
+    """A line on where the photographs' prompts come from; None where there is nothing to say.
+    `asked`: whether captions were to be read."""
+    if not asked:
         beside = sum(sidecar(file, ".txt").exists() for file in files)
         if not beside:
             return None

@@ -60,13 +60,39 @@ def test_captions_are_the_first_lines_of_texts_named_alike(tmp_path):
     for extension in (".txt", "txt"):
         assert subjects.captions(files, extension) == ["a sks dog, asleep", None, "sks – awake"]
     assert subjects.captions(files, None) == [None] * 3
-    assert "2 of 3 photographs have a .txt" in subjects.about_captions(files, [None] * 3, None)
+    assert "2 of 3 photographs have a .txt" in subjects.about_captions(files, [None] * 3, False)
     (tmp_path / "2.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"2.txt is empty: write"):
         subjects.captions(files, ".txt")
     (tmp_path / "2.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"2.txt is no text in UTF-8"):
         subjects.captions(files, ".txt")
+
+
+def test_captions_are_a_column_of_the_folder_s_table(tmp_path):
+    files = [tmp_path / name for name in ("1.jpg", "2.png", "3.jpg")]
+    rows = [{"file_name": "3.jpg", "text": " sks,\u2028awake ", "x": 1}]
+    rows += [{"file_name": "1.jpg", "text": "a sks dog"}, {"file_name": "9.jpg", "text": "gone"}]
+    table = tmp_path / "metadata.jsonl"
+    table.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    found = subjects.captions(files, None, "text")
+    assert found == ["a sks dog", None, "sks,\u2028awake"]
+    assert "2 of 3 photographs have a caption" in subjects.about_captions(files, found, True)
+    for text, said in [
+        ("{", "metadata.jsonl cannot be read: Expecting"),
+        ("\n[1]\n", "metadata.jsonl, entry 1 has no text as 'file_name'"),
+        ('{"file_name": "1.jpg", "text": null}', "entry 1 has no text as 'text'"),
+        ('{"file_name": "1.jpg", "text": " "}', "entry 1 has no text as 'text'"),
+    ]:
+        table.write_text(text)
+        with pytest.raises(UserError, match=said) as error:
+            subjects.captions(files, None, "text")
+        assert "\n" not in str(error.value)
+    table.unlink()
+    with pytest.raises(UserError, match=r"--caption_column: .* cannot be read: .*No such file"):
+        subjects.captions(files, None, "text")
+    with pytest.raises(UserError, match="exclude each other"):
+        TrainConfig(**DOG, caption_extension=".txt", caption_column="text").check()
 
 
 # ---- what is drawn ------------------------------------------------------------------------------
