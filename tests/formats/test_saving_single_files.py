@@ -12,6 +12,7 @@ from minibooth.common import files
 from minibooth.formats import checkpoint, ldm, tensor_files
 from minibooth.formats.configs import SINGLE_FILE
 from minibooth.schedule import Schedule
+from minibooth.tokenizer import Tokenizer
 
 # ---- saving single files -------------------------------------------------------------------------
 
@@ -204,7 +205,7 @@ def test_full_size_single_files(width, keys, gigabytes, tmp_path):
         networks[name].load_state_dict(state, assign=True)
     peers.write_tokenizer(tmp_path / "tokenizer", pad="!" if width == 1024 else "<|endoftext|>")
     sd = minibooth.StableDiffusion(
-        tokenizer=minibooth.checkpoint.Tokenizer.from_folder(tmp_path / "tokenizer"),
+        tokenizer=Tokenizer.from_folder(tmp_path / "tokenizer"),
         schedule=Schedule.from_config(configs["scheduler"]),
         configs=configs,
         **networks,
