@@ -166,3 +166,13 @@ def test_the_repository_names_no_folder_of_who_wrote_it():
     places = re.compile(rf"{re.escape(str(root))}|/(root|home/\w+|Users/\w+)/")
     named = {f: m[0] for f in texts if (m := places.search(f.read_text("utf-8")))}
     assert named == {}
+
+
+def test_the_toybox_is_the_shipped_one_also_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "toybox").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load("toybox").configs["unet"]["cross_attention_dim"] == 96
+    with pytest.raises(UserError, match=r"\./toybox is not a model"):
+        load("./toybox")
+    cli.write_config(tmp_path / "config.json", TrainConfig(model="toybox"))
+    assert cli.read_config(tmp_path / "config.json", TrainConfig)["model"] == "toybox"

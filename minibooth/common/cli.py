@@ -137,7 +137,9 @@ def write_config(path: Path, config) -> None:
     settings = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
         value, place = settings[field.name], field.metadata["place"]
-        if value is not None and (place == "path" or (place == "source" and Path(value).exists())):
+        # A source that is no file is an id on the hub, or the toybox, which is shipped.
+        found = place == "source" and value not in (None, "toybox") and Path(value).exists()
+        if found or (place == "path" and value is not None):
             settings[field.name] = portable(value, path.parent)
     settings.pop("config", None)
     write_json(path, settings)

@@ -150,10 +150,10 @@ def read(
 
 def file_getter(source: str | Path, revision: str | None = None) -> Callable[..., Path | None]:
     """`file(*names, optional=…)`: the path of the first that a folder or hub model has, or None."""
+    if str(source) == "toybox":  # also where there is a folder of that name: ./toybox is that one
+        return partial(local_file, hub.toybox())
     if Path(source).is_dir():
         return partial(local_file, Path(source))
-    if str(source) == "toybox":
-        return partial(local_file, hub.toybox())
     if hub.is_repo_id(str(source)):
         return hub.Repo(str(source), revision).file
     raise UserError(f"{source}: there is no such folder or file")
