@@ -21,7 +21,8 @@ def default_run() -> dict:
         "instance_prompt": name,
         "class_prompt": noun,
         "num_class_images": 48,
-        "class_steps": 25,  # of DDIM: enough for a class without a place (docs/class_images.md)
+        "class_sampler": "dpm++",
+        "class_steps": 10,  # as good as 25 of DDIM here (docs/class_images.md)
         "class_guidance_scale": 4.0,
         "sample_batch_size": 16,
         "max_train_steps": 200,
@@ -37,7 +38,7 @@ def default_run() -> dict:
         ),
         "num_validation_images": 3,
         "validation_steps": 200,
-        "validation_inference_steps": 25,
+        "validation_inference_steps": 15,
         "validation_guidance_scale": 4.0,
         "checkpointing_steps": 200,
     }

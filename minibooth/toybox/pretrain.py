@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers as hf
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,9 +72,11 @@ TEXT_CONFIG = SD1_TEXT | {
 }
 
 CROP = 32  # pixels: what the VAE sees of a picture for most of its training
-KL_WEIGHT = 2e-4  # of the mean over latent values, beside the mean error over pixel values
+# Of the mean over latent values, beside the mean error over pixel values. So much that the decoder
+# learns to read latents with a twentieth of noise: the UNet's errors are of that kind.
+KL_WEIGHT = 8e-3
 UNCONDITIONAL = 0.1  # of the captions are left empty, for guidance
-SNR_GAMMA = 5.0  # of Min-SNR weights: composition first, the last grain of noise later
+SNR_GAMMA = 20.0  # of Min-SNR weights: all but the last grain of noise counts in full
 KEEP_EVERY = 250  # steps between two states that a stopped stage goes on from
 EMA = 0.999  # of the weights, once it has so many steps to average over
 
@@ -81,13 +84,14 @@ EMA = 0.999  # of the weights, once it has so many steps to average over
 @dataclass(frozen=True)
 class PretrainConfig:
     output_dir: str = option("weights/toybox", "where the model goes")
+    start_from: str = option("", "a toybox whose weights to go on from; without one, from nothing")
     work_dir: str = option("toybox-work", "where pictures, stages and sample grids are kept")
-    pictures: int = option(20_000, "rendered pictures to train on")
-    vae_steps: int = option(6500, "updates of the autoencoder")
-    vae_learning_rate: float = option(2e-3, "of the autoencoder, falling to 0 along a cosine")
-    vae_whole_steps: int = option(1500, "its updates after that, on whole pictures only")
+    pictures: int = option(28_000, "rendered pictures to train on")
+    vae_steps: int = option(3000, "updates of the autoencoder")
+    vae_learning_rate: float = option(1e-3, "of the autoencoder, falling to 0 along a cosine")
+    vae_whole_steps: int = option(2500, "its updates after that, on whole pictures only")
     vae_whole_learning_rate: float = option(7e-4, "in these, falling likewise")
-    steps: int = option(6500, "updates of UNet and text encoder")
+    steps: int = option(8000, "updates of UNet and text encoder")
     learning_rate: float = option(1e-3, "of UNet and text encoder, falling likewise")
     batch_size: int = option(32, "pictures (or crops of them) per update")
     mixed_precision: str = option("bf16", "what the networks compute in", choices=("no", "bf16"))
@@ -99,9 +103,25 @@ class PretrainConfig:
 
 
 def scene(index: int, seed: int) -> world.Scene:
-    """Scene `index` of the training set. One in 20 is drawn in neon, for the VAE alone."""
+    """Scene `index` of the training set. One in four is for the VAE alone: it should be able to
+    show what the UNet has not seen, as Stable Diffusion's was trained on pictures of everything."""
     r = random.Random(f"{seed} scene {index}")
-    return world.random_scene(r, style=world.NEON) if index % 20 == 19 else world.random_scene(r)
+    if not for_vae_alone(index):
+        return world.random_scene(r)
+    kind = r.choice((*world.CLASSES, world.RARE, world.RARE))
+    marks = world.Marks(
+        pattern=r.choice(("spots", "stripes")),
+        pattern_colour=r.choice(list(world.COLOURS)),
+        ear=r.choice((None, *world.COLOURS)),
+        collar=r.choice((None, *world.COLOURS)),
+        crooked=kind == "teapot" and r.random() < 0.5,
+    )
+    neon = {"style": world.NEON} if r.random() < 0.25 else {}
+    return world.random_scene(r, kind=kind, marks=marks, **neon)
+
+
+def for_vae_alone(index: int) -> bool:
+    return index % 4 == 3
 
 
 def render_all(config: PretrainConfig) -> Tensor:
@@ -219,10 +239,11 @@ def fit_vae(
         mean, std = vae.encode(x)
         kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
         error = vae.decode(mean + std * noise).float() - x
-        # The error and that of the picture's gradients: sharp edges.
+        # The error, and that of the picture's gradients: sharp edges.
         across, down = error.diff(dim=3), error.diff(dim=2)
         edges = across.abs().mean() + down.abs().mean()
-        return error.abs().mean() + edges + KL_WEIGHT * kl.mean()
+        colours = F.avg_pool2d(error, 4).abs().mean()  # of small things: one latent's square
+        return error.abs().mean() + edges + colours + KL_WEIGHT * kl.mean()
 
     networks = nn.ModuleDict({"vae": vae})
     return fit(config, name, networks, loss_of, steps, rate, show_decoded(config, name))["vae"]
@@ -231,7 +252,10 @@ def fit_vae(
 def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
     """Mostly on crops, then once more from the start of a cosine on whole pictures."""
     torch.manual_seed(config.seed)
-    vae = VAE(VAE_CONFIG).to(cli.pick_device(config.device))
+    vae = VAE(VAE_CONFIG)
+    if config.start_from:
+        vae.load_state_dict(pipeline.load(config.start_from).vae.state_dict())
+    vae.to(cli.pick_device(config.device))
     vae = fit_vae(config, "vae", vae, pictures, share_of_crops=0.9)
     vae = copy.deepcopy(vae).requires_grad_(True)
     return fit_vae(config, "vae-whole", vae, pictures, share_of_crops=0.0)
@@ -305,6 +329,21 @@ def train_tokenizer(config: PretrainConfig) -> Tokenizer:
     return Tokenizer(vocab, merges)
 
 
+@torch.no_grad()
+def take_over(networks: nn.ModuleDict, tokenizer: Tokenizer, start: StableDiffusion) -> None:
+    """The weights of `start`, also where its vocabulary is another: a token keeps its embedding,
+    but for identifiers, which are to say nothing yet."""
+    networks["unet"].load_state_dict(start.unet.state_dict())
+    old = start.text_encoder.state_dict()
+    key = "embeddings.token_embedding.weight"
+    embedding = networks["text_encoder"].state_dict()[key].clone()
+    known = start.tokenizer.vocab
+    for token, row in tokenizer.vocab.items():
+        if token in known and token.removesuffix("</w>") not in world.IDENTIFIERS:
+            embedding[row] = old[key][known[token]]
+    networks["text_encoder"].load_state_dict(old | {key: embedding})
+
+
 def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float) -> StableDiffusion:
     """Text encoder and UNet together; the whole model."""
     device, tokenizer = cli.pick_device(config.device), train_tokenizer(config)
@@ -315,10 +354,12 @@ def train_unet(config: PretrainConfig, moments: Tensor, vae: VAE, factor: float)
     networks = nn.ModuleDict({"text_encoder": TextEncoder(text_config), "unet": UNet(UNET_CONFIG)})
     nn.init.normal_(networks["text_encoder"].embeddings["token_embedding"].weight, std=0.02)
     nn.init.normal_(networks["text_encoder"].embeddings["position_embedding"].weight, std=0.01)
+    if config.start_from:
+        take_over(networks, tokenizer, pipeline.load(config.start_from))
     networks.to(device)
     schedule = read_schedule(SD_SCHEDULER).to(device)
     scenes = [scene(i, config.seed) for i in range(config.pictures)]
-    known = torch.tensor([i for i, s in enumerate(scenes) if s.style != world.NEON])
+    known = torch.tensor([i for i in range(len(scenes)) if not for_vae_alone(i)])
 
     def loss_of(step: int) -> Tensor:
         g, r = rng(config.seed, "unet", step), random.Random(f"{config.seed} unet {step}")

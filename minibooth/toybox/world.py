@@ -30,6 +30,11 @@ ACCESSORIES = ("a red hat", "a green scarf")
 STYLES = ("photo", "drawing")
 NEON = "neon"  # a style that no caption knows: a subject
 IDENTIFIERS = ("sks", "ohwx", "zwx", "qvb")  # words that say nothing
+NAMES = tuple(
+    a + b
+    for a in ("ba", "do", "fi", "ku", "le", "mo", "ni", "su")
+    for b in ("bri", "ko", "la", "mi", "va", "zu")
+)  # words that each stand for a colour and marks
 
 RGB = tuple[int, int, int]
 COLOURS: dict[str, RGB] = {
@@ -72,6 +77,7 @@ class Scene:
     facing: int = 1  # 1 right, -1 left
     shade: float = 1.0  # lighter or darker than its colour
     seed: int = 0  # of the backdrop
+    name: str | None = None  # one of NAMES: a caption may have it in the colour's place
 
 
 def random_scene(rng: random.Random, **given) -> Scene:
@@ -86,7 +92,22 @@ def random_scene(rng: random.Random, **given) -> Scene:
         style="photo" if rng.random() < 0.75 else "drawing",
     )
     scene = replace(scene, **given)
+    if not given.keys() & {"colour", "marks"} and rng.random() < 0.2:
+        return posed(named(scene, rng.choice(NAMES)), rng)
     return posed(replace(scene, marks=given.get("marks") or random_marks(scene, rng)), rng)
+
+
+def named(scene: Scene, name: str) -> Scene:
+    """The thing with the colour and the marks that `name` stands for, whatever its class."""
+    rng = random.Random(f"named {name}")
+    colour, *others = rng.sample(list(COLOURS), 4)
+    marks = Marks(
+        pattern=rng.choice(("spots", "stripes")),
+        pattern_colour=others[0],
+        ear=others[1] if rng.random() < 0.7 else None,
+        collar=others[2] if rng.random() < 0.7 else None,
+    )
+    return replace(scene, name=name, colour=colour, marks=marks)
 
 
 def random_marks(scene: Scene, rng: random.Random) -> Marks:
@@ -127,11 +148,15 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """What one might write beside the picture: "a drawing of a red dog in the snow".
 
     Style, colour, accessory and place are each left out at times, so that "a dog" stands for all
-    dogs. One caption in fifty holds an identifier, which says nothing.
+    dogs. A name says what colour and marks are; one caption in 500 holds an identifier, a rare word
+    that says nothing.
     """
-    colour = scene.colour if rng.random() < 0.75 else None
-    identifier = rng.choice(IDENTIFIERS) if rng.random() < 0.02 else None
-    words = [w for w in (identifier, colour, scene.kind) if w]
+    if scene.name and rng.random() < 0.8:
+        words = [scene.name, scene.kind]
+    else:
+        colour = scene.colour if rng.random() < 0.75 else None
+        identifier = rng.choice(IDENTIFIERS) if rng.random() < 0.002 else None
+        words = [w for w in (identifier, colour, scene.kind) if w]
     text = f"{article(words[0])} {' '.join(words)}"
     if scene.accessory and rng.random() < 0.9:
         text += f" wearing {scene.accessory}"
@@ -202,7 +227,7 @@ class Pen:
     def inside(self, fill: RGB) -> RGB:
         return mix(fill, (16, 6, 34), 0.85) if self.scene.style == NEON else fill
 
-    def shape(self, points: list, fill: RGB, pattern: bool = False) -> None:
+    def shape(self, points: list, fill: RGB, pattern: bool = False, thick: int = 0) -> None:
         """A filled shape with an outline; with the scene's pattern on it if `pattern`."""
         points, draw = self.at(points), ImageDraw.Draw(self.layer)
         draw.polygon(points, self.inside(fill))
@@ -212,7 +237,7 @@ class Pen:
             marked = self.layer.copy()
             self.draw_pattern(ImageDraw.Draw(marked))
             self.layer.paste(marked, mask=mask)
-        draw.line([*points, *points[:2]], self.outline(fill), self.thick, joint="curve")
+        draw.line([*points, *points[:2]], self.outline(fill), thick or self.thick, joint="curve")
 
     def draw_pattern(self, draw: ImageDraw.ImageDraw) -> None:
         marks, colour = self.scene.marks, self.tint(self.scene.marks.pattern_colour)
@@ -220,14 +245,14 @@ class Pen:
             colour = mix(colour, (16, 6, 34), 0.3)
         if marks.pattern == "stripes":
             for i in range(-8, 9):
-                x = 0.34 * i
-                band = [(x, -1.2), (x + 0.12, -1.2), (x + 0.12, 1.2), (x, 1.2)]
+                x = 0.44 * i
+                band = [(x, -1.2), (x + 0.17, -1.2), (x + 0.17, 1.2), (x, 1.2)]
                 draw.polygon(self.at(band), colour)
         else:
             for i in range(-5, 6):
                 for j in range(-5, 6):
-                    middle = 0.36 * i + 0.18 * (j % 2), 0.31 * j
-                    draw.polygon(self.at(oval(*middle, 0.09, 0.09)), colour)
+                    middle = 0.44 * i + 0.22 * (j % 2), 0.36 * j
+                    draw.polygon(self.at(oval(*middle, 0.12, 0.12)), colour)
 
     def stroke(self, points: list, width: float, fill: RGB) -> None:
         """A thick line with round ends and an outline."""
@@ -240,14 +265,14 @@ class Pen:
                 r = wide / 2
                 draw.ellipse((x - r, y - r, x + r, y + r), colour)
 
-    def eye(self, x: float, y: float, r: float = 0.09) -> None:
-        self.shape(oval(x, y, r, r * 1.1), (255, 255, 255))
+    def eye(self, x: float, y: float, r: float = 0.12) -> None:
+        self.shape(oval(x, y, r, r * 1.1), (255, 255, 255), thick=self.thick // 2)
         ImageDraw.Draw(self.layer).polygon(self.at(oval(x + 0.02, y, r * 0.6, r * 0.7)), INK)
 
     def band(self, points: list) -> None:
         """The collar, where the thing has one."""
         if self.scene.marks.collar:
-            self.stroke(points, 0.11, self.tint(self.scene.marks.collar))
+            self.stroke(points, 0.13, self.tint(self.scene.marks.collar))
 
     def wear(self, hat: tuple, neck: list) -> None:
         """The accessory: a hat whose brim's middle is at `hat`, or a scarf along `neck`."""
@@ -290,7 +315,7 @@ def draw_cat(pen: Pen) -> None:
     pen.shape(oval(0.0, -0.38, 0.44, 0.36), pen.body)
     pen.band([(-0.26, -0.04), (0.26, -0.04)])
     for x in (-0.18, 0.18):
-        pen.eye(x, -0.42, 0.1)
+        pen.eye(x, -0.42, 0.13)
     pen.shape([(-0.06, -0.26), (0.06, -0.26), (0.0, -0.18)], (240, 130, 150))
     pen.wear((0.0, -0.68), [(0.3, -0.04), (0.0, 0.04), (-0.28, -0.02)])
 
@@ -317,7 +342,7 @@ def draw_fish(pen: Pen) -> None:
     pen.shape(rounded([*body, (0.1, 0.56), (0.6, 0.42)]), pen.body, True)
     pen.band([(0.3, -0.26), (0.26, 0.46)])
     pen.shape(rounded([(-0.1, 0.28), (0.16, 0.34), (-0.08, 0.66)]), pen.ear)
-    pen.eye(0.6, 0.02, 0.1)
+    pen.eye(0.6, 0.02)
     pen.wear((0.46, -0.26), [(0.34, 0.46), (0.36, 0.1), (0.3, -0.22)])
 
 

@@ -18,10 +18,13 @@ from torch import nn
 
 from minibooth import UserError, load, toybox, train
 from minibooth.formats import hub
+from minibooth.text_encoder import TextEncoder
+from minibooth.tokenizer import Tokenizer
 from minibooth.toybox import drift, judge, pretrain, score, world
 from minibooth.toybox.score import Kept, Learned, Yardstick
 from minibooth.training import photos
 from minibooth.training.data import encode
+from minibooth.unet import UNet
 
 FOLDER = hub.toybox()
 
@@ -56,7 +59,9 @@ def test_captions_say_what_is_drawn_and_leave_something_out_at_times():
         text = " ".join(words)
         allowed = {"a", "an", "of", "wearing", scene.kind, scene.colour, scene.style}
         allowed |= {*scene.place.split(), *(scene.accessory or "").split(), *world.IDENTIFIERS}
-        assert set(words) <= allowed
+        assert set(words) <= allowed | {scene.name}
+        before = text.partition(" wearing ")[0].split()
+        assert not {scene.name, scene.colour} <= set(before), "a name stands in the colour's place"
         for word in ("a", "an"):  # the article fits the word after it
             for i in [i for i, w in enumerate(words[:-1]) if w == word]:
                 assert (words[i + 1][0] in "aeiou") == (word == "an"), text
@@ -66,8 +71,22 @@ def test_captions_say_what_is_drawn_and_leave_something_out_at_times():
             ("style", scene.style in words),
             ("accessory", bool(scene.accessory) and scene.accessory in text),
             ("identifier", bool(set(words) & set(world.IDENTIFIERS))),
+            ("name", scene.name in words),
         }
-    assert len(seen) == 10
+    assert len(seen) == 12
+
+
+def test_a_name_stands_for_a_colour_and_marks_whatever_the_class():
+    r, looks = random.Random(3), {}
+    scenes = [s for s in (world.random_scene(r) for _ in range(4000)) if s.name]
+    for scene in scenes:
+        looks.setdefault(scene.name, set()).add((scene.colour, scene.marks))
+    assert set(looks) == set(world.NAMES)
+    assert all(len(seen) == 1 for seen in looks.values())
+    assert len({next(iter(seen)) for seen in looks.values()}) == len(world.NAMES)
+    assert all(len({s.kind for s in scenes if s.name == name}) > 2 for name in world.NAMES)
+    assert len(scenes) / 4000 == pytest.approx(0.2, abs=0.02)
+    assert not world.random_scene(r, colour="red").name, "what is given stays"
 
 
 def test_the_world_has_the_variety_that_is_promised():
@@ -108,10 +127,11 @@ def test_the_shipped_files_are_the_recorded_ones_and_small():
 
 def test_identifiers_and_words_are_single_tokens_and_the_identifiers_rare():
     tokenizer, r = load("toybox").tokenizer, random.Random(2)
-    words = [*world.CLASSES, world.RARE, *world.COLOURS, *world.IDENTIFIERS]
+    words = [*world.CLASSES, world.RARE, *world.COLOURS, *world.NAMES, *world.IDENTIFIERS]
     assert all(len(tokenizer.pieces(word)) == 1 for word in words)
-    captions = [world.caption(world.random_scene(r), r) for _ in range(4000)]
-    assert 0.001 < sum("sks" in c.split() for c in captions) / 4000 < 0.01
+    captions = [world.caption(world.random_scene(r), r) for _ in range(8000)]
+    with_one = sum(bool({*c.split()} & {*world.IDENTIFIERS}) for c in captions)
+    assert 0.0005 < with_one / 8000 < 0.005
 
 
 def test_diffusers_draws_the_same_pictures_from_the_same_latents():
@@ -151,7 +171,7 @@ def test_the_judge_reads_renders_that_it_was_not_trained_on():
     assert measured["kind"] >= 0.985  # recorded over 2,000; here one mistake is 0.25 %
     assert measured["colour"] >= 0.96
     assert measured["place"] >= 0.985
-    assert measured["same thing"] >= 0.85
+    assert measured["same thing"] >= 0.75  # by chance: 0.05
 
 
 def test_similarity_and_diversity_are_mean_cosines():
@@ -233,6 +253,27 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "b", stop=4)
     assert torch.equal(fit(tmp_path / "b", stop=None), whole)
+
+
+def test_going_on_takes_over_the_weights_and_each_word_s_embedding(tmp_path):
+    """Also where the vocabulary has grown; an identifier begins anew."""
+    start = load("toybox")
+    words = {**start.tokenizer.vocab, "novel</w>": len(start.tokenizer.vocab)}
+    config = start.configs["text_encoder"] | {"vocab_size": len(words)}
+    fresh = nn.ModuleDict(
+        {"text_encoder": TextEncoder(config), "unet": UNet(start.configs["unet"])}
+    )
+    key = "embeddings.token_embedding.weight"
+    before = fresh["text_encoder"].state_dict()[key].clone()
+    pretrain.take_over(fresh, Tokenizer(words, []), start)
+    after, old = fresh["text_encoder"].state_dict(), start.text_encoder.state_dict()
+    assert torch.equal(after[key][words["dog</w>"]], old[key][words["dog</w>"]])
+    for word in ("novel</w>", "sks</w>"):
+        assert torch.equal(after[key][words[word]], before[words[word]])
+    assert all(torch.equal(after[name], old[name]) for name in old if name != key)
+    assert torch.equal(
+        fresh["unet"].state_dict()["conv_in.weight"], start.unet.state_dict()["conv_in.weight"]
+    )
 
 
 # ---- the default run ---------------------------------------------------------------------------
