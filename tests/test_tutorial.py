@@ -315,7 +315,9 @@ def test_the_drift_table_of_the_readme_is_what_was_measured():
     shown = table((ROOT / "README.md").read_text("utf-8"), "| | held-out fidelity |")
     assert shown.pop("") == ["held-out fidelity", "prompt fidelity", *columns[2:]]
     measured = drift_means()
-    assert shown == {arm: [f"{round(m[c], 2) + 0.0:.2f}" for c in columns] for arm, m in measured.items()}
+    assert shown == {
+        arm: [f"{round(m[c], 2) + 0.0:.2f}" for c in columns] for arm, m in measured.items()
+    }
 
 
 def test_the_table_of_methods_is_what_was_measured():
