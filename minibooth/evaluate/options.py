@@ -9,6 +9,7 @@ from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
 from ..formats import hub
+from ..toybox import score
 from ..training.settings import TrainConfig
 
 
@@ -83,8 +84,8 @@ def toybox_settings(given: dict) -> dict:
     run = toybox.default_run()
     settings = {
         "judge": "toybox",
-        "steps": run["validation_inference_steps"],
-        "guidance_scale": run["validation_guidance_scale"],
+        "steps": score.STEPS,
+        "guidance_scale": score.GUIDANCE,
         "batch_size": run["sample_batch_size"],
     }
     return settings | ({"data": str(hub.toybox() / "subjects")} if "model" in given else {})
