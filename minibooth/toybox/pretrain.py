@@ -1,9 +1,10 @@
-"""python -m minibooth.toybox.pretrain: train the toybox's Stable Diffusion from nothing.
+"""python -m minibooth.toybox.pretrain: train the toybox's model, from nothing or further.
 
 First the autoencoder, as with the big one; then, on its latents, the UNet, and with it the text
 encoder, which for the big one was taken ready from CLIP. The networks, the tokenizer and the noise
 schedule are those of the rest of the package, only smaller. Every stage is kept in `work_dir` and
-goes on where it was stopped.
+goes on where it was stopped. With `--start_from toybox` it begins with the shipped weights, and the
+numbers of steps are those by which these went on from an edition before them.
 """
 
 import copy
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from .. import dreambooth, pipeline
 from ..common import cli
 from ..common.cli import option
+from ..common.errors import UserError
 from ..common.files import atomic, write_text
 from ..dreambooth import Term, min_snr_weight
 from ..formats.configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
@@ -521,6 +523,15 @@ sha256:
 # ---- the command -------------------------------------------------------------------------------
 
 
+def check_start(start_from: str) -> None:
+    """Raises UserError for what is no model, or none of the toybox's size."""
+    found, own = pipeline.load(start_from).configs, {"unet": UNET_CONFIG, "vae": VAE_CONFIG}
+    for name, config in own.items():
+        for field in ("block_out_channels", "layers_per_block", "latent_channels"):
+            if found[name].get(field) != config.get(field):
+                raise UserError(f"{start_from} is not of the toybox's size: {name}, {field}")
+
+
 def pretrain(config: PretrainConfig) -> None:
     """Run all stages, or what is left of them, and write the model (fp16) to output_dir. Raises
     UserError for settings that cannot work."""
@@ -529,6 +540,8 @@ def pretrain(config: PretrainConfig) -> None:
     cli.check_at_least_one(config, names)
     for name in ("output_dir", "work_dir"):
         cli.check_folder(f"--{name}", getattr(config, name))
+    if config.start_from:
+        check_start(config.start_from)
     folder = Path(config.output_dir)
     pictures = render_all(config)
     vae = train_vae(config, pictures)
@@ -550,7 +563,7 @@ def main() -> None:
         cli.parse(
             PretrainConfig,
             "minibooth.toybox.pretrain",
-            "Train the toybox from nothing: autoencoder, text encoder and UNet, and its judge.",
+            "Train the toybox: autoencoder, text encoder and UNet, and its judge.",
         )
     )
 

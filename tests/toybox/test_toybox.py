@@ -386,12 +386,15 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_done(tmp_path)
     (tmp_path / "file").touch()
     file, missing = str(tmp_path / "file"), str(tmp_path / "not there yet")
     pretraining = {"work_dir": missing, "output_dir": missing}
+    tiny = str(tmp_path / "tiny")
+    runs.model().save(tiny)
     for run, config, message in (
         (drift.run, drift.DriftConfig(missing, seeds=0), "--seeds must be at least 1"),
         (drift.run, drift.DriftConfig(file), "is a file"),
         (judge.make, judge.JudgeConfig(file), "is a file"),
         (pretrain.pretrain, pretrain.PretrainConfig(**pretraining, vae_steps=0), "--vae_steps"),
         (pretrain.pretrain, pretrain.PretrainConfig(**pretraining | {"work_dir": file}), "is a f"),
+        (pretrain.pretrain, pretrain.PretrainConfig(**pretraining, start_from=tiny), "'s size"),
     ):
         with pytest.raises(UserError, match=message):
             run(config)
