@@ -333,7 +333,7 @@ def test_the_table_of_methods_is_what_was_measured():
         assert runs[name]["seed"] == ["0", "1", "2"]
         for column, cell in zip(columns, cells, strict=True):
             values = sorted(float(x) for x in runs[name][column] if x)
-            numbers = [float(x) for x in re.findall(r"[\d.]+", cell.replace(",", ""))]
+            numbers = [float(x) for x in re.findall(r"-?[\d.]+", cell.replace(",", ""))]
             assert len(values) == (3 if numbers else 0)
             wanted = [values[1], values[0], values[2]][: len(numbers)] if numbers else []
             assert numbers == pytest.approx(wanted, abs=0.5 if column in WHOLE else 0.00501)
