@@ -118,25 +118,25 @@ def make_optimizer(run: Run) -> Update:
 def one_update(
     loss_of: Loss, adam: Update, accumulate: int, on_step: Watcher | None = None
 ) -> Callable[..., Tensor]:
-    """A training step: a function of its number, the learning rates' warm-up and the `accumulate`
-    batches drawn for it. It returns (4,): the loss, its two terms, the gradients' norm.
+    """A training step: a function of its number, what multiplies the learning rates, and the
+    `accumulate` batches drawn for it. It returns (4,): the loss, its two terms, the gradients' norm.
 
     Tensors in, tensor out, and nothing waits for the device, so that it can be captured.
     """
 
-    def update(step: Tensor, warm_up: Tensor, *drawn: Tensor) -> Tensor:
+    def update(step: Tensor, rate: Tensor, *drawn: Tensor) -> Tensor:
         losses, size = [], len(drawn) // accumulate
         batches = [drawn[first : first + size] for first in range(0, len(drawn), size)]
         for batch in ranks.each(loss_of, batches):
             result = loss_of(batch)
             loss = result.loss
-            adam.start(loss, warm_up)
+            adam.start(loss, rate)
             (loss * adam.scale / accumulate).backward()
             losses.append(torch.stack([loss, result.loss_instance, result.loss_prior]).detach())
             if on_step:
                 on_step(int(step), result)
         means = ranks.mean(torch.stack(losses).mean(dim=0))  # (3,)
-        norm = adam.apply(step, means[0], warm_up)
+        norm = adam.apply(step, means[0], rate)
         return torch.cat([means, norm[None]])
 
     return update
@@ -168,14 +168,15 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     if adam.capturable and not on_step:  # who looks on wants to see what the step leaves behind
         adam.allocate()
         update = graphs.captured(update, run.device, undo=adam.forget)
+    schedule = config.max_train_steps, config.lr_warmup_steps, config.lr_scheduler
     log = report.LossLog(folder, config.max_train_steps, done, run.device, run.events)
     with log, stop.between_steps() as stopping:
         for step in range(done + 1, config.max_train_steps + 1):
-            warm_up = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-            numbers = (to_device(torch.tensor(float(x)), run.device) for x in (step, warm_up))
+            rate = optimizer.rate(step, *schedule)
+            numbers = (to_device(torch.tensor(float(x)), run.device) for x in (step, rate))
             ns = range((step - 1) * accumulate, step * accumulate)
             losses = update(*numbers, *(x for n in ns for x in batches.draw(n)))
-            log.add(step, config.learning_rate * warm_up, losses)
+            log.add(step, config.learning_rate * rate, losses)
 
             last = step == config.max_train_steps or stopping.heard()
             save = step % config.checkpointing_steps == 0

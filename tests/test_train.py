@@ -12,6 +12,7 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from PIL import Image
 
@@ -19,7 +20,25 @@ from minibooth import UserError, dreambooth, load, train
 from minibooth.training import class_images, data, photos, report
 from minibooth.training.data import Latents, draw_term, pick, rng
 from minibooth.training.grids import Grids
-from minibooth.training.optimizer import Precision, Update
+from minibooth.training.optimizer import Precision, Update, rate
+
+# ---- the learning rate -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warm_up", [0, 3])
+def test_learning_rates_follow_diffusers_schedules(name, warm_up):
+    adam = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    peer = get_scheduler(name, adam, None, warm_up, 10).lr_lambdas[0]
+    found = [rate(step, 10, warm_up, name) for step in range(1, 11)]
+    assert found[:warm_up] == [step / warm_up for step in range(1, warm_up + 1)]
+    assert found[warm_up:] == pytest.approx([peer(done) for done in range(warm_up, 10)])
+
+
+@pytest.mark.parametrize("warm_up", [10, 12])
+def test_a_warm_up_may_last_as_long_as_the_run(warm_up):
+    assert [rate(step, 10, warm_up) for step in (1, 10)] == [1 / warm_up, 10 / warm_up]
+
 
 # ---- the whole loop ----------------------------------------------------------------------------
 
@@ -32,8 +51,8 @@ def independent_loop(config, kind):
     unet, text_encoder = pipe.unet.train(), pipe.text_encoder
     groups = [{"params": list(unet.parameters()), "lr": config.learning_rate}]
     if config.train_text_encoder:
-        rate = config.text_encoder_learning_rate
-        groups.append({"params": list(text_encoder.parameters()), "lr": rate})
+        slower = config.text_encoder_learning_rate
+        groups.append({"params": list(text_encoder.parameters()), "lr": slower})
     for group in groups:
         group["initial"] = group["lr"]
     weights = [p for group in groups for p in group["params"]]
@@ -57,7 +76,8 @@ def independent_loop(config, kind):
         drawn = class_images_of(config)
         assert len(drawn) == config.num_class_images
         data["class"] = (latents(drawn), config.class_prompt)
-
+    warm_up, last = config.lr_warmup_steps, config.max_train_steps
+    schedule = get_scheduler(config.lr_scheduler, adam, None, warm_up, last)
     for step in range(1, config.max_train_steps + 1):
         for n in range(
             (step - 1) * config.gradient_accumulation_steps,
@@ -81,7 +101,10 @@ def independent_loop(config, kind):
             (loss / config.gradient_accumulation_steps).backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         for group in adam.param_groups:
-            group["lr"] = group["initial"] * min(1, step / max(1, config.lr_warmup_steps))
+            if step <= warm_up:  # diffusers' first update has the rate 0
+                group["lr"] = group["initial"] * step / warm_up
+            else:
+                group["lr"] = group["initial"] * schedule.lr_lambdas[0](step - 1)
         adam.step()
         adam.zero_grad()
     return {"unet": unet, "text_encoder": text_encoder}, norm
@@ -113,6 +136,7 @@ CASES = {
     "text encoder": {"train_text_encoder": True},
     "accumulation": {"gradient_accumulation_steps": 2},
     "warm-up and weight decay": {"lr_warmup_steps": 3, "adam_weight_decay": 20.0},
+    "falling rate": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "max_train_steps": 3},
     "min-SNR": {"snr_gamma": 5.0, "train_batch_size": 2},
     "v, trained text": {"kind": "sd2", "train_text_encoder": True},
     "v, min-SNR": {"kind": "sd2", "snr_gamma": 5.0},

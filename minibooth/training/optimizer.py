@@ -18,6 +18,19 @@ from .settings import TrainConfig
 GROWTH_INTERVAL = 2000  # good steps after which fp16's loss scale doubles
 
 
+def rate(step: int, last: int, warm_up: int = 0, schedule: str = "cosine") -> float:
+    """What the learning rates are multiplied by in update `step`, of 1 … `last`.
+
+    It rises to 1 over the first `warm_up` updates. From there it is constant, or falls to 0 along a
+    line ("linear") or half a cosine: diffusers' schedules of these names.
+    """
+    if step <= warm_up:
+        return step / warm_up
+    done = (step - 1 - warm_up) / (last - warm_up)
+    falling = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return falling[schedule]
+
+
 class Precision:
     """The one rule: weights, gradients and optimizer in fp32; the networks compute in `name`.
 
@@ -222,7 +235,7 @@ class Update:
         numbers yet."""
         self.adam.zero_grad()
 
-    def start(self, loss: Tensor, warm_up: float | Tensor) -> None:
+    def start(self, loss: Tensor, rate: float | Tensor) -> None:
         """Before the backward pass: for those who update in it."""
 
     def release(self) -> None:
@@ -230,9 +243,9 @@ class Update:
         self.forget()
         self.adam.state.clear()
 
-    def apply(self, step: int | Tensor, loss: Tensor, warm_up: float | Tensor) -> Tensor:
+    def apply(self, step: int | Tensor, loss: Tensor, rate: float | Tensor) -> Tensor:
         """Update the weights from the gradients of `scale · loss`; the gradients' norm before
-        clipping, (). `warm_up` multiplies the learning rates."""
+        clipping, (). `rate` multiplies the learning rates."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters]) / self.scale
         clip = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)  # what gradients are divided by
         overflow = ~norm.isfinite()
@@ -241,7 +254,7 @@ class Update:
         skip = overflow | (self.bad_step >= 0)
 
         for group in self.adam.param_groups:
-            group["lr"].fill_(group["base_lr"] * warm_up)
+            group["lr"].fill_(group["base_lr"] * rate)
         # The fused kernel divides by grad_scale, and does nothing where found_inf is 1.
         self.adam.grad_scale, self.adam.found_inf = self.scale * clip, skip.float()
         self.adam.step()
@@ -301,12 +314,12 @@ class UpdateInBackward(Update):
         for hook in self.hooks:
             hook.remove()
 
-    def start(self, loss: Tensor, warm_up: float | Tensor) -> None:
+    def start(self, loss: Tensor, rate: float | Tensor) -> None:
         self.active = True
         self.skip.copy_(~loss.isfinite() | (self.bad_step >= 0))
         self.square.zero_()
         for group in self.adam.param_groups:
-            group["lr"].fill_(group["base_lr"] * warm_up)
+            group["lr"].fill_(group["base_lr"] * rate)
         self.adam.found_inf = self.skip
         if self.eight_bit:
             self.adam.fetch()
@@ -325,7 +338,7 @@ class UpdateInBackward(Update):
             self.adam.update(parameter)
         parameter.grad = None
 
-    def apply(self, step: int | Tensor, loss: Tensor, warm_up: float | Tensor) -> Tensor:
+    def apply(self, step: int | Tensor, loss: Tensor, rate: float | Tensor) -> Tensor:
         self.active = False
         bad = (self.skip > 0) & (self.bad_step < 0)
         self.bad_step.copy_(torch.where(bad, step, self.bad_step))

@@ -104,7 +104,8 @@ def load(run: Path) -> State | None:
     for folder in steps(run):
         try:
             identity = json.loads(read_text(folder / "identity.json"))
-            identity = {"method": "dreambooth"} | identity  # the only one there was at first
+            at_first = {"method": "dreambooth", "lr_scheduler": "constant"}  # there was no other
+            identity = at_first | identity
             tensors, _ = read_tensors(folder / "state.safetensors")
             return State(int(folder.name.removeprefix("step-")), tensors, identity)
         except (OSError, ValueError, UserError) as e:
@@ -152,7 +153,7 @@ def identify(
 ) -> dict:
     """What must be the same when a run goes on, but for the class images."""
     names = ("instance_prompt", "class_prompt", "prior_loss_weight", "seed", "learning_rate")
-    names += ("lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
+    names += ("lr_scheduler", "lr_warmup_steps", "train_text_encoder", "text_encoder_learning_rate")
     names += ("gradient_accumulation_steps", "adam_weight_decay")
     names += ("use_8bit_adam", "optimizer_in_backward", "max_grad_norm", "snr_gamma")
     names += ("random_flip", "num_class_images", "method")

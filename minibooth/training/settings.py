@@ -101,6 +101,11 @@ class TrainConfig:
 
     max_train_steps: int = option(800, "updates of the weights")
     learning_rate: float = option(5e-6, "of the UNet, or of the new word")
+    lr_scheduler: str = option(
+        "constant",
+        "the learning rates after their warm-up: constant, or falling to 0 with the last update",
+        choices=("constant", "linear", "cosine"),
+    )
     lr_warmup_steps: int = option(0, "updates over which the learning rates rise from 0")
     train_text_encoder: bool = option(
         False, "train the text encoder too: helps faces, needs memory"

@@ -31,7 +31,8 @@ VARIANTS = {
     "text encoder trained": {
         "train_text_encoder": True,
         "gradient_accumulation_steps": 2,
-        "lr_warmup_steps": 4,
+        "lr_warmup_steps": 2,
+        "lr_scheduler": "cosine",
     },
 }
 
