@@ -69,12 +69,8 @@ def extract(name: str, seed: int) -> None:
     if (folder / "scores.json").exists():
         return
     base, other = load("toybox"), load(tuned)
-    found = {
-        network: lora.extract(base.networks[network], other.networks[network], EXTRACTED[name])
-        for network in ("unet", "text_encoder")
-    }
-    of_network = {network: e.adapters for network, e in found.items()}
-    adapters.write_diffusers_lora(folder, base.networks, of_network)
+    found = lora.extract(base.unet, other.unet, EXTRACTED[name])
+    adapters.write_diffusers_lora(folder, base.networks, {"unet": found.adapters})
     config = TrainConfig(**cli.read_config(tuned / "config.json", TrainConfig))
     config = replace(config, class_data_dir=str(tuned / "class_images"))
     score.after_run(model(name, seed), replace(config, output_dir=str(folder)))
@@ -98,8 +94,8 @@ def measured(name: str, seed: int) -> dict[str, float | str]:
     scores = json.loads((folder / "scores.json").read_text())
     subject, of_class = scores["subject"], scores["class after"]
     written = [folder / file for file in FILES if (folder / file).exists()]
-    if name == ALL:  # no small file, but the networks that were trained
-        written = [*folder.glob("unet/*.safetensors"), *folder.glob("text_encoder/*.safetensors")]
+    if name == ALL:  # no small file, but the network that was trained
+        written = [*folder.glob("unet/*.safetensors")]
     numbers = sum(t.numel() for file in written for t in read_tensors(file)[0].values())
     cost = {} if name in EXTRACTED else json.loads((folder / "cost.json").read_text())
     found = {

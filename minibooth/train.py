@@ -119,7 +119,8 @@ def one_update(
     loss_of: Loss, adam: Update, accumulate: int, on_step: Watcher | None = None
 ) -> Callable[..., Tensor]:
     """A training step: a function of its number, what multiplies the learning rates, and the
-    `accumulate` batches drawn for it. It returns (4,): the loss, its two terms, the gradients' norm.
+    `accumulate` batches drawn for it. It returns (4,): the loss, its two terms, the norm of the
+    gradients.
 
     Tensors in, tensor out, and nothing waits for the device, so that it can be captured.
     """

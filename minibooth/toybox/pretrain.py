@@ -89,7 +89,7 @@ class PretrainConfig:
     start_from: str = option("", "a toybox whose weights to go on from; without one, from nothing")
     work_dir: str = option("toybox-work", "where pictures, stages and sample grids are kept")
     pictures: int = option(28_000, "rendered pictures to train on")
-    vae_steps: int = option(3000, "updates of the autoencoder")
+    vae_steps: int = option(3000, "updates of the autoencoder; 0 keeps that of start_from")
     vae_learning_rate: float = option(1e-3, "of the autoencoder, falling to 0 along a cosine")
     vae_whole_steps: int = option(2500, "its updates after that, on whole pictures only")
     vae_whole_learning_rate: float = option(7e-4, "in these, falling likewise")
@@ -257,6 +257,8 @@ def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
     vae = VAE(VAE_CONFIG)
     if config.start_from:
         vae.load_state_dict(pipeline.load(config.start_from).vae.state_dict())
+    if not config.vae_steps:
+        return vae.to(cli.pick_device(config.device)).requires_grad_(False)
     vae.to(cli.pick_device(config.device))
     vae = fit_vae(config, "vae", vae, pictures, share_of_crops=0.9)
     vae = copy.deepcopy(vae).requires_grad_(True)
@@ -311,9 +313,13 @@ def encode_all(config: PretrainConfig, vae: VAE, pictures: Tensor) -> tuple[Tens
 
 
 def train_tokenizer(config: PretrainConfig) -> Tokenizer:
-    """Byte-pair merges as CLIP's were made: from the captions, most frequent pair first."""
+    """Byte-pair merges as CLIP's were made: from the captions, most frequent pair first.
+
+    And from the identifiers, in no caption: each is one token, whose embedding stays random.
+    """
     r = random.Random(f"{config.seed} words")
     captions = [world.caption(world.random_scene(r), r) for _ in range(20_000)]
+    captions += 100 * [*world.IDENTIFIERS]
     alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate([*alphabet, *(c + "</w>" for c in alphabet)])}
     blank = Tokenizer({**vocab, BOS: len(vocab), EOS: len(vocab) + 1}, []).bpe
@@ -334,7 +340,7 @@ def train_tokenizer(config: PretrainConfig) -> Tokenizer:
 @torch.no_grad()
 def take_over(networks: nn.ModuleDict, tokenizer: Tokenizer, start: StableDiffusion) -> None:
     """The weights of `start`, also where its vocabulary is another: a token keeps its embedding,
-    but for identifiers, which are to say nothing yet."""
+    but for identifiers, which have a random one."""
     networks["unet"].load_state_dict(start.unet.state_dict())
     old = start.text_encoder.state_dict()
     key = "embeddings.token_embedding.weight"
@@ -458,9 +464,12 @@ def model_card(config: PretrainConfig, found: dict[str, float], accuracy: dict[s
     """README.md of the model: the command, time and machine, quality, and every file's sha256."""
     folder, work = Path(config.output_dir), Path(config.work_dir)
     minutes = {
-        name: torch.load(work / f"{name}.pt", weights_only=True)["seconds"] / 60
-        for name in ("vae", "vae-whole", "unet")
+        stage: torch.load(work / f"{stage}.pt", weights_only=True)["seconds"] / 60
+        for stage in (("vae", "vae-whole", "unet") if config.vae_steps else ("unet",))
     }
+    spent = f"{minutes.pop('unet'):.0f} minutes for text encoder and UNet"
+    if minutes:
+        spent = f"{sum(minutes.values()):.0f} minutes for the autoencoder and\n{spent}"
     given = [
         f"--{f.name} {getattr(config, f.name)}"
         for f in fields(config)
@@ -499,8 +508,7 @@ Made by
     {" ".join(["python -m minibooth.toybox.pretrain", *given])}
 
 on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}, in
-{minutes["vae"] + minutes["vae-whole"]:.0f} minutes for the autoencoder and
-{minutes["unet"]:.0f} for text encoder and UNet. The pictures are rendered by
+{spent}. The pictures are rendered by
 `minibooth/toybox/world.py`; no other data went in.
 
 ![samples](samples.png)
@@ -536,8 +544,9 @@ def pretrain(config: PretrainConfig) -> None:
     """Run all stages, or what is left of them, and write the model (fp16) to output_dir. Raises
     UserError for settings that cannot work."""
     cli.check_choices(config)
-    names = ("pictures", "vae_steps", "vae_whole_steps", "steps", "batch_size")
-    cli.check_at_least_one(config, names)
+    cli.check_at_least_one(config, ("pictures", "vae_whole_steps", "steps", "batch_size"))
+    if config.vae_steps < (0 if config.start_from else 1):
+        raise UserError("--vae_steps must be at least 1; with --start_from, at least 0")
     for name in ("output_dir", "work_dir"):
         cli.check_folder(f"--{name}", getattr(config, name))
     if config.start_from:

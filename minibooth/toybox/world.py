@@ -29,7 +29,7 @@ PLACES = (
 ACCESSORIES = ("a red hat", "a green scarf")
 STYLES = ("photo", "drawing")
 NEON = "neon"  # a style that no caption knows: a subject
-IDENTIFIERS = ("sks", "ohwx", "zwx", "qvb")  # words that say nothing
+IDENTIFIERS = ("sks", "ohwx", "zwx", "qvb")  # words that are in no caption
 NAMES = tuple(
     a + b
     for a in ("ba", "do", "fi", "ku", "le", "mo", "ni", "su")
@@ -148,15 +148,12 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """What one might write beside the picture: "a drawing of a red dog in the snow".
 
     Style, colour, accessory and place are each left out at times, so that "a dog" stands for all
-    dogs. A name says what colour and marks are; one caption in 500 holds an identifier, a rare word
-    that says nothing.
+    dogs. A name says what colour and marks are.
     """
     if scene.name and rng.random() < 0.8:
         words = [scene.name, scene.kind]
     else:
-        colour = scene.colour if rng.random() < 0.75 else None
-        identifier = rng.choice(IDENTIFIERS) if rng.random() < 0.002 else None
-        words = [w for w in (identifier, colour, scene.kind) if w]
+        words = [scene.colour, scene.kind] if rng.random() < 0.75 else [scene.kind]
     text = f"{article(words[0])} {' '.join(words)}"
     if scene.accessory and rng.random() < 0.9:
         text += f" wearing {scene.accessory}"

@@ -144,8 +144,8 @@ def test_other_methods_have_rows_of_their_own(toybox_folder, training, tmp_path,
             {"method": "textual_inversion", "learning_rate": 1.0, "max_train_steps": 9},
             {
                 "textual_inversion": (1.0, 9, 4),
-                "lora": (2e-3, 200, 16),
-                "dreambooth": (2e-4, 200, 4),
+                "lora": (4e-3, 240, 16),
+                "dreambooth": (7e-4, 240, 4),
             },
         ),
     ],
@@ -347,7 +347,7 @@ def test_the_settings_of_the_toybox_are_its_own(toybox, monkeypatch, capsys, tra
     assert "data" not in program.toybox_settings({"generated": "toybox"})
     config = protocol.DatasetConfig(model="toybox", data=str(toybox / "subjects"))
     settings = protocol.training_settings(config, "dreambooth")
-    assert settings["max_train_steps"] == 200 and settings["train_batch_size"] == 4
+    assert settings["max_train_steps"] == 240 and settings["train_batch_size"] == 4
     assert settings["model"] == str(toybox) and settings["num_validation_images"] == 0
     (tmp_path / "c.json").write_text('{"prior_loss_weight": 0.0}')
     changed = [*command(training, tmp_path / "x"), "--train_config", str(tmp_path / "c.json")]

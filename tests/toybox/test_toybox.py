@@ -58,7 +58,7 @@ def test_captions_say_what_is_drawn_and_leave_something_out_at_times():
         words = world.caption(scene, r).split()
         text = " ".join(words)
         allowed = {"a", "an", "of", "wearing", scene.kind, scene.colour, scene.style}
-        allowed |= {*scene.place.split(), *(scene.accessory or "").split(), *world.IDENTIFIERS}
+        allowed |= {*scene.place.split(), *(scene.accessory or "").split()}
         assert set(words) <= allowed | {scene.name}
         before = text.partition(" wearing ")[0].split()
         assert not {scene.name, scene.colour} <= set(before), "a name stands in the colour's place"
@@ -70,10 +70,9 @@ def test_captions_say_what_is_drawn_and_leave_something_out_at_times():
             ("place", scene.place in text),
             ("style", scene.style in words),
             ("accessory", bool(scene.accessory) and scene.accessory in text),
-            ("identifier", bool(set(words) & set(world.IDENTIFIERS))),
             ("name", scene.name in words),
         }
-    assert len(seen) == 12
+    assert len(seen) == 10
 
 
 def test_a_name_stands_for_a_colour_and_marks_whatever_the_class():
@@ -125,13 +124,17 @@ def test_the_shipped_files_are_the_recorded_ones_and_small():
     assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) <= 24e6
 
 
-def test_identifiers_and_words_are_single_tokens_and_the_identifiers_rare():
-    tokenizer, r = load("toybox").tokenizer, random.Random(2)
-    words = [*world.CLASSES, world.RARE, *world.COLOURS, *world.NAMES, *world.IDENTIFIERS]
-    assert all(len(tokenizer.pieces(word)) == 1 for word in words)
-    captions = [world.caption(world.random_scene(r), r) for _ in range(8000)]
-    with_one = sum(bool({*c.split()} & {*world.IDENTIFIERS}) for c in captions)
-    assert 0.0005 < with_one / 8000 < 0.005
+def test_words_and_identifiers_are_single_tokens_and_an_identifier_s_embedding_is_untrained():
+    """So that the UNet listens to it: it has not learned that it says nothing."""
+    sd = load("toybox")
+    words = [*world.CLASSES, world.RARE, *world.COLOURS, *world.NAMES]
+    assert all(len(sd.tokenizer.pieces(word)) == 1 for word in [*words, *world.IDENTIFIERS])
+    embedding = sd.text_encoder.embeddings["token_embedding"].weight
+    for word in world.IDENTIFIERS:  # as nn.init.normal_ left it, but for a little weight decay
+        assert embedding[sd.tokenizer.vocab[f"{word}</w>"]].std().item() == pytest.approx(
+            0.02, abs=0.005
+        )
+    assert embedding[sd.tokenizer.vocab["dog</w>"]].std() > 0.05
 
 
 def test_diffusers_draws_the_same_pictures_from_the_same_latents():
@@ -276,6 +279,16 @@ def test_going_on_takes_over_the_weights_and_each_word_s_embedding(tmp_path):
     )
 
 
+def test_no_steps_for_the_vae_keep_that_of_the_start(tmp_path):
+    config = pretrain.PretrainConfig(start_from="toybox", vae_steps=0, work_dir=str(tmp_path))
+    kept, start = pretrain.train_vae(config, torch.empty(0)), load("toybox").vae
+    assert all(
+        torch.equal(a, b) for a, b in zip(kept.parameters(), start.parameters(), strict=True)
+    )
+    assert not any(p.requires_grad for p in kept.parameters())
+    assert not any(tmp_path.iterdir())
+
+
 # ---- the default run ---------------------------------------------------------------------------
 
 
@@ -295,7 +308,7 @@ def test_the_program_without_a_model_trains_the_toybox(tmp_path, monkeypatch, ca
     for line in ("subject fidelity", "prompt fidelity", "class kept", "diversity"):
         assert f"\n{line}" in out
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (settings["model"], settings["learning_rate"]) == ("toybox", 2e-4)
+    assert (settings["model"], settings["learning_rate"]) == ("toybox", 7e-4)
     assert Path(settings["instance_data_dir"]).name == "spotted_dog"
     assert Image.open(tmp_path / "out" / "before_after.png").width > 300
     found = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -316,7 +329,7 @@ def test_the_toyboxs_settings_give_way_to_what_is_said():
     assert toybox.train_settings({"model": "elsewhere"}) == {}
     assert toybox.train_settings({"config": "c.json"}) == {}
     other = toybox.train_settings({"model": "toybox", "instance_data_dir": "d"})
-    assert other["learning_rate"] == 2e-4
+    assert other["learning_rate"] == 7e-4
     assert "instance_prompt" not in other
 
 
@@ -327,7 +340,7 @@ def test_the_toyboxs_settings_give_way_to_what_is_said():
 def test_the_experiments_training_is_the_training_programs(tmp_path, prior_loss_weight):
     folder = runs.photographs()
     settings = {"train_batch_size": 2, "prior_loss_weight": prior_loss_weight, "seed": 4}
-    settings |= {"train_text_encoder": True, "class_data_dir": None}
+    settings |= {"lr_scheduler": "cosine", "class_data_dir": None}
     config = runs.config(tmp_path / "run", **settings)
     expected = train.train(config).tensors()
 
@@ -339,16 +352,12 @@ def test_the_experiments_training_is_the_training_programs(tmp_path, prior_loss_
         files = photos.load_photos(tmp_path / "run" / "class_images", 32)
         prior = encode(sd, files, False, "class images")
     arm = drift.Arm("arm", prior_loss_weight, 2, "a sks dog")
-    same = drift.DriftConfig(
-        steps=config.max_train_steps,
-        learning_rate=config.learning_rate,
-        text_encoder_learning_rate=config.text_encoder_learning_rate,
-    )
+    same = drift.DriftConfig(steps=config.max_train_steps, learning_rate=config.learning_rate)
     found = drift.finetune(sd, arm, instance, prior, "a dog", same, 4, lambda: None)
     for name, before in sd.tensors().items():
         after = found.tensors()[name]
         torch.testing.assert_close(after, expected[name], rtol=1e-5, atol=1e-7)
-        assert torch.equal(runs.flat(after), runs.flat(before)) == (name == "vae")
+        assert torch.equal(runs.flat(after), runs.flat(before)) == (name != "unet")
 
 
 def results(**arms):
@@ -386,13 +395,14 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_done(tmp_path)
     (tmp_path / "file").touch()
     file, missing = str(tmp_path / "file"), str(tmp_path / "not there yet")
     pretraining = {"work_dir": missing, "output_dir": missing}
-    tiny = str(tmp_path / "tiny")
+    tiny, going_on = str(tmp_path / "tiny"), {**pretraining, "start_from": "toybox"}
     runs.model().save(tiny)
     for run, config, message in (
         (drift.run, drift.DriftConfig(missing, seeds=0), "--seeds must be at least 1"),
         (drift.run, drift.DriftConfig(file), "is a file"),
         (judge.make, judge.JudgeConfig(file), "is a file"),
         (pretrain.pretrain, pretrain.PretrainConfig(**pretraining, vae_steps=0), "--vae_steps"),
+        (pretrain.pretrain, pretrain.PretrainConfig(**going_on, vae_steps=-1), "--vae_steps"),
         (pretrain.pretrain, pretrain.PretrainConfig(**pretraining | {"work_dir": file}), "is a f"),
         (pretrain.pretrain, pretrain.PretrainConfig(**pretraining, start_from=tiny), "'s size"),
     ):
