@@ -100,7 +100,7 @@ def test_other_methods_have_rows_of_their_own(toybox_folder, training, tmp_path,
     program.main()
     small, word = asked
     assert (small.method, small.instance_prompt, small.uses_prior) == ("lora", "a sks dog", True)
-    assert small.rank == 16 and small.learning_rate == 2e-3  # the toybox's, not the file's
+    assert small.rank == 16 and small.learning_rate == 4e-3  # the toybox's, not the file's
     assert (small.max_train_steps, small.num_class_images, small.class_steps) == (2, 2, 1)
     assert (word.method, word.instance_prompt, word.uses_prior) == (
         "textual_inversion",
