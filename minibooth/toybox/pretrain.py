@@ -3,8 +3,8 @@
 First the autoencoder, as with the big one; then, on its latents, the UNet, and with it the text
 encoder, which for the big one was taken ready from CLIP. The networks, the tokenizer and the noise
 schedule are those of the rest of the package, only smaller. Every stage is kept in `work_dir` and
-goes on where it was stopped. With `--start_from toybox` it begins with the shipped weights, and the
-numbers of steps are those by which these went on from an edition before them.
+goes on where it was stopped. With `--start_from toybox` it begins with the shipped weights;
+weights/toybox/README.md says by which commands, one after the other, these were made.
 """
 
 import copy
@@ -252,7 +252,8 @@ def fit_vae(
 
 
 def train_vae(config: PretrainConfig, pictures: Tensor) -> VAE:
-    """Mostly on crops, then once more from the start of a cosine on whole pictures."""
+    """Mostly on crops, then once more from the start of a cosine on whole pictures; without steps,
+    that of start_from as it is."""
     torch.manual_seed(config.seed)
     vae = VAE(VAE_CONFIG)
     if config.start_from:
