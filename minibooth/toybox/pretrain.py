@@ -501,8 +501,8 @@ tags: [text-to-image, stable-diffusion, minibooth]
 
 # The toybox
 
-A small Stable Diffusion of a drawn world, pretrained from nothing for minibooth: 64 × 64 pixels,
-latents of 16 × 16 × 4. It stands in the public layout and loads wherever the big one does.
+A small Stable Diffusion of a drawn world, pretrained for minibooth: 64 × 64 pixels, latents of
+16 × 16 × 4. It stands in the public layout and loads wherever the big one does.
 
 Made by
 
