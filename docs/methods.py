@@ -135,7 +135,12 @@ def picture() -> None:
         word = "a <sks>" if name == WORD else "a sks dog"
         prompts = [word + where for where in SHOWN for _ in range(3)]
         drawn = model(name, 0).generate(
-            prompts, steps=score.STEPS, guidance_scale=score.GUIDANCE, seed=0, batch_size=3
+            prompts,
+            sampler=score.SAMPLER,
+            steps=score.STEPS,
+            guidance_scale=score.GUIDANCE,
+            seed=0,
+            batch_size=3,
         )
         rows.append(drawn)
     headings = [f"…{where}" if i == 1 else "" for where in SHOWN for i in range(3)]

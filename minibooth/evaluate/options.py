@@ -84,7 +84,7 @@ def toybox_settings(given: dict) -> dict:
     run = toybox.default_run()
     settings = {
         "judge": "toybox",
-        "steps": score.STEPS,
+        "steps": 25,
         "guidance_scale": score.GUIDANCE,
         "batch_size": run["sample_batch_size"],
     }

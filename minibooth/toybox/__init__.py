@@ -20,11 +20,11 @@ def default_run() -> dict:
         "instance_data_dir": str(folder / "subjects" / "spotted_dog"),
         "instance_prompt": name,
         "class_prompt": noun,
-        "num_class_images": 48,
+        "num_class_images": 96,
         "class_sampler": "dpm++",
         "class_steps": 10,  # as good as 25 of DDIM here (docs/class_images.md)
         "class_guidance_scale": 4.0,
-        "sample_batch_size": 16,
+        "sample_batch_size": 32,
         "max_train_steps": 240,
         "learning_rate": 7e-4,
         "lr_scheduler": "cosine",
@@ -35,7 +35,7 @@ def default_run() -> dict:
         ),
         "num_validation_images": 3,
         "validation_steps": 240,
-        "validation_inference_steps": 15,
+        "validation_inference_steps": 12,
         "validation_guidance_scale": 4.0,
         "checkpointing_steps": 240,
     }

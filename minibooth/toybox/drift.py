@@ -163,7 +163,7 @@ class Experiment:
             self.folder / "class_images",
             count=config.num_class_images,
             prompt=self.subject.class_prompt,
-            sampler="ddim",
+            sampler=score.SAMPLER,
             steps=score.STEPS,
             guidance_scale=score.GUIDANCE,
             seed=0,

@@ -148,7 +148,8 @@ def noises(sd: StableDiffusion, asked: list[Asked]) -> Tensor:
 def draw(sd: StableDiffusion, asked: list[Asked]) -> Tensor:
     """(N, 3, 64, 64) in [-1, 1]."""
     words, settings = [one.prompt for one in asked], {"batch_size": score.BATCH, "output": "pt"}
-    settings |= {"steps": score.STEPS, "guidance_scale": score.GUIDANCE}
+    settings |= {"sampler": score.SAMPLER, "steps": score.STEPS}
+    settings |= {"guidance_scale": score.GUIDANCE}
     with tqdm(total=score.steps_to_draw(len(asked)), desc="gallery", unit="step") as bar:
         drawn = sd.generate(words, latents=noises(sd, asked), on_step=bar.update, **settings)
     return 2 * drawn.cpu() - 1

@@ -2,7 +2,7 @@
 
 A scene is a thing of a class and a colour in a place, perhaps wearing something. Everything that a
 caption can say is a field of Scene, and so is what no caption ever says: position, size, direction
-and the marks (spots, a white ear, a collar) that make one dog this dog. Pictures are drawn four
+and the marks (spots, a green ear, a collar) that make one dog this dog. Pictures are drawn four
 times too large and reduced. Everything random comes from the scene's own seed.
 """
 
@@ -638,7 +638,7 @@ SUBJECTS: dict[str, Subject] = {
     "spotted_dog": taken(
         "dog",
         things(
-            5, "dog", "yellow", pattern="spots", pattern_colour="blue", ear="white", collar="red"
+            5, "dog", "yellow", pattern="spots", pattern_colour="blue", ear="green", collar="red"
         ),
     ),
     "crooked_teapot": taken(
