@@ -1,8 +1,8 @@
 """python docs/methods.py: what is trained, compared: all weights, LoRA, one word, SVD of all.
 
 The toybox's dog, in each way for three seeds. Writes docs/methods.csv, and docs/methods.png, whose
-pictures are of the first seed, and prints the table of docs/methods.md. Takes eighteen minutes
-on one CPU core; what is in the work folder already is not done again.
+pictures are of the first seed, and prints the table of docs/methods.md. Takes half an hour on
+one CPU core; what is in the work folder already is not done again.
 """
 
 import csv
