@@ -340,7 +340,7 @@ def test_another_judge_measures_the_pictures_that_are_there(
 def test_the_settings_of_the_toybox_are_its_own(toybox, monkeypatch, capsys, training, tmp_path):
     given = {"model": "toybox"}
     assert program.toybox_settings(given) == {
-        **{"judge": "toybox", "steps": 25, "guidance_scale": 4.0, "batch_size": 16},
+        **{"judge": "toybox", "steps": 25, "guidance_scale": 4.0, "batch_size": 32},
         "data": str(toybox / "subjects"),
     }
     assert program.toybox_settings({"model": "x"}) == {}
