@@ -21,7 +21,11 @@ PLACED = [(noun, place) for noun in NOUNS for place in world.PLACES]
 
 def draw(sd: StableDiffusion, prompts: list[str], sampler: str, steps: int, seed: int) -> Tensor:
     """(N, 3, 64, 64) in [-1, 1]."""
-    settings = {"guidance_scale": score.GUIDANCE, "batch_size": score.BATCH, "output": "pt"}
+    settings = {
+        "guidance_scale": score.SAMPLING["guidance_scale"],
+        "batch_size": score.BATCH,
+        "output": "pt",
+    }
     return 2 * sd.generate(prompts, sampler=sampler, steps=steps, seed=seed, **settings) - 1
 
 

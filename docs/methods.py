@@ -134,14 +134,7 @@ def picture() -> None:
     for name in names:
         word = "a <sks>" if name == WORD else "a sks dog"
         prompts = [word + where for where in SHOWN for _ in range(3)]
-        drawn = model(name, 0).generate(
-            prompts,
-            sampler=score.SAMPLER,
-            steps=score.STEPS,
-            guidance_scale=score.GUIDANCE,
-            seed=0,
-            batch_size=3,
-        )
+        drawn = model(name, 0).generate(prompts, seed=0, batch_size=3, **score.SAMPLING)
         rows.append(drawn)
     headings = [f"…{where}" if i == 1 else "" for where in SHOWN for i in range(3)]
     grid = photos.grid(photos.enlarged(rows), labels=names, headings=headings)

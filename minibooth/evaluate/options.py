@@ -84,8 +84,8 @@ def toybox_settings(given: dict) -> dict:
     run = toybox.default_run()
     settings = {
         "judge": "toybox",
-        "steps": 25,
-        "guidance_scale": score.GUIDANCE,
+        "steps": 25,  # of DDIM, the only sampler of this program
+        "guidance_scale": score.SAMPLING["guidance_scale"],
         "batch_size": run["sample_batch_size"],
     }
     return settings | ({"data": str(hub.toybox() / "subjects")} if "model" in given else {})

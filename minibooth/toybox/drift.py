@@ -163,12 +163,10 @@ class Experiment:
             self.folder / "class_images",
             count=config.num_class_images,
             prompt=self.subject.class_prompt,
-            sampler=score.SAMPLER,
-            steps=score.STEPS,
-            guidance_scale=score.GUIDANCE,
             seed=0,
             resolution=world.SIDE,
             batch_size=score.BATCH,
+            **score.SAMPLING,
         )
         self.instance = encode(self.frozen, pictures, False, "pictures")
         self.prior = encode(

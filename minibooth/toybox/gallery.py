@@ -147,9 +147,8 @@ def noises(sd: StableDiffusion, asked: list[Asked]) -> Tensor:
 
 def draw(sd: StableDiffusion, asked: list[Asked]) -> Tensor:
     """(N, 3, 64, 64) in [-1, 1]."""
-    words, settings = [one.prompt for one in asked], {"batch_size": score.BATCH, "output": "pt"}
-    settings |= {"sampler": score.SAMPLER, "steps": score.STEPS}
-    settings |= {"guidance_scale": score.GUIDANCE}
+    words = [one.prompt for one in asked]
+    settings = score.SAMPLING | {"batch_size": score.BATCH, "output": "pt"}
     with tqdm(total=score.steps_to_draw(len(asked)), desc="gallery", unit="step") as bar:
         drawn = sd.generate(words, latents=noises(sd, asked), on_step=bar.update, **settings)
     return 2 * drawn.cpu() - 1

@@ -419,8 +419,7 @@ def sample_grid(sd: StableDiffusion) -> Image.Image:
         for colour, kind in zip(world.COLOURS, world.CLASSES, strict=False)
     ]
     prompts = [plain, *([f"{p} {place}" for p in plain] for place in world.PLACES), coloured]
-    settings = {"sampler": score.SAMPLER, "steps": score.STEPS, "guidance_scale": score.GUIDANCE}
-    rows = [sd.generate(row, **settings) for row in prompts]
+    rows = [sd.generate(row, **score.SAMPLING) for row in prompts]
     labels = ["", *world.PLACES, "coloured"]
     return photos.grid(photos.enlarged(rows), labels=labels, headings=plain)
 
@@ -519,8 +518,8 @@ on {machine} ({platform.machine()}) with torch {torch.__version__.split("+")[0]}
 |---|---|
 {rows}
 
-One picture of every class × colour × place, guidance {score.GUIDANCE}, {score.STEPS} steps of
-DPM-Solver++.
+One picture of every class × colour × place, guidance {score.SAMPLING["guidance_scale"]},
+{score.SAMPLING["steps"]} steps of DPM-Solver++.
 "same thing": of 20 things of one class, how often a second picture is nearest to its own first.
 
 sha256:

@@ -20,8 +20,8 @@ from . import judge as judges
 from . import world
 from .judge import Judge, diversity, self_similarity, share, similarity
 
-# Of every picture that is scored: as good as 25 and 50 steps of DDIM (docs/class_images.md).
-SAMPLER, STEPS, GUIDANCE = "dpm++", 10, 4.0
+# How scored pictures are drawn: as good as 25 and 50 steps of DDIM (docs/class_images.md).
+SAMPLING = {"sampler": "dpm++", "steps": 10, "guidance_scale": 4.0}
 BATCH = 32
 
 
@@ -59,7 +59,7 @@ def places(count: int) -> list[str]:
 
 def steps_to_draw(count: int) -> int:
     """Sampler steps that `draw` takes for so many pictures, batches counted once."""
-    return STEPS * -(-count // BATCH)
+    return SAMPLING["steps"] * -(-count // BATCH)
 
 
 def draw(
@@ -69,10 +69,8 @@ def draw(
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """(N, 3, 64, 64) in [-1, 1]."""
-    settings = {"sampler": SAMPLER, "steps": STEPS, "guidance_scale": GUIDANCE}
-    drawn = sd.generate(
-        prompts, seed=seed, batch_size=BATCH, output="pt", on_step=on_step, **settings
-    )
+    settings = SAMPLING | {"batch_size": BATCH, "output": "pt"}
+    drawn = sd.generate(prompts, seed=seed, on_step=on_step, **settings)
     return 2 * drawn.cpu() - 1
 
 

@@ -107,7 +107,7 @@ def test_a_mirrored_thing_is_told_from_a_mirrored_backdrop():
 
 
 def test_the_gallery_shows_and_counts_every_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(score, "STEPS", 1)
+    monkeypatch.setitem(score.SAMPLING, "steps", 1)
     given = ["--model", FOLDER, "--output_dir", tmp_path, "--device", "cpu"]
     status, out, err = runs.program(monkeypatch, capsys, gallery, *given)
     assert status == 0, err

@@ -293,7 +293,7 @@ def test_no_steps_for_the_vae_keep_that_of_the_start(tmp_path):
 
 
 def test_the_program_without_a_model_trains_the_toybox(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(score, "STEPS", 2)
+    monkeypatch.setitem(score.SAMPLING, "steps", 2)
     short = {
         "output_dir": tmp_path / "out",
         "max_train_steps": 2,
@@ -412,7 +412,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_done(tmp_path)
 
 
 def test_a_finished_arm_is_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "STEPS", 1)
+    monkeypatch.setitem(score.SAMPLING, "steps", 1)
     monkeypatch.setattr(drift, "PER_PLACE", 1)
     monkeypatch.setattr(drift, "OF_CLASS", 5)
     config = drift.DriftConfig(output_dir=str(tmp_path), seeds=1, steps=1, num_class_images=2)
