@@ -23,7 +23,7 @@ from minibooth import toybox, train
 from minibooth.bench import models
 from minibooth.text_encoder import Layer
 from minibooth.training import ranks, start
-from minibooth.training.data import to_device
+from minibooth.pipeline import to_device
 from minibooth.training.settings import TrainConfig
 from minibooth.unet import Transformer
 from minibooth.vae import ResnetBlock

@@ -17,7 +17,7 @@ from .common import cli
 from .common.errors import UserError
 from .dreambooth import Step
 from .explain import first_step
-from .pipeline import StableDiffusion
+from .pipeline import StableDiffusion, to_device
 from .toybox import score
 from .training import (
     class_images,
@@ -34,7 +34,7 @@ from .training import (
     start,
     stop,
 )
-from .training.data import Batches, encode, to_device
+from .training.data import Batches, encode
 from .training.grids import Grids
 from .training.loss import Loss
 from .training.optimizer import Update

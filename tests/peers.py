@@ -48,34 +48,35 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> None:
 def pipeline(
     kind: str = "sd1", seed: int = 0, text_layers: int = 2
 ) -> diffusers.StableDiffusionPipeline:
-    """ "sd1", "sd2" (linear projections, heads per level, v, OpenCLIP's shape) or "inpaint"."""
+    """ "sd1", "sd2" (linear projections, heads per level, v, OpenCLIP's shape), "inpaint", or
+    "half": sd1 of half the layers, for pictures of half the side."""
     torch.manual_seed(seed)
-    sd2 = kind == "sd2"
+    sd2, layers = kind == "sd2", 1 if kind == "half" else 2
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
+        layers_per_block=layers,
         in_channels=9 if kind == "inpaint" else 4,
         cross_attention_dim=32,
         attention_head_dim=[2, 4] if sd2 else 4,
         use_linear_projection=sd2,
         norm_num_groups=8,
-        sample_size=16,
+        sample_size=8 * layers,
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=8,
-        layers_per_block=2,
+        layers_per_block=layers,
     )
     vocab, _ = vocabulary()
     text = transformers.CLIPTextConfig(
         vocab_size=len(vocab),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=text_layers,
+        num_hidden_layers=text_layers * layers // 2,
         num_attention_heads=4,
         hidden_act="gelu" if sd2 else "quick_gelu",
         bos_token_id=0,

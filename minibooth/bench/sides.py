@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..pipeline import StableDiffusion
+from ..pipeline import StableDiffusion, to_device
 from ..train import make_optimizer, one_update
 from ..training import graphs, start
-from ..training.data import Batches, Latents, to_device
+from ..training.data import Batches, Latents
 from ..training.loss import Loss
 from ..training.settings import TrainConfig
 from ..training.start import Run

@@ -146,7 +146,11 @@ def write_config(path: Path, config) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Auto is CUDA, else Apple's MPS, else the CPU. Raises UserError for one that is not there."""
+    """Auto is CUDA, else Apple's MPS, else the CPU. Raises UserError for one that is not there.
+
+    A GPU has its number, which some of PyTorch's functions want, and is the current one from now
+    on: streams and graphs belong to the current device, whatever tensors they are for.
+    """
     count = {
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
@@ -162,6 +166,9 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r}: give auto, cuda, mps or cpu")
     if (device.index or 0) >= count[device.type]:
         raise UserError(f"there is no device {name} here: leave --device out")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

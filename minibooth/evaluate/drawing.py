@@ -15,7 +15,7 @@ from ..common.files import atomic
 from ..formats import adapters
 from ..pipeline import StableDiffusion
 from ..sample import slug
-from ..training import photos, snapshots
+from ..training import graphs, photos, snapshots
 from .metrics import Picture
 from .options import Options, read_run
 
@@ -75,7 +75,7 @@ def draw(sd: StableDiffusion, wanted: list[Job], options: Options, what: str) ->
     batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
     todo = [batch for batch in batches if missing(batch)]
     bar = tqdm(total=len(todo) * options.steps, desc=what, unit="step", disable=not todo)
-    with bar:
+    with bar, graphs.captured_unet(sd.unet):
         for batch in todo:
             shape = sd.latent_shape(len(batch), None, None, None)
             noises = [

@@ -97,6 +97,7 @@ def look(
             guidance_scale=strength,
             seed=config.seed,
             resolution=run.resolution,
+            captured=not config.saves_memory,
             on_step=bar.update,
         )
     return seen, strip

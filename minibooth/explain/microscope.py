@@ -19,7 +19,7 @@ from ..dreambooth import Half, Step, Term
 from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..tokenizer import Tokenizer
-from ..training import memory
+from ..training import graphs, memory
 from ..unet import Attention, UNet
 
 SHOWN = 4  # samples of each term whose pictures are kept
@@ -154,7 +154,12 @@ def look(
     if prior is not None:
         terms.append(("'", prior, step.prior, weight[rest]))
     samples = [of_term(sd, term, half, w) for _, term, half, w in terms]
-    entries = [e for mark, term, half, w in terms for e in tensors(sd, mark, term, half, w)]
+    # On the CPU, where those of another look are that are read from a file.
+    entries = [
+        replace(e, tensor=e.tensor.cpu())
+        for mark, term, half, w in terms
+        for e in tensors(sd, mark, term, half, w)
+    ]
     return Look(
         step=step,
         prior_loss_weight=prior_loss_weight,
@@ -410,21 +415,25 @@ def film(
     guidance_scale: float,
     seed: int,
     resolution: int,
+    captured: bool = True,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Frame]:
-    """FRAMES moments on the way of sd.generate([prompt], …) from noise to a picture, by DDIM."""
+    """FRAMES moments on the way of sd.generate([prompt], …) from noise to a picture, by DDIM;
+    `captured` by a CUDA graph, on a GPU."""
     shape = sd.latent_shape(1, resolution, resolution, None)  # (4, h, w)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None].to(sd.device)
     context = sd.encode_guided([prompt], "", guidance_scale)
     visited = schedule.trajectory(sd.schedule, steps, "ddim")
     shown = {round(i * (steps - 1) / (FRAMES - 2)) for i in range(FRAMES - 1)}
-    frames = []
-    for i, (t, t_prev) in enumerate(visited):
-        prediction = sd.predict(x, t, context, guidance_scale)
-        if i in shown:
-            kind = sd.schedule.prediction_type
-            x0, _ = schedule.split(x, prediction, sd.schedule.alpha_bar[t], kind)
-            frames.append(Frame(t, *reduced(sd.decode(torch.cat([x, x0])))))
-        x = schedule.ddim_step(x, prediction, t, t_prev, sd.schedule)
-        on_step()
+    kept = []  # decoded in the end, when what the graph works in is free again
+    with graphs.captured_unet(sd.unet, wanted=captured):
+        for i, (t, t_prev) in enumerate(visited):
+            prediction = sd.predict(x, t, context, guidance_scale)
+            if i in shown:
+                kind = sd.schedule.prediction_type
+                x0, _ = schedule.split(x, prediction, sd.schedule.alpha_bar[t], kind)
+                kept.append((t, torch.cat([x, x0])))
+            x = schedule.ddim_step(x, prediction, t, t_prev, sd.schedule)
+            on_step()
+    frames = [Frame(t, *reduced(sd.decode(both))) for t, both in kept]
     return [*frames, Frame(None, reduced(sd.decode(x))[0], None)]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..common.files import write_json
 from ..formats import hub
 from ..pipeline import StableDiffusion
-from ..training import photos, ranks
+from ..training import graphs, photos, ranks
 from . import judge as judges
 from . import world
 from .judge import Judge, diversity, self_similarity, share, similarity
@@ -70,7 +70,8 @@ def draw(
 ) -> Tensor:
     """(N, 3, 64, 64) in [-1, 1]."""
     settings = SAMPLING | {"batch_size": BATCH, "output": "pt"}
-    drawn = sd.generate(prompts, seed=seed, on_step=on_step, **settings)
+    with graphs.captured_unet(sd.unet):
+        drawn = sd.generate(prompts, seed=seed, on_step=on_step, **settings)
     return 2 * drawn.cpu() - 1
 
 

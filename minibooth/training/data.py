@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..dreambooth import Term
-from ..pipeline import StableDiffusion, vae_batch
+from ..pipeline import StableDiffusion, to_device, vae_batch
 from . import ranks
 from .photos import Photos, as_floats
 
@@ -103,11 +103,6 @@ def draw_batch(
     eps = torch.randn(shape, generator=g)[part]
     t = torch.randint(T, (batch,), generator=g)[part]
     return to_device(x0, device), to_device(eps, device), to_device(t, device)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for it: from page-locked memory a GPU fetches by itself."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

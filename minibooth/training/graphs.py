@@ -1,7 +1,7 @@
 """CUDA graphs: a training step or a UNet launched at once and not kernel by kernel."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,7 +28,7 @@ def record_graph(
     graph = torch.cuda.CUDAGraph()
     # The outer context: a recording that fails may not find its way back to the stream before.
     with (
-        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.stream(torch.cuda.current_stream(stream.device)),
         torch.cuda.graph(graph, stream=stream, pool=pool),
     ):
         output = function()
@@ -79,10 +79,11 @@ class Captured:
     def warm_up(self) -> Tensor:
         if self.stream is None:
             return self.function(*self.buffers)
-        self.stream.wait_stream(torch.cuda.current_stream())
+        caller = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
             output = self.function(*self.buffers)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        caller.wait_stream(self.stream)
         return output
 
     def try_to_record(self) -> None:
@@ -96,7 +97,8 @@ class Captured:
         # Only now, without the error, is nothing left that holds on to the recording's tensors.
         self.given_up, self.buffers = True, []
         self.undo()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # PyTorch may still take the recording for unfinished
+            torch.cuda.empty_cache()
         tqdm.write("no memory left to record a CUDA graph: going on without, a little slower")
 
 
@@ -113,7 +115,7 @@ def captured(
     """The function as a CUDA graph; on another device itself. `undo`: see Captured."""
     if not capturable(device):
         return function
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(device)
     return Captured(function, partial(record_graph, stream=stream), stream, undo)
 
 
@@ -127,10 +129,11 @@ def capturable(device: torch.device) -> bool:
 def captured_unet(unet: UNet, wanted: bool = True) -> Iterator[None]:
     """Within it, sampling on a GPU replays a CUDA graph of the UNet, if `wanted`. Elsewhere nothing
     changes."""
-    if not wanted or not capturable(unet.conv_in.weight.device):
+    device = unet.conv_in.weight.device
+    if not wanted or not capturable(device):
         yield
         return
-    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
     record = partial(record_graph, stream=stream, pool=pool)
     with replayed(unet, lambda function: Captured(function, record, stream)):
         yield
@@ -141,8 +144,9 @@ class Recording:
     """A UNet for inputs of one shape."""
 
     call: Callable[[Tensor, Tensor], Tensor]  # of x and t
-    context: Tensor | None = None  # whose keys and values these are
-    projected: list[Tensor] = field(default_factory=list)  # at fixed places, for the graph
+    place: Tensor  # where the graph reads the text
+    context: Tensor | None = None  # which text is there, and in its keys and values
+    projected: list[Tensor] = field(default_factory=list)  # these, at fixed places as well
 
 
 @contextmanager
@@ -150,8 +154,8 @@ def replayed(unet: UNet, capture: Callable[[Callable[..., Tensor]], Captured]) -
     """Within it, one recording of the UNet for every shape of its inputs, made by `capture`.
 
     The text's keys and values are no part of it: they are projected when a tensor is given as the
-    text that was not given before, and copied to where the recording reads them. So neither text
-    nor weights may be written to in the meantime.
+    text that was not given before, and copied to where the recording reads them; and the text
+    itself, which adapters read. So neither text nor weights may be written to in the meantime.
     """
     forward, projections = unet.forward, text_projections(unet)
     project = [p.forward for p in projections]
@@ -162,12 +166,14 @@ def replayed(unet: UNet, capture: Callable[[Callable[..., Tensor]], Captured]) -
         nonlocal now
         shape = x.shape, context.shape
         if shape not in recordings:
-            recordings[shape] = Recording(capture(lambda x, t: forward(x, t, context)))
+            place = context.clone()
+            recordings[shape] = Recording(capture(lambda x, t: forward(x, t, place)), place)
         now = recordings[shape]
         if now.context is not context:
+            now.place.copy_(context)
             fresh = [one(context) for one in project]
-            for place, values in zip(now.projected or fresh, fresh, strict=True):
-                place.copy_(values)
+            for kept, values in zip(now.projected or fresh, fresh, strict=True):
+                kept.copy_(values)
             now.context, now.projected = context, now.projected or fresh
         return now.call(x, t)
 

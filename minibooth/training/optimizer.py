@@ -305,8 +305,12 @@ class UpdateInBackward(Update):
     ):
         super().__init__(groups, weight_decay, float("inf"), False, use_8bit_adam)
         self.active = False  # gradients that somebody only wants to look at update nothing
-        self.skip = torch.zeros_like(self.scale)
-        self.square = torch.zeros_like(self.scale)  # of the gradients' norm so far
+        self.skip = torch.zeros_like(self.scale)  # 1: nothing is updated any more
+        self.square = torch.zeros_like(self.scale)  # of the gradients' norm so far, or not finite
+        # For each weight the groups of an optimizer of this weight alone.
+        self.alone = {
+            p: [{**group, "params": [p]}] for group in self.adam.param_groups for p in group["params"]
+        }
         self.hooks = [p.register_post_accumulate_grad_hook(self.apply_one) for p in self.parameters]
 
     def release(self) -> None:
@@ -316,8 +320,8 @@ class UpdateInBackward(Update):
 
     def start(self, loss: Tensor, rate: float | Tensor) -> None:
         self.active = True
-        self.skip.copy_(~loss.isfinite() | (self.bad_step >= 0))
-        self.square.zero_()
+        self.square.copy_(torch.where(self.bad_step >= 0, float("nan"), loss.detach() * 0))
+        self.look()
         for group in self.adam.param_groups:
             group["lr"].fill_(group["base_lr"] * rate)
         self.adam.found_inf = self.skip
@@ -330,13 +334,20 @@ class UpdateInBackward(Update):
             return
         square = parameter.grad.square().sum()
         self.square += square
-        self.skip.copy_(torch.maximum(self.skip, (~square.isfinite()).float()))
+        self.look()
         if not self.eight_bit:
-            self.adam.step()  # it passes over all weights that have no gradient: all others
+            every, self.adam.param_groups = self.adam.param_groups, self.alone[parameter]
+            self.adam.step()
+            self.adam.param_groups = every
         elif parameter in self.adam.numbers:
             parameter.grad.masked_fill_(~square.isfinite(), 0.0)
             self.adam.update(parameter)
         parameter.grad = None
+
+    def look(self) -> None:
+        """Skip all updates from now on if the sum of squares is not finite. In two kernels, since
+        there are hundreds of weights: x − x is 0 of a number, and NaN of NaN and infinity."""
+        torch.ne(self.square - self.square, 0, out=self.skip)
 
     def apply(self, step: int | Tensor, loss: Tensor, rate: float | Tensor) -> Tensor:
         self.active = False

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common import cli
 from ..common.errors import UserError, first_line
 
 # How long ranks wait for each other, say while one draws its last class images on a slow device.
@@ -88,17 +89,18 @@ def share() -> tuple[int, int]:
     return rank(), count()
 
 
-def own(device: torch.device) -> torch.device:
-    """The device of this rank. Raises UserError where there are more ranks than GPUs."""
-    if count() == 1 or device.type == "cpu":
-        return device
-    if device.type != "cuda" or device.index is not None:
+def own_device(name: str) -> torch.device:
+    """The device of this rank, by what --device says. Raises UserError where there are more ranks
+    than GPUs."""
+    gpus = torch.cuda.device_count()
+    if count() > 1 and (name == "cuda" or (name == "auto" and gpus)):
+        number = int(os.environ["LOCAL_RANK"])
+        if number >= gpus > 0:
+            raise UserError(f"GPUs here: {gpus}, for one rank each: give --nproc_per_node {gpus}")
+        name = f"cuda:{number}"
+    elif count() > 1 and cli.pick_device(name).type != "cpu":
         raise UserError("several ranks want --device cuda, a GPU for each, or --device cpu")
-    number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if number >= gpus:
-        raise UserError(f"GPUs here: {gpus}, for one rank each: give --nproc_per_node {gpus}")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    return cli.pick_device(name)
 
 
 # ---- work that is divided -----------------------------------------------------------------------

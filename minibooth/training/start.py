@@ -68,7 +68,7 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
         )
     config.check()
     events.require(config.report_to)
-    device = ranks.own(cli.pick_device(config.device))
+    device = ranks.own_device(config.device)
     if config.use_8bit_adam:
         bitsandbytes(device)
     if config.kernels:

@@ -106,6 +106,9 @@ def put_in(model: Model = H100, count: int = 1) -> None:
     Functions.model, Functions.count = model, count
     ctypes.CDLL(str(library()))  # before torch, which asks once what there is
     sys.meta_path.insert(0, BeforeTorchCuda())
+    # bitsandbytes: without kernels of its own for CUDA the CPU's are taken, as of all libraries.
+    name = "bitsandbytes.backends.cuda.ops"
+    sys.modules[name] = types.ModuleType(name)
 
 
 class BeforeTorchCuda(importlib.abc.MetaPathFinder):

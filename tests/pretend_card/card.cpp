@@ -320,19 +320,30 @@ DeviceIndex only_device(const std::string& name, const Stack& arguments) {
   return device;
 }
 
-// Convolutions of 16-bit numbers add in fp32, as tensor cores do; the CPU's own take long.
+// Products of 16-bit numbers are added in fp32, as tensor cores do; the CPU's own take long.
+bool multiplies(const std::string& name) {
+  static const std::set<std::string> names = {"aten::convolution", "aten::convolution_backward",
+      "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"};
+  return names.count(name);
+}
+
 void run(const c10::OperatorHandle& kernel, Stack& stack) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto type = at::kFloat;
-  if (kernel.schema().name().rfind("aten::convolution", 0) == 0) {
-    type = stack[0].toTensor().scalar_type();
-    for (IValue& x : stack)
-      if (x.isTensor()) x = x.toTensor().to(at::kFloat);
-  }
-  kernel.callBoxed(stack);
-  if (type != at::kFloat)
+  const auto& schema = kernel.schema();
+  auto type = stack.empty() || !stack[0].isTensor() ? at::kFloat : stack[0].toTensor().scalar_type();
+  if (!multiplies(schema.name()) || type == at::kFloat) return kernel.callBoxed(stack);
+  auto cast = [](Stack& stack, at::ScalarType type) {
     for (IValue& x : stack)
       if (x.isTensor() && x.toTensor().defined()) x = x.toTensor().to(type);
+  };
+  Stack given = stack;
+  cast(stack, at::kFloat);
+  kernel.callBoxed(stack);
+  cast(stack, type);
+  if (schema.arguments().back().is_out()) {
+    given.back().toTensor().copy_(stack[0].toTensor());
+    stack[0] = given.back();
+  }
 }
 
 // Before a captured kernel runs: what it will write to must be restored, and what it reads must

@@ -1,0 +1,279 @@
+"""What the tests on the pretend card do there. Each function runs in a process of its own that has
+the card, takes and returns what JSON can hold, and imports no peer, which would take seconds."""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import os
+import sys
+from pathlib import Path
+
+import pretend_card
+import torch
+
+from minibooth import UserError, load, lora, train
+from minibooth.common import cli
+from minibooth.training import graphs, memory, ranks
+from minibooth.training.settings import TrainConfig
+
+
+@contextlib.contextmanager
+def eager():
+    """Within it no CUDA graph is recorded."""
+    capturable = graphs.capturable
+    graphs.capturable = lambda device: False
+    try:
+        yield
+    finally:
+        graphs.capturable = capturable
+
+
+@contextlib.contextmanager
+def watched(into: dict):
+    """Notes what the card saw in the meantime, and what was printed."""
+    said, before = io.StringIO(), pretend_card.counts()
+    pretend_card.WAITS.clear()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        yield
+    after = pretend_card.counts()
+    into["captures"], into["replays"] = (b - a for a, b in zip(before, after, strict=True))
+    into["waits"] = [[what, where, n] for (what, where), n in pretend_card.WAITS.items()]
+    into["said"] = said.getvalue()
+
+
+def content(folder: Path) -> dict[str, str]:
+    """A hash of every file that a run has made, but for those that name their folder."""
+    named = ("config.json", "README.md")
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in named
+    }
+
+
+def run(settings: dict) -> dict:
+    """A training run and what it left behind."""
+    found, folder = {}, Path(settings["output_dir"])
+    with watched(found):
+        try:
+            train.train(TrainConfig(**settings))
+        except UserError as error:
+            found["error"] = str(error)
+    found["files"] = content(folder)
+    csv = folder / "loss.csv"
+    found["losses"] = csv.read_text().splitlines()[1:] if csv.exists() else []
+    return found
+
+
+def both(runs: list[dict]) -> list[list[dict]]:
+    """Each run with CUDA graphs, then without."""
+    pairs = []
+    for settings in runs:
+        captured = run(settings)
+        with eager():
+            pairs.append([captured, run(settings | {"output_dir": settings["output_dir"] + "-eager"})])
+    return pairs
+
+
+def run_each(runs: list[dict]) -> list[dict]:
+    return [run(settings) for settings in runs]
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+SAMPLERS = {
+    "ddim": {},
+    "ddim, η = 1": {"eta": 1.0},
+    "ddpm": {"sampler": "ddpm"},
+    "dpm++": {"sampler": "dpm++"},
+    "without guidance": {"guidance_scale": 1.0},
+}
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.cpu(), b.cpu())
+
+
+def samplers(model: str) -> dict:
+    """Whether a graph changes anything, and how often the host waited in 5 steps and in 7."""
+    sd, found = load(model).to(cli.pick_device("cuda")), {}
+    texts = (["a dog"] * 2, ["a cat", "the snow"])
+
+    def draw(settings):
+        return [sd.generate(text, seed=i, **settings) for i, text in enumerate(texts)]
+
+    for name, settings in SAMPLERS.items():
+        waits, kept = [], settings | {"output": "latent"}
+        for steps in (5, 7):
+            seen = {}
+            with watched(seen), graphs.captured_unet(sd.unet):
+                drawn = draw(kept | {"steps": steps})
+            waits.append(sum(n for _, where, n in seen["waits"] if "graphs" not in where[0]))
+        same = all(map(equal, drawn, draw(kept | {"steps": 7})))
+        found[name] = {"same": same, "waits": waits, "captures": seen["captures"]}
+    return found
+
+
+def adapters(model: str) -> dict:
+    """As grids of a LoRA in training are drawn: adapters attached, several texts of one shape."""
+    sd = load(model).to(cli.pick_device("cuda"))
+    made = lora.create(sd.unet, 4, 4.0, "all")
+    for a in made.values():
+        torch.nn.init.normal_(a.B, std=0.1)
+    lora.attach(sd.unet, made)
+    texts = (["a dog"] * 2, ["a cat"] * 2, ["the snow", "sks"])
+    eager = [sd.generate(text, steps=6, output="latent") for text in texts]
+    with graphs.captured_unet(sd.unet):
+        drawn = [sd.generate(text, steps=6, output="latent") for text in texts]
+    captures, replays = pretend_card.counts()
+    return {"same": list(map(equal, drawn, eager)), "captures": captures, "replays": replays}
+
+
+# ---- devices, streams and memory ---------------------------------------------------------------
+
+
+def refused(function, *arguments) -> str:
+    try:
+        return f"not refused: {function(*arguments)}"
+    except UserError as error:
+        return str(error)
+
+
+def devices() -> dict:
+    """On two cards: which one is taken, and that it is the current one from then on."""
+    found = {}
+    for name in ("cuda:1", "cuda", "auto", "cuda:0", "cpu"):
+        found[name] = [str(cli.pick_device(name)), torch.cuda.current_device()]
+    found["cuda:2"] = refused(cli.pick_device, "cuda:2")
+    count = ranks.count
+    ranks.count = lambda: 2
+    try:
+        for number in "012":
+            os.environ["LOCAL_RANK"] = number
+            found[f"rank {number}"] = (
+                refused(ranks.own_device, "cuda")
+                if number == "2"
+                else [str(ranks.own_device("auto")), torch.cuda.current_device()]
+            )
+        found["ranks on one"] = refused(ranks.own_device, "cuda:0")
+        found["ranks on the CPU"] = str(ranks.own_device("cpu"))
+    finally:
+        ranks.count = count
+    return found
+
+
+def on_two_cards(runs: list[dict]) -> dict:
+    return {"devices": devices(), "runs": run_each(runs)}
+
+
+def streams(model: str) -> dict:
+    """Where a captured function runs, and what the graphs of a UNet share."""
+    device, seen = cli.pick_device("cuda"), []
+
+    def function(x):
+        seen.append(torch.cuda.current_stream().stream_id)
+        return x + 1
+
+    call = graphs.captured(function, device)
+    results = [call(torch.full((2,), float(i), device=device)) for i in range(8)]
+    found = {
+        "streams": seen,
+        "after": torch.cuda.current_stream().stream_id,
+        "results": torch.stack(results)[:, 0].tolist(),
+    }
+    made, sd = [], load(model).to(device)
+    graph = torch.cuda.CUDAGraph
+
+    class Noted(graph):
+        def capture_begin(self, *pool, **options):
+            super().capture_begin(*pool, **options)
+            made.append((self.pool()[1], torch.cuda.current_stream().stream_id))
+
+    torch.cuda.CUDAGraph = Noted
+    try:
+        with graphs.captured_unet(sd.unet):
+            for count in (1, 2):
+                sd.generate(["a dog"] * count, steps=5, output="latent")
+    finally:
+        torch.cuda.CUDAGraph = graph
+    return found | {"pools": made}
+
+
+def memory_told() -> list[int]:
+    """memory.available of 20,000 kB in all: at first, with a tensor, after that is given back, with
+    another process's, with a share of 0.6; and as for a device without a number."""
+    device, kb = cli.pick_device("cuda"), 1024
+    pretend_card.limit(0, total=20_000 * kb)
+    told = [memory.available(device)]
+    x = torch.empty(4_000 * kb, dtype=torch.uint8, device=device)
+    told.append(memory.available(device))
+    del x
+    told.append(memory.available(device))
+    pretend_card.limit(0, taken=9_000 * kb)
+    told.append(memory.available(device))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.5, device)
+    told.append(memory.available(device))
+    return [size // kb for size in told]
+
+
+def too_little_memory(settings: dict) -> dict:
+    """A run whose memory runs out as it is recorded, with a capture that can be ended and with one
+    that cannot; and one without enough for a step."""
+    found, begin = {}, torch.cuda.CUDAGraph.capture_begin
+
+    def full(self, *pool, **options):
+        begin(self, *pool, **options)
+        pretend_card.limit(0, total=torch.cuda.memory_allocated() + 4096)
+
+    for name, ends in (("ended", True), ("not ended", False)):
+        pretend_card.Graph.ends, pretend_card.Graph.stuck = ends, False
+        pretend_card.limit(0, total=80 * pretend_card.GB)
+        torch.cuda.CUDAGraph.capture_begin = full
+        end = torch.cuda.CUDAGraph.capture_end
+
+        def room_again(self, end=end):
+            pretend_card.limit(0, total=80 * pretend_card.GB)
+            end(self)
+
+        torch.cuda.CUDAGraph.capture_end = room_again
+        found[name] = run(settings | {"output_dir": f"{settings['output_dir']}-{name}"})
+        torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = begin, end
+    with eager():
+        pretend_card.Graph.stuck = False
+        found["eager"] = run(settings | {"output_dir": f"{settings['output_dir']}-eager"})
+    torch.cuda.empty_cache()
+    pretend_card.limit(0, total=torch.cuda.memory_allocated() + 1_500_000)
+    found["none"] = run(settings | {"output_dir": f"{settings['output_dir']}-none"})
+    return found
+
+
+def capped() -> list:
+    """bench.measure.prepared under a cap: what is held, and what then does not fit."""
+    from minibooth.bench import measure
+
+    device = measure.prepared(limit=8 * pretend_card.GB)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    try:
+        torch.empty(9 * pretend_card.GB, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        return [share, str(error)[:24]]
+
+
+# ---- programs ----------------------------------------------------------------------------------
+
+
+def programs(calls: list[list[str]]) -> list[dict]:
+    """Each call is a program and its options; what it printed, and its exit status."""
+    results = []
+    for name, *options in calls:
+        module, found = importlib.import_module(name), {"status": 0}
+        sys.argv = [name, *options]
+        with watched(found):
+            try:
+                cli.run(name.removesuffix(".__main__"), module.main)
+            except SystemExit as error:
+                found["status"] = error.code
+        results.append(found)
+    return results

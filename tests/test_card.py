@@ -1,0 +1,157 @@
+"""Runs on a pretend CUDA card: they end, capture, never wait within a step, and change no bit."""
+
+import itertools
+
+import on_card
+import peers
+import pytest
+import runs
+
+pytestmark = on_card.needs_card
+
+WORD = {"method": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "dog"}
+WORD |= {"instance_prompt": "a <x>", "class_prompt": None, "learnable_property": "prompt"}
+METHODS = {"dreambooth": {}, "lora": {"method": "lora"}, "word": WORD}
+MODES = {
+    "in full": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "in the backward": {"optimizer_in_backward": True, "gradient_checkpointing": True},
+    "8-bit": {"use_8bit_adam": True},
+}
+# Every pair of method, precision and mode of the memory meets; fp16 cannot update in the backward.
+MATRIX = [
+    ("dreambooth", "bf16", "in full"),
+    ("dreambooth", "fp16", "checkpointed"),
+    ("dreambooth", "no", "in the backward"),
+    ("dreambooth", "no", "8-bit"),
+    ("lora", "fp16", "in full"),
+    ("lora", "no", "checkpointed"),
+    ("lora", "bf16", "in the backward"),
+    ("lora", "bf16", "8-bit"),
+    ("word", "no", "in full"),
+    ("word", "bf16", "checkpointed"),
+    ("word", "no", "in the backward"),
+    ("word", "fp16", "8-bit"),
+]
+STEPS = 6  # three as they are, then the recording is replayed three times
+
+
+def settings(folder, **changes):
+    quiet = {"kind": "half", "save_state": "none", "fit_memory": False, "device": "cuda"}
+    quiet |= {"max_train_steps": STEPS, "learning_rate": 1e-4, "class_data_dir": f"{folder}-class"}
+    return runs.settings(folder, **quiet | changes)
+
+
+def of_matrix(folder, method, precision, mode):
+    """Beside what the table asks for, each run has an option of its own."""
+    own = {
+        ("dreambooth", "bf16"): {"train_text_encoder": True, "save_state": "full"},
+        ("dreambooth", "fp16"): {"gradient_accumulation_steps": 2, "lr_warmup_steps": 3},
+        ("lora", "no"): {"snr_gamma": 5.0},
+        ("lora", "fp16"): {"train_text_encoder": True, "lora_targets": "all"},
+    }
+    changes = METHODS[method] | MODES[mode] | own.get((method, precision), {})
+    return settings(folder / "-".join((method, precision, mode)), mixed_precision=precision, **changes)
+
+
+def within_steps(waits):
+    """Where the host waited in an update or a sampler's step, but for recording it."""
+    steps = {"train.one_update.update", "graphs.Captured.__call__"}
+    steps.add("pipeline.StableDiffusion.predict")
+    return [
+        where[0] for _, where, _ in waits if where[0] != "graphs.record_graph" and steps & set(where)
+    ]
+
+
+def test_every_pair_of_settings_meets():
+    names = METHODS, ("no", "bf16", "fp16"), MODES
+    for a, b in itertools.combinations(range(3), 2):
+        wanted = set(itertools.product(names[a], names[b])) - {("fp16", "in the backward")}
+        assert {(row[a], row[b]) for row in MATRIX} == wanted
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_captured_and_eager_training_are_the_same(half, tmp_path):
+    rows = MATRIX[half::2]
+    pairs = on_card.ask("both", runs=[of_matrix(tmp_path, *row) for row in rows])
+    for row, (captured, eager) in zip(rows, pairs, strict=True):
+        assert "error" not in captured, (row, captured)
+        assert len(captured["losses"]) == STEPS
+        assert captured["files"] == eager["files"], row
+        graphs = 0 if "8-bit" in row else 1
+        assert (captured["captures"], captured["replays"]) == (graphs, graphs * (STEPS - 3)), row
+        assert (eager["captures"], eager["replays"]) == (0, 0)
+        for found in (captured, eager):
+            told = ["optimizer.AdamW8bit.fetch"] * ("8-bit" in row)
+            assert within_steps(found["waits"]) == told, row
+
+
+def test_a_resumed_run_a_bad_loss_and_explain(tmp_path):
+    same = {"mixed_precision": "bf16", "save_state": "full"}
+    halves = settings(tmp_path / "halves", **same, class_data_dir=str(tmp_path / "class"))
+    whole = halves | {"output_dir": str(tmp_path / "whole")}
+    again = halves | {"resume_from_checkpoint": "latest"}
+    bad = settings(tmp_path / "bad", mixed_precision="no", learning_rate=1e30)
+    looked = settings(tmp_path / "explained", method="lora", explain=True, validation_inference_steps=5)
+    calls = [whole, halves | {"max_train_steps": 3}, again, bad, looked]
+    whole, _, again, bad, looked = on_card.ask("run_each", runs=calls)
+    assert whole["losses"] == again["losses"] and len(whole["losses"]) == STEPS
+    weights = [name for name in whole["files"] if name.endswith(".safetensors")]
+    assert weights and all(whole["files"][name] == again["files"][name] for name in weights)
+    assert bad["error"].startswith("step 2: ") and "is not finite" in bad["error"]
+    assert len(bad["losses"]) == 1
+    assert "error" not in looked and "explain.html" in looked["files"]
+    assert looked["captures"] == 3  # the film before, the step, the film after
+    assert not within_steps(looked["waits"])
+
+
+def test_sampling_never_waits_within_a_step_and_replays_the_same_pictures():
+    found = on_card.ask("samplers", model=str(peers.model("half")[0]))
+    for name, sampler in found.items():
+        assert sampler["same"] and sampler["captures"] == 1, name
+        assert sampler["waits"][0] == sampler["waits"][1], name
+
+
+def test_every_picture_of_a_lora_in_training_has_its_own_text():
+    found = on_card.ask("adapters", model=str(peers.model("half")[0]))
+    assert found["same"] == [True] * 3 and found["captures"] == 1 and found["replays"] > 12
+
+
+def test_the_second_card_trains_as_the_first(tmp_path):
+    pictures = {"num_validation_images": 1, "validation_inference_steps": 5}
+    first = settings(tmp_path / "first", mixed_precision="bf16", **pictures)
+    second = first | {"output_dir": str(tmp_path / "second"), "device": "cuda:1"}
+    found = on_card.ask("on_two_cards", count=2, runs=[first, second])
+    devices, (first, second) = found["devices"], found["runs"]
+    assert devices["cuda:1"] == ["cuda:1", 1]
+    assert devices["cuda"] == devices["auto"] == ["cuda:1", 1]  # the current one
+    assert devices["cuda:0"] == ["cuda:0", 0] and devices["cpu"][0] == "cpu"
+    assert devices["cuda:2"] == "there is no device cuda:2 here: leave --device out"
+    assert devices["rank 0"] == ["cuda:0", 0] and devices["rank 1"] == ["cuda:1", 1]
+    assert devices["rank 2"].startswith("GPUs here: 2, for one rank each")
+    assert devices["ranks on one"].startswith("several ranks want --device cuda")
+    assert devices["ranks on the CPU"] == "cpu"
+    assert first["files"] == second["files"] and len(set(second["losses"])) == STEPS
+    assert second["captures"] == 3 and "device cuda:1" in second["said"]
+
+
+def test_graphs_are_made_on_one_side_stream_and_share_a_pool():
+    found = on_card.ask("streams", model=str(peers.model("half")[0]))
+    assert found["results"] == [float(i + 1) for i in range(8)]
+    side, *others = found["streams"]
+    assert len(others) == 3 and set(others) == {side} and side != 0 == found["after"]
+    assert len(found["pools"]) == 2 and len({tuple(made) for made in found["pools"]}) == 1
+
+
+def test_what_is_free_is_what_the_card_says():
+    assert on_card.ask("memory_told") == [20_000, 16_000, 20_000, 11_000, 10_000]
+    assert on_card.ask("capped") == [0.1, "CUDA out of memory. Trie"]
+
+
+def test_a_step_that_cannot_be_recorded_for_want_of_memory_runs_as_it_is(tmp_path):
+    found = on_card.ask("too_little_memory", settings=settings(tmp_path / "out"))
+    for name, captures in (("ended", 1), ("not ended", 0)):
+        assert found[name]["said"].count("no memory left to record a CUDA graph") == 1
+        assert found[name]["files"] == found["eager"]["files"]
+        assert (found[name]["captures"], found[name]["replays"]) == (captures, 0)
+    assert found["none"]["error"].startswith("out of memory. Weights, gradients and optimizer")
