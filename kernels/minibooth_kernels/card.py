@@ -60,10 +60,11 @@ def _write_one(x):
 
 
 def launch_one(device: torch.device) -> None:
-    """Launch the smallest kernel there is on the current device, and wait for it. Raises what
-    Triton or CUDA raise where no kernel at all can be launched: see `why_no_launch`."""
+    """Launch the smallest kernel there is, and wait for it. Raises what Triton or CUDA raise where
+    no kernel at all can be launched: see `why_no_launch`."""
     x = torch.zeros(1, device=device)
-    _write_one[(1,)](x)
+    with torch.cuda.device_of(x):
+        _write_one[(1,)](x)
     if x.item() != 1:
         raise RuntimeError("a kernel that writes a 1 has not written it")
 

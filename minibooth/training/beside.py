@@ -63,7 +63,7 @@ class Program:
     """One that was `started`."""
 
     def __init__(self, process: subprocess.Popen):
-        self.process, self.silent, self.last_words = process, False, ""
+        self.process, self.last_words, self.given_up = process, "", ""
 
     def lines(self, silence: float) -> Iterator[str]:
         """What it writes to stdout, line by line, until it ends, or has written nothing for
@@ -79,11 +79,12 @@ class Program:
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()
         heard = time.monotonic()
-        while self.process.poll() is None and not self.silent:
+        while self.process.poll() is None and not self.given_up:
             with suppress(Empty):
                 yield said.get(timeout=TICK)
                 heard = time.monotonic()
-            self.silent = time.monotonic() - heard > silence
+            if time.monotonic() - heard > silence:
+                self.given_up = f"said nothing for {silence:g} s"
         kill(self.process)
         listener.join(1)
         while not said.empty():
@@ -92,7 +93,5 @@ class Program:
     @property
     def ending(self) -> str:
         """How it ended, once it has, and its last words on stderr: "ended with status 1 (…)"."""
-        if self.silent:
-            return "said nothing for too long"
         words = f" ({self.last_words})" if self.last_words else ""
-        return f"ended with status {self.process.returncode}{words}"
+        return self.given_up or f"ended with status {self.process.returncode}{words}"

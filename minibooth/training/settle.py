@@ -268,10 +268,20 @@ def summary(chosen: dict[Case, Verdict]) -> str:
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether there is anything to try: CUDA graphs, a card that the kernels know, and auto."""
+    """Whether kernels can be taken here: CUDA graphs, a card that they know, and the mode auto.
+    Where no kernel at all can be launched, a line says what to install."""
     if not graphs.capturable(device) or ops.mode() != "auto" or ops.attention_kernels is None:
         return False
-    return ops.attention_kernels.card.unsupported_card(device) is None
+    card = ops.attention_kernels.card
+    if card.unsupported_card(device) is not None:
+        return False
+    try:
+        card.launch_one(device)
+        return True
+    except Exception as error:
+        why = card.why_no_launch(error)
+        print(f"kernels: none can be launched: {why}; PyTorch's are taken")
+        return False
 
 
 def main() -> None:

@@ -237,7 +237,8 @@ def try_kernels(run: Run, captured: bool) -> None:
     CUDA graphs: its drawing and, if `captured`, its steps."""
     config, sd, side = run.config, run.sd, run.resolution
     drawing, training, learns = [], 0, run.trained.get("unet")
-    if settle.wanted(run.device) and not config.saves_memory:
+    wanted = settle.wanted(run.device)
+    if wanted and not config.saves_memory:
         pictures = len(config.grid_prompts) * config.num_validation_images
         strength = config.validation_guidance_scale
         drawing += settle.batches(pictures, config.grid_batch_size, strength)
@@ -245,7 +246,7 @@ def try_kernels(run: Run, captured: bool) -> None:
             missing = class_images.missing_of_run(sd, config, side, run.fingerprint)
             strength = config.class_guidance_scale
             drawing += [n for size in missing for n in settle.batches(size, size, strength)]
-    if settle.wanted(run.device) and captured:
+    if wanted and captured:
         training = config.train_batch_size * (1 + config.uses_prior)
     adapters = learns.values() if isinstance(learns, nn.ModuleDict) else ()
     met = settle.met(

@@ -298,7 +298,7 @@ def test_a_process_that_hangs_is_ended(child, monkeypatch):
     monkeypatch.setattr(settle, "SILENCE", 0.5)
     found = dict(settle.in_a_process(LENGTHS, CPU, child=child("6", HANG)))
     assert [v.triton for v in found.values()] == [True] * 5 + [False]
-    assert found[LENGTHS[5]].why == "the process that tries them said nothing for too long"
+    assert found[LENGTHS[5]].why == "the process that tries them said nothing for 0.5 s"
 
 
 def test_the_real_process_says_why_there_is_nothing_to_try_with(tmp_path, capsys):
@@ -360,18 +360,22 @@ def test_the_process_works_and_waits_on_the_device_that_it_is_given(two_cards, m
     assert said == [90, settle.BEGIN, verdict[0], settle.BEGIN, verdict[1]]
 
 
-@needs_triton
-def test_where_no_kernel_can_be_launched_none_is_compiled_or_tried(two_cards, monkeypatch):
-    """The error is Triton's own, of a machine without a compiler."""
+@pytest.fixture
+def no_gcc(monkeypatch):
+    """Launching raises what Triton raises without a compiler: its own code, an empty PATH."""
     from triton.runtime import build
 
     def launch(device):
         build._build("name", "name.c", ".", [], [], [], [])
 
-    said = []
     monkeypatch.setattr(ops.attention_kernels.card, "launch_one", launch)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
+
+
+@needs_triton
+def test_where_no_kernel_can_be_launched_none_is_compiled_or_tried(two_cards, no_gcc):
+    said = []
     settle.try_all(CASES, SECOND, said.append)
     assert said == ["cannot Triton finds no C compiler to launch kernels with: install gcc"]
 
@@ -575,6 +579,7 @@ def test_on_a_cpu_nothing_is_tried():
 
 @needs_triton
 def test_it_is_tried_on_a_card_that_the_kernels_know_in_the_mode_auto(two_cards, monkeypatch):
+    monkeypatch.setattr(ops.attention_kernels.card, "launch_one", lambda device: None)
     before = ops.mode()
     try:
         for mode, wanted in (("torch", False), ("triton", False), ("auto", True)):
@@ -590,7 +595,20 @@ def test_it_is_tried_on_a_card_that_the_kernels_know_in_the_mode_auto(two_cards,
 @pytest.mark.parametrize(
     "capability, shared, wanted", [((7, 5), 65_536, False), ((8, 6), 101_376, True)]
 )
-def test_it_is_tried_on_no_card_that_they_do_not_know(capability, shared, wanted, two_cards):
+def test_it_is_tried_on_no_card_that_they_do_not_know(
+    capability, shared, wanted, two_cards, monkeypatch
+):
+    monkeypatch.setattr(ops.attention_kernels.card, "launch_one", lambda device: None)
     two_cards.properties.major, two_cards.properties.minor = capability
     two_cards.properties.shared_memory_per_block_optin = shared
     assert settle.wanted(SECOND) == wanted
+
+
+@needs_triton
+def test_verdicts_of_a_machine_with_a_compiler_are_of_no_use_without(two_cards, no_gcc, capsys):
+    """A folder of verdicts can be shared: one line, and PyTorch's, in the place of an error."""
+    assert not settle.wanted(SECOND)
+    assert capsys.readouterr().out.splitlines() == [
+        "kernels: none can be launched: Triton finds no C compiler to launch kernels with: "
+        "install gcc; PyTorch's are taken"
+    ]
