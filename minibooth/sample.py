@@ -95,9 +95,10 @@ def sample(config: SampleConfig) -> list[Path]:
         word, vectors = adapters.read_embedding(file)
         textual_inversion.add_word(sd, word, vectors)
         print(f"{file}: {word} in a prompt is now {len(vectors)} vectors")
-    if settle.wanted(device):
-        size = (config.height or sd.image_size, config.width or sd.image_size)
-        settle.settle(settle.met(sd, *size, drawing=(config.batch_size,)), device)
+    sizes = settle.batches(config.num_images, config.batch_size, config.guidance_scale)
+    size = (config.height or sd.image_size, config.width or sd.image_size)
+    met = settle.met(sd, *size, drawing=sizes if settle.wanted(device) else ())
+    settle.settle(met, device)
     out, written, rows = Path(config.output_dir), [], []
     batches = -(-config.num_images // config.batch_size)
     bar = tqdm(total=len(config.prompt) * batches * config.steps, unit="step")

@@ -67,14 +67,14 @@ def train(
     return sd
 
 
-def gather(run: Run) -> tuple[Batches, Loss, dict]:
+def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     """What the steps read: class images, latents, contexts; and the identity with these images.
 
-    The networks go to the device.
+    The networks go to the device. `captured`: whether the steps will be a CUDA graph.
     """
     config, sd, device = run.config, run.sd, run.device
     methods.place(sd, run.trained, device, run.precision.dtype)
-    start.try_kernels(run)
+    start.try_kernels(run, captured)
 
     identity, class_photos, shown = run.identity, None, (run.shown,)
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
@@ -147,7 +147,9 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     """Everything from the class images to the trained model on disk."""
     config, sd, folder = run.config, run.sd, run.folder
     originals = optimizer.originals(run.trained)
-    batches, loss, identity = gather(run)
+    # Who looks on wants to see what the step leaves behind; 8-bit AdamW waits for the device.
+    captured = not (on_step or config.use_8bit_adam)
+    batches, loss, identity = gather(run, captured)
     grids = Grids.of(folder, config, run.resolution, run.events)
     before = grids.draw(sd, run.idle, run.precision)
     grids.save(0, before)
@@ -166,7 +168,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
 
     accumulate = config.gradient_accumulation_steps
     update = one_update(ranks.averaged(loss, run.trained), adam, accumulate, on_step)
-    if adam.capturable and not on_step:  # who looks on wants to see what the step leaves behind
+    if captured:
         adam.allocate()
         update = graphs.captured(update, run.device, undo=adam.forget)
     schedule = config.max_train_steps, config.lr_warmup_steps, config.lr_scheduler

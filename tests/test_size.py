@@ -28,7 +28,7 @@ INSIDE = {  # the same within a room
     "training": [
         *("ranks", "events", "photos", "subjects", "settings", "class_images", "data"),
         *("optimizer", "plan", "memory", "graphs", "report", "methods", "resume", "snapshots"),
-        *("verdicts", "trial", "settle", "start", "stop", "loss", "grids", "finite"),
+        *("beside", "verdicts", "trial", "settle", "start", "stop", "loss", "grids", "finite"),
     ],
     "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],
     "explain": ["microscope", "page", "first_step"],

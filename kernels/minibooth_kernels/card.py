@@ -1,9 +1,11 @@
 """What the kernels ask about the card they run on."""
 
 import functools
+import subprocess
 
 import torch
 import triton
+import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run as NumPy, on the CPU
 
@@ -29,19 +31,59 @@ def shared_memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def unsupported_card(device: torch.device) -> str | None:
+    """Why no kernel here can run on that device; None if one can."""
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f"the kernels run on CUDA, the tensor is on {device.type}"
+    if (major := capability(device) // 10) not in SHARED_MEMORY:
+        return f"the kernels are compiled for compute capability 8, 9, 10 and 12, this is {major}"
+    if shared_memory(device) < SHARED_MEMORY[major]:
+        return f"the kernels want {SHARED_MEMORY[major]} bytes of shared memory for a block"
+    return None
+
+
 def unsupported(x: torch.Tensor) -> str | None:
     """Why no kernel here can run on x, whatever its shape; None if one can."""
-    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
-        return f"the kernels run on CUDA, the tensor is on {x.device.type}"
+    if reason := unsupported_card(x.device):
+        return reason
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {x.dtype}"
-    if (major := capability(x.device) // 10) not in SHARED_MEMORY:
-        return f"the kernels are compiled for compute capability 8, 9, 10 and 12, this is {major}"
-    if shared_memory(x.device) < SHARED_MEMORY[major]:
-        return f"the kernels want {SHARED_MEMORY[major]} bytes of shared memory for a block"
     if x.numel() == 0:
         return "an empty tensor has nothing to compute"
     return None
+
+
+@triton.jit
+def _write_one(x):
+    """x: (1,)."""
+    tl.store(x, 1.0)
+
+
+def launch_one(device: torch.device) -> None:
+    """Launch the smallest kernel there is, and wait for it. Raises what Triton or CUDA raise where
+    no kernel at all can be launched: see `why_no_launch`."""
+    x = torch.zeros(1, device=device)
+    with torch.cuda.device_of(x):
+        _write_one[(1,)](x)
+    if x.item() != 1:
+        raise RuntimeError("a kernel that writes a 1 has not written it")
+
+
+def why_no_launch(error: Exception) -> str:
+    """What `launch_one` raised, in one line that says what to install, if anything.
+
+    Triton compiles a small C file before its first launch (triton/runtime/build.py).
+    """
+    if isinstance(error, subprocess.CalledProcessError):
+        compiler = error.cmd[0] if isinstance(error.cmd, list) else error.cmd
+        return (
+            f"{compiler} cannot compile what Triton launches kernels with: install Python's "
+            "headers (python3-dev)"
+        )
+    if "C compiler" in str(error):
+        return "Triton finds no C compiler to launch kernels with: install gcc"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def launched_where_its_input_is(operator):

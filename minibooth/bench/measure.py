@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..common import cli
+from ..training import verdicts
 
 # ---- times -------------------------------------------------------------------------------------
 
@@ -112,9 +113,7 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict:
     if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        return {"device": torch.cuda.get_device_name(), "driver": driver}
+        return {"device": torch.cuda.get_device_name(), "driver": verdicts.driver()}
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
     threads = torch.get_num_threads()

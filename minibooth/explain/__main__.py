@@ -20,7 +20,7 @@ def explain(config: TrainConfig) -> Path:
 
     Raises UserError for whatever the user can mend, as train.train does.
     """
-    config = replace(config, resume_from_checkpoint=None)
+    config = replace(config, resume_from_checkpoint=None, num_validation_images=0)
     device = start.check(config, has_model=False)
     run = start.set_up(config, start.load(config), device)
     batches, loss, _ = train.gather(run)

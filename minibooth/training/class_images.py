@@ -9,6 +9,7 @@ import json
 import re
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import PngImagePlugin
@@ -25,6 +26,19 @@ from .subjects import Subject
 GENERATED = re.compile(r"[0-9a-f]{12}-\d{5}\.png")
 
 
+class Images(NamedTuple):
+    """The class images of some settings, there or not."""
+
+    own: list[Path]  # the user's
+    drawn: list[Path]  # with image i from seed + i
+    missing: list[int]  # where this rank's batches of these begin that are not all there
+    batch_size: int
+    settings: dict  # that the drawn ones depend on, and have in them
+
+    def batch(self, first: int) -> list[Path]:
+        return self.drawn[first : first + self.batch_size]
+
+
 def of_run(
     sd: StableDiffusion, config: TrainConfig, resolution: int, fingerprint: str
 ) -> tuple[list[Path], Tensor]:
@@ -32,35 +46,41 @@ def of_run(
     found = [
         (i, file)
         for i, subject in enumerate(config.subjects)
-        for file in of_subject(sd, config, subject, resolution, fingerprint)
+        for file in ensure(
+            sd,
+            **settings_of(config, subject, resolution, fingerprint),
+            begin=zlib.crc32(config.output_dir.encode()),
+        )
     ]
     return [file for _, file in found], torch.tensor([i for i, _ in found])
 
 
-def of_subject(
-    sd: StableDiffusion,
-    config: TrainConfig,
-    subject: Subject,
-    resolution: int,
-    fingerprint: str,
-) -> list[Path]:
-    return ensure(
-        sd,
-        Path(subject.class_data_dir or Path(config.output_dir) / "class_images"),
-        count=config.num_class_images,
-        prompt=subject.class_prompt,
-        sampler=config.class_sampler,
-        steps=config.class_steps,
-        guidance_scale=config.class_guidance_scale,
-        seed=config.seed,
-        resolution=resolution,
-        batch_size=config.sample_batch_size,
-        fingerprint=fingerprint,
-        begin=zlib.crc32(config.output_dir.encode()),
-    )
+def missing_of_run(
+    sd: StableDiffusion, config: TrainConfig, resolution: int, fingerprint: str
+) -> list[int]:
+    """How many pictures are in each batch that `of_run` is going to draw."""
+    subjects = (settings_of(config, s, resolution, fingerprint) for s in config.subjects)
+    found = [find(sd, **settings) for settings in subjects]
+    return [len(images.batch(first)) for images in found for first in images.missing]
 
 
-def ensure(
+def settings_of(config: TrainConfig, subject: Subject, resolution: int, fingerprint: str) -> dict:
+    """What `find` and `ensure` are asked for."""
+    return {
+        "folder": Path(subject.class_data_dir or Path(config.output_dir) / "class_images"),
+        "count": config.num_class_images,
+        "prompt": subject.class_prompt,
+        "sampler": config.class_sampler,
+        "steps": config.class_steps,
+        "guidance_scale": config.class_guidance_scale,
+        "seed": config.seed,
+        "resolution": resolution,
+        "batch_size": config.sample_batch_size,
+        "fingerprint": fingerprint,
+    }
+
+
+def find(
     sd: StableDiffusion,
     folder: Path,
     *,
@@ -73,16 +93,9 @@ def ensure(
     resolution: int,
     batch_size: int,
     fingerprint: str | None = None,
-    begin: int = 0,
-) -> list[Path]:
-    """The class images of these settings: the user's own in `folder`, all of them, and as many
-    drawn ones as bring the number to `count`. Image i is drawn from seed + i. `fingerprint`: the
-    model's, where its weights have been rounded since.
-
-    Each rank draws its share; raises UserError where it does not see the others'. Runs that draw
-    into one folder at the same time, and `begin` with another one of the missing batches, share the
-    work.
-    """
+) -> Images:
+    """The user's own class images in `folder`, all of them, and as many drawn ones as bring the
+    number to `count`. `fingerprint`: the model's, where its weights have been rounded since."""
     try:
         own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
     except UserError:  # not there yet, or nothing in it
@@ -101,31 +114,45 @@ def ensure(
     # Whole batches, always the same ones: their rounding is that of an uninterrupted run.
     starts = ranks.mine(range(0, len(wanted), batch_size))
     todo = [i for i in starts if not all(path.exists() for path in wanted[i : i + batch_size])]
+    return Images(own, wanted, todo, batch_size, settings)
+
+
+def ensure(sd: StableDiffusion, folder: Path, *, begin: int = 0, **settings) -> list[Path]:
+    """The class images that `find` finds with these settings, which are drawn where they are
+    missing. Image i is drawn from seed + i.
+
+    Each rank draws its share; raises UserError where it does not see the others'. Runs that draw
+    into one folder at the same time, and `begin` with another one of the missing batches, share the
+    work.
+    """
+    images = find(sd, folder, **settings)
+    own, wanted, todo = images.own, images.drawn, images.missing
     first = begin % max(1, len(todo))
     todo = todo[first:] + todo[:first]
     if own:
         print(f"class images: {len(own)} of your own in {folder}, {len(wanted)} drawn")
     info = PngImagePlugin.PngInfo()
-    for name, value in settings.items():
+    for name, value in images.settings.items():
         info.add_itxt(name, str(value))
+    steps, seed, resolution = (settings[name] for name in ("steps", "seed", "resolution"))
     with tqdm(total=len(todo) * steps, desc="class images", unit="step", disable=not todo) as bar:
         for first in todo:
-            paths = wanted[first : first + batch_size]
+            paths = images.batch(first)
             if all(path.exists() for path in paths):  # by now
                 bar.update(steps)
                 continue
-            images = sd.generate(
-                [prompt] * len(paths),
+            pictures = sd.generate(
+                [settings["prompt"]] * len(paths),
                 steps=steps,
-                sampler=sampler,
-                guidance_scale=guidance_scale,
+                sampler=settings["sampler"],
+                guidance_scale=settings["guidance_scale"],
                 seed=seed + first,
                 height=resolution,
                 width=resolution,
-                batch_size=batch_size,
+                batch_size=images.batch_size,
                 on_step=bar.update,
             )
-            for path, image in zip(paths, images, strict=True):
+            for path, image in zip(paths, pictures, strict=True):
                 if not path.exists():
                     with atomic(path) as part:
                         image.save(part, "PNG", pnginfo=info)

@@ -1,5 +1,11 @@
 """Which kernels a run takes: what it will meet is tried once on each machine, and remembered.
 
+Only what is replayed from a CUDA graph is tried: the UNet where it draws and where it trains, on a
+single GPU. Calls that are launched one by one wait for Python more than for the GPU, and an own
+operator keeps Python busier than PyTorch's; there PyTorch's are taken (ops.prefer). So with several
+ranks and in the VAE, in training with 8-bit AdamW or with a watcher of its steps, and in drawing
+where memory is short.
+
 An illegal access ruins a process's whole GPU context, so cases are tried (trial.py) in a process of
 its own: when that dies, the case it died of goes to PyTorch, and another process does the rest.
 """
@@ -7,32 +13,38 @@ its own: when that dies, the case it died of goes to PyTorch, and another proces
 import contextlib
 import json
 import os
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .. import ops
 from ..ops import Case
-from ..pipeline import StableDiffusion, vae_batch
-from . import verdicts
+from ..pipeline import StableDiffusion
+from . import beside, graphs, verdicts
 from .trial import EPS, examine, graph_time, make_inputs
-from .verdicts import Verdict
+from .verdicts import NO_MEMORY, Verdict
 
-MOST_DEATHS, SECONDS = 3, 120.0  # of the process that tries; how long one may take
+MOST_DEATHS = 3  # of the process that tries
+SILENCE = 120.0  # seconds in which it must say something: it imports PyTorch, and compiles
 
 
 # ---- in a process of its own -------------------------------------------------------------------
 
-MARK = "verdict "  # before the lines that are meant for the parent
+COMPILED, BEGIN = "compiled", "begin"  # lines for the parent: one more kernel; a case comes now
+VERDICT, CANNOT = "verdict ", "cannot "  # what others begin with: how it went; why none is tried
+
+
+class NotTried(Exception):
+    """Why cases are left that were not tried, of which nothing is known and nothing remembered."""
 
 
 def compile_case(case: Case, capability: int) -> None:
@@ -54,17 +66,33 @@ def compile_case(case: Case, capability: int) -> None:
                 group_norm._group_norm_backward(y, a, groups, b, c, mean, rstd, silu)
 
 
-def try_all(cases: list[Case], device: torch.device) -> None:
-    """The child's work: compile side by side, then try one by one; a line for each on stdout."""
-    capability = ops.attention_kernels.card.capability(device)
+def compile_all(cases: list[Case], capability: int, say: Callable[[str], object]) -> None:
+    """Side by side, which is only to save time: what is missing is compiled when it is tried."""
     workers = min(8, os.cpu_count() or 1, len(cases))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with (
+        contextlib.suppress(BrokenProcessPool),
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+    ):
         for _ in pool.map(compile_case, cases, [capability] * len(cases)):
-            print("compiled", flush=True)
+            say(COMPILED)
+
+
+def try_all(cases: list[Case], device: torch.device, say: Callable[[str], object]) -> None:
+    """The child's work: see that kernels can be launched at all, compile, try one by one."""
+    card = ops.attention_kernels.card
+    try:
+        torch.cuda.set_device(device)  # Triton launches, and graphs record, on the current one
+        card.launch_one(device)
+        capability = card.capability(device)
+    except Exception as error:
+        say(CANNOT + card.why_no_launch(error))
+        return
+    compile_all(cases, capability, say)
     for case in cases:
+        say(BEGIN)
         verdict = examine(case, device, graph_time)
-        torch.cuda.synchronize()  # ends this process where the case ruined its context
-        print(MARK + json.dumps(asdict(verdict)), flush=True)
+        torch.cuda.synchronize(device)  # ends this process where the case ruined its context
+        say(VERDICT + json.dumps(asdict(verdict)))
         torch.cuda.empty_cache()
 
 
@@ -77,33 +105,40 @@ def in_a_process(
     on_compiled: Callable[[], object] = lambda: None,
     child: tuple[str, ...] = CHILD,
 ) -> Iterator[tuple[Case, Verdict]]:
-    """`examine` of every case, in order, each as soon as it is known."""
-    todo, deaths, why = list(cases), 0, ""
-    command = [*child, str(device)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    while todo and deaths < MOST_DEATHS:
-        with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
-            alarm = threading.Timer(SECONDS, process.kill)
-            alarm.start()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(todo))
-                process.stdin.close()
-            for line in process.stdout:
-                if line.startswith(MARK):
-                    yield todo.pop(0), Verdict(**json.loads(line.removeprefix(MARK)))
-                elif deaths == 0:
+    """`examine` of every case, in order, each as soon as it is known. A case that was begun is
+    blamed for the process's end; raises NotTried at an end for which none can be."""
+    todo, path = list(cases), os.pathsep.join(sys.path)
+    for death in range(MOST_DEATHS):
+        begun = False
+        with beside.started([*child, str(device)], json.dumps(todo), PYTHONPATH=path) as process:
+            for line in process.lines(SILENCE):
+                if line == COMPILED and death == 0:
                     on_compiled()
-            alarm.cancel()
-        if todo:
-            deaths += 1
-            why = f"the process that tried it ended with status {process.returncode}"
-            yield todo.pop(0), Verdict(False, {}, why)
-    for case in todo:
-        yield case, Verdict(False, {}, f"not tried, since {why} {deaths} times")
+                elif line == BEGIN:
+                    begun = True
+                elif line.startswith(VERDICT):
+                    begun = False
+                    yield todo.pop(0), Verdict(**json.loads(line.removeprefix(VERDICT)))
+                elif line.startswith(CANNOT):
+                    raise NotTried(line.removeprefix(CANNOT))
+        if not todo:
+            return
+        why = f"the process that tries them {process.ending}"
+        if not begun:
+            raise NotTried(why)
+        yield todo.pop(0), Verdict(False, {}, why)
+    if todo:
+        raise NotTried(f"{why}, as {MOST_DEATHS - 1} before it")
 
 
 # ---- for a run ---------------------------------------------------------------------------------
+
+
+def batches(pictures: int, at_once: int, guidance_scale: float) -> list[int]:
+    """The sizes of the UNet's batches when so many pictures are drawn: of whole ones and the rest.
+    With guidance both prompts of a picture are in it."""
+    sizes = {min(pictures, at_once), pictures % at_once} - {0}
+    return [size * (2 if guidance_scale > 1 else 1) for size in sorted(sizes)]
 
 
 def met(
@@ -111,37 +146,52 @@ def met(
     height: int,
     width: int,
     *,
-    drawing: Iterable[int],
+    drawing: Iterable[int] = (),
     training: int = 0,
+    adapted: Iterable[nn.Parameter] = (),
+    text_changes: bool = False,
     autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> list[Case]:
-    """The cases that a run will meet, found by passing zeros through its networks where they are:
-    pictures of so many pixels, `drawing` at once (with guidance, each in two halves); `training`
-    samples in a step, 0 for none."""
+    """The cases that a run's UNet will meet for pictures of so many pixels, found by passing zeros
+    through it where it is: in `drawing`, batches of these sizes; in `training` of this one, 0 for
+    none. `adapted` are the frozen weights beside which something trains, `text_changes` whether
+    the text's encoding has a gradient."""
     h, w = height // sd.vae.factor, width // sd.vae.factor
     text = sd.configs["unet"]["cross_attention_dim"]
 
     def unet(batch: int) -> None:
         x = torch.zeros(batch, sd.configs["unet"]["in_channels"], h, w, device=sd.device)
         t = torch.zeros(batch, dtype=torch.int64, device=sd.device)
+        context = torch.zeros(batch, 77, text, device=sd.device)
         with autocast():
-            sd.unet(x, t, torch.zeros(batch, 77, text, device=sd.device))
+            sd.unet(x, t, context.requires_grad_(text_changes))
 
-    with torch.no_grad():
-        with ops.observed() as seen:
-            few = vae_batch(height * width)
-            for count in dict.fromkeys(drawing):
-                unet(2 * count)
-                z = torch.zeros(min(few, count), sd.configs["unet"]["out_channels"], h, w)
-                sd.vae.decode(z.to(sd.device))
-            if training:
-                sd.vae.encode(torch.zeros(few, 3, height, width, device=sd.device))
-        cases = list(seen)
+    with ops.observed() as seen:
+        with torch.no_grad():
+            for size in dict.fromkeys(drawing):
+                unet(size)
         if training:
-            with ops.observed() as seen:
+            with with_gradients(adapted), nothing_saved():
                 unet(training)
-            cases += [case._replace(backward=True) for case in seen]
-    return cases
+    return list(seen)
+
+
+@contextlib.contextmanager
+def with_gradients(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it, frozen weights have gradients: their layers' outputs do, as with adapters."""
+    frozen = [p for p in weights if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def nothing_saved() -> AbstractContextManager:
+    """Within it, nothing is kept for a backward pass, which cannot come then."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda _: None)
 
 
 def settle(
@@ -152,28 +202,51 @@ def settle(
     tried: Callable[..., Iterator[tuple[Case, Verdict]]] = in_a_process,
 ) -> dict[Case, Verdict]:
     """Find out, or remember, in which of `cases` the kernels are right and faster on this device,
-    have ops take them there, and say so in one line (and one for each case that went wrong)."""
-    cases, path = list(dict.fromkeys(cases)), path or verdicts.file()
-    here = verdicts.machine(device)
-    known = verdicts.read(path, here)
-    todo = [case for case in cases if verdicts.key(case) not in known]
+    have ops take them there and nowhere else, and say so: a line, one for each case that went
+    wrong, and one for what could not be tried. Returns what is known."""
+    cases = list(dict.fromkeys(cases))
+    if not cases:
+        ops.prefer([])
+        return {}
+    path, here = path or verdicts.file(), verdicts.machine(device)
+    remembered = verdicts.read(path, here)
+    known = {case: remembered.get(verdicts.key(case)) for case in cases}
+    todo = [case for case in cases if known[case] is None]
     if todo:
-        found = {}
-        with tqdm(total=2 * len(todo), desc="trying kernels", unit="", leave=False) as bar:
-            for case, verdict in tried(todo, device, bar.update):
-                found[verdicts.key(case)] = verdict
-                bar.n, _ = len(todo) + len(found), bar.refresh()
-        # Another time the card may have room.
-        lasting = {k: v for k, v in found.items() if "OutOfMemoryError" not in (v.why or "")}
-        verdicts.write(path, here, lasting)
+        torch.cuda.empty_cache()  # the process that tries wants room beside this one
+        found, why = {}, None
+        bar = tqdm(total=2 * len(todo), desc="trying kernels", unit="", leave=False)
+        try:
+            with bar, contextlib.closing(tried(todo, device, bar.update)) as results:
+                for case, verdict in results:
+                    found[case] = verdict
+                    bar.n, _ = len(todo) + len(found), bar.refresh()
+        except NotTried as e:
+            why = str(e)
+        finally:
+            lasting = {verdicts.key(c): v for c, v in found.items() if v.why != NO_MEMORY}
+            verdicts.write(path, here, lasting)
         known |= found
-        for case in todo:
-            if why := found[verdicts.key(case)].why:
-                print(f"kernels: {describe(case)}: {why}; PyTorch's is taken")
-    chosen = {case: known[verdicts.key(case)] for case in cases}
+        for line in problems(todo, found, why):
+            print(line)
+    chosen = {case: verdict for case, verdict in known.items() if verdict is not None}
     ops.prefer(case for case, verdict in chosen.items() if verdict.triton)
-    print(summary(chosen))
+    if chosen:
+        print(summary(chosen))
     return chosen
+
+
+def problems(todo: list[Case], found: dict[Case, Verdict], why: str | None) -> Iterator[str]:
+    """A line for each kernel that is not taken for a fault of its own, and one for all that
+    another run may find out. `why` not all were tried."""
+    for case, verdict in found.items():
+        if verdict.why and verdict.why != NO_MEMORY:
+            yield f"kernels: {describe(case)}: {verdict.why}; PyTorch's is taken"
+    another = "PyTorch's are taken there; another run tries again"
+    if large := [case for case, verdict in found.items() if verdict.why == NO_MEMORY]:
+        yield f"kernels: no memory to try {len(large)} of {len(todo)} cases: {another}"
+    if left := len(todo) - len(found):
+        yield f"kernels: {left} of {len(todo)} cases were not tried: {why}; {another}"
 
 
 def describe(case: Case) -> str:
@@ -195,13 +268,30 @@ def summary(chosen: dict[Case, Verdict]) -> str:
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether there is anything to try: a CUDA card that the kernels know, and the mode auto."""
-    if device.type != "cuda" or ops.mode() != "auto" or ops.attention_kernels is None:
+    """Whether kernels can be taken here: CUDA graphs, a card that they know, and the mode auto.
+    Where no kernel at all can be launched, a line says what to install."""
+    if not graphs.capturable(device) or ops.mode() != "auto" or ops.attention_kernels is None:
         return False
-    return ops.attention_kernels.card.unsupported(torch.empty(1, device=device)) is None
+    card = ops.attention_kernels.card
+    if card.unsupported_card(device) is not None:
+        return False
+    try:
+        card.launch_one(device)
+        return True
+    except Exception as error:
+        why = card.why_no_launch(error)
+        print(f"kernels: none can be launched: {why}; PyTorch's are taken")
+        return False
+
+
+def main() -> None:
+    # The pipe for this process alone: what it starts, and what libraries print, goes to stderr.
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    given = [Case(*c) for c in json.loads(sys.stdin.read())]
+    given = [c._replace(shape=tuple(c.shape), norm=c.norm and tuple(c.norm)) for c in given]
+    try_all(given, torch.device(sys.argv[1]), lambda line: print(line, file=lines))
 
 
 if __name__ == "__main__":
-    given = [Case(*c) for c in json.loads(sys.stdin.read())]
-    given = [c._replace(shape=tuple(c.shape), norm=c.norm and tuple(c.norm)) for c in given]
-    try_all(given, torch.device(sys.argv[1]))
+    main()

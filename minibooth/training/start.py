@@ -15,6 +15,7 @@ from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
 from ..pipeline import StableDiffusion
 from . import (
+    class_images,
     events,
     memory,
     methods,
@@ -231,19 +232,34 @@ def fitted(
     return config
 
 
-def try_kernels(run: Run) -> None:
-    """On a GPU, find out which kernels are the right ones for what this run will meet there."""
-    if settle.wanted(run.device):
-        config, side = run.config, run.resolution
-        met = settle.met(
-            run.sd,
-            side,
-            side,
-            drawing=(config.sample_batch_size, config.grid_batch_size),
-            training=config.train_batch_size * (1 + config.uses_prior),
-            autocast=run.precision.autocast,
-        )
-        settle.settle(met, run.device)
+def try_kernels(run: Run, captured: bool) -> None:
+    """On a GPU, find out which kernels are the right ones for what this run will replay there from
+    CUDA graphs: its drawing and, if `captured`, its steps."""
+    config, sd, side = run.config, run.sd, run.resolution
+    drawing, training, learns = [], 0, run.trained.get("unet")
+    wanted = settle.wanted(run.device)
+    if wanted and not config.saves_memory:
+        pictures = len(config.grid_prompts) * config.num_validation_images
+        strength = config.validation_guidance_scale
+        drawing += settle.batches(pictures, config.grid_batch_size, strength)
+        if config.uses_prior:
+            missing = class_images.missing_of_run(sd, config, side, run.fingerprint)
+            strength = config.class_guidance_scale
+            drawing += [n for size in missing for n in settle.batches(size, size, strength)]
+    if wanted and captured:
+        training = config.train_batch_size * (1 + config.uses_prior)
+    adapters = learns.values() if isinstance(learns, nn.ModuleDict) else ()
+    met = settle.met(
+        sd,
+        side,
+        side,
+        drawing=drawing,
+        training=training,
+        adapted=[sd.unet.get_submodule(adapter.layer).weight for adapter in adapters],
+        text_changes=config.text_changes,
+        autocast=run.precision.autocast,
+    )
+    settle.settle(met, run.device)
 
 
 def disk_needed(

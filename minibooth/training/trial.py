@@ -3,6 +3,7 @@
 A case is an operator at one shape, with or without a backward pass (ops.Case). The kernel is
 compared with PyTorch's result in fp32, with NaN in whatever memory it does not write, and timed
 against the fastest of PyTorch's ways to do the same. It is taken where it is right and not slower.
+Times are of CUDA-graph replays: of calls that are launched one by one they say nothing.
 settle.py does it for a run; the benchmark of the kernels is made of the same `examine`, so that
 what is measured is what decides.
 """
@@ -18,13 +19,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
+from ..common.cli import is_out_of_memory
 from ..common.errors import first_line
 from ..ops import Case
-from .verdicts import Verdict
+from .verdicts import NO_MEMORY, Verdict
 
 EPS = 1e-5  # of the norms that are tried; any would do
 L2_BYTES = 128 * 2**20  # more than any card's L2: the inputs of a graph's calls exceed it
 GRAPH_CALLS = 10  # at least, per graph
+PARTS = 16  # in which tensors are compared: fp64 copies of the whole would not fit a small card
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -47,14 +50,17 @@ def make_inputs(case: Case, device: torch.device) -> tuple[list[Tensor], Tensor]
             for N in (N_q, N_k, N_k, N_q)
         )
         return [q, k, v], upstream
-    _, _, channels_last, weights = case.norm
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout, weights = memory_format(case), getattr(torch, case.norm[3])
     x, upstream = (
         torch.randn(case.shape, device=device, dtype=dtype).contiguous(memory_format=layout)
         for _ in range(2)
     )
-    weight, bias = torch.randn(2, case.shape[1], device=device, dtype=getattr(torch, weights))
+    weight, bias = torch.randn(2, case.shape[1], device=device, dtype=weights)
     return [x + 1, weight, bias], upstream
+
+
+def memory_format(norm: Case) -> torch.memory_format:
+    return torch.channels_last if norm.norm[2] else torch.contiguous_format
 
 
 def with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
@@ -72,11 +78,14 @@ def implementations(case: Case) -> dict[str, Callable[..., Tensor]]:
         ours = ops.attention_kernels.attention
         return {"triton": ours, "torch": F.scaled_dot_product_attention, **others}
     groups, silu, *_ = case.norm
+    layout = memory_format(case)
 
     def eager(x, weight, bias):
-        x = x.to(weight.dtype)  # as autocast does, which has PyTorch's norm in fp32
-        y = F.group_norm(x, groups, weight, bias, EPS)
-        return F.silu(y) if silu else y
+        wide = x.to(weight.dtype)  # as autocast does, which has PyTorch's norm in fp32
+        y = F.group_norm(wide, groups, weight, bias, EPS)
+        y = F.silu(y) if silu else y
+        # Into what the next convolution reads: PyTorch's norm on CUDA leaves another layout, too.
+        return y.to(x.dtype).contiguous(memory_format=layout)
 
     def ours(x, weight, bias):
         return ops.group_norm_kernels.group_norm(x, groups, weight, bias, EPS, silu)
@@ -107,9 +116,16 @@ def poisoned() -> Iterator[None]:
 
 
 def difference(out: Tensor, expected: Tensor) -> tuple[float, float]:
-    """‖out − expected‖ / ‖expected‖, and the largest error of an element by the largest element."""
-    error, size = (out.double() - expected.double()).abs(), expected.double().abs()
-    return (error.norm() / size.norm()).item(), (error.max() / size.max()).item()
+    """‖out − expected‖ / ‖expected‖, and the largest error of an element by the largest element,
+    in fp64."""
+    squares, most = torch.zeros(2, 2, dtype=torch.float64, device=out.device)
+    longest = max(range(out.ndim), key=lambda dim: out.shape[dim])
+    for a, b in zip(out.chunk(PARTS, longest), expected.chunk(PARTS, longest), strict=True):
+        for i, x in enumerate((a.double() - b.double(), b.double())):
+            squares[i] += x.square().sum()
+            most[i] = torch.maximum(most[i], x.abs().max())
+    (error, size), (element, largest) = squares.sqrt(), most
+    return (error / size).item(), (element / largest).item()
 
 
 def what_is_wrong(ours, theirs, expected, dtype: str) -> str | None:
@@ -142,23 +158,30 @@ def examine(
         full = [x.float() for x in inputs]
         expected = results(functions["torch"], full, upstream.float(), case.backward)
         theirs = results(functions["torch"], inputs, upstream, case.backward)
-        theirs[0] = theirs[0].to(inputs[0].dtype)  # what is next rounds it
         with poisoned():
             ours = results(functions["triton"], inputs, upstream, case.backward)
         why = what_is_wrong(ours, theirs, expected, case.dtype)
         del full, expected, theirs, ours
     except Exception as e:
-        why = f"{type(e).__name__}: {first_line(e)}"
+        why = said(e)
     for name, f in functions.items():
-        if name == "triton" and why is not None:
+        if why == NO_MEMORY or (name == "triton" and why is not None):
             continue
-        with contextlib.suppress(Exception):  # most often a backend without this shape
+        try:
             times[name] = timer(functools.partial(calls, f, case, device))
+        except Exception as e:  # most often a backend without this shape
+            why = why or (NO_MEMORY if is_out_of_memory(e) else None)
     if why is None and "triton" not in times:
         why = "it could not be timed"
     others = [t for name, t in times.items() if name != "triton"]
     faster = why is None and (not others or times["triton"] <= min(others))
     return Verdict(faster, {name: 1e6 * t for name, t in times.items()}, why)
+
+
+def said(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return NO_MEMORY
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def calls(f: Callable, case: Case, device: torch.device) -> list[Callable]:

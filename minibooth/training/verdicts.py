@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -16,6 +15,10 @@ from .. import ops
 from ..common.errors import UserError
 from ..common.files import read_text, write_json
 from ..ops import Case
+from . import beside
+
+NO_MEMORY = "out of memory"  # a verdict's why that another run, with more room, may do without
+SILENCE = 20.0  # seconds that nvidia-smi may take: where a card hangs it does, too
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,21 @@ def file() -> Path:
 
 def machine(device: torch.device) -> str:
     """What a verdict holds for: the card, its driver, torch, Triton and these very kernels."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, IndexError):
-        driver = "unknown"
     triton = ops.attention_kernels.triton.__version__
     versions = f"torch {torch.__version__}, triton {triton}, minibooth {metadata_version()}"
-    return f"{card(device)}, driver {driver}, {versions}, kernels {kernels_hash()}"
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, driver {driver()}, {versions}, kernels {kernels_hash()}"
 
 
-def card(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
+def driver() -> str:
+    """NVIDIA's version of it; "unknown" where nvidia-smi is missing, or does not answer."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        with beside.started(query) as program:
+            lines = list(program.lines(SILENCE))
+    except OSError:
+        return "unknown"
+    return lines[0].strip() if lines and program.process.returncode == 0 else "unknown"
 
 
 def metadata_version() -> str:

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from minibooth_kernels import attention as at
+from minibooth_kernels import card
 from minibooth_kernels import group_norm as gn
 
 from minibooth import ops
@@ -413,6 +414,10 @@ def test_auto_takes_the_kernels_in_the_cases_that_are_preferred_and_in_no_others
                 assert taken == expected
         finally:
             ops.prefer([])
+
+
+def test_the_smallest_kernel_is_launched():
+    card.launch_one(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

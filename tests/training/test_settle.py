@@ -1,20 +1,26 @@
 """What a run will meet, tried in a process of its own and remembered: all without a GPU."""
 
+import contextlib
+import functools
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import types
+from dataclasses import asdict
 
 import pytest
 import runs
 import torch
 
-from minibooth import ops, train
+from minibooth import ops, sample, train
 from minibooth.bench import models
 from minibooth.ops import Case
-from minibooth.training import settle, verdicts
+from minibooth.training import ranks, settle, start, verdicts
 from minibooth.training.verdicts import Verdict
 
 CPU = torch.device("cpu")
@@ -71,14 +77,78 @@ def test_only_new_cases_are_tried(tmp_path):
     assert tried.asked == [] and not taken(CASES[3])  # this run does not meet it
 
 
-def test_a_case_for_which_there_was_no_memory_is_tried_again(tmp_path, monkeypatch, capsys):
-    path, why = tmp_path / "kernels.json", "OutOfMemoryError: CUDA out of memory."
+def test_cases_for_which_there_was_no_memory_are_one_line_and_are_tried_again(
+    tmp_path, monkeypatch, capsys
+):
+    path, full = tmp_path / "kernels.json", Verdict(False, {}, verdicts.NO_MEMORY)
     with monkeypatch.context() as patch:
-        patch.setitem(GIVEN, CASES[0], Verdict(False, {}, why))
+        for case in (CASES[0], CASES[3]):
+            patch.setitem(GIVEN, case, full)
         settled(path)
-    assert why in capsys.readouterr().out and not taken(CASES[0])
+    said = capsys.readouterr().out
+    assert said.count("\n") == 3 and not taken(CASES[0])  # this, the wrong one, and the sum
+    assert (
+        "kernels: no memory to try 2 of 4 cases: PyTorch's are taken there; another run tries again"
+    ) in said.splitlines()
     settled(path)
-    assert tried.asked == [CASES[:1]] and taken(CASES[0])
+    assert tried.asked == [[CASES[0], CASES[3]]] and taken(CASES[0])
+
+
+def stopping(*done, error=None):
+    """Gives verdicts for these cases, and then up."""
+
+    def tried(todo, device, on_compiled):
+        for case in done:
+            yield case, GIVEN[case]
+        raise error or settle.NotTried("no card")
+
+    return tried
+
+
+def test_what_was_not_tried_is_one_line_and_is_tried_again(tmp_path, capsys):
+    path = tmp_path / "kernels.json"
+    assert settle.settle(CASES, CPU, path=path, tried=stopping()) == {}
+    assert capsys.readouterr().out.splitlines() == [
+        "kernels: 4 of 4 cases were not tried: no card; PyTorch's are taken there; another run "
+        "tries again"
+    ]
+    assert not any(map(taken, CASES))
+    found = settle.settle(CASES, CPU, path=path, tried=stopping(CASES[0]))
+    assert found == {CASES[0]: FASTER} and taken(CASES[0])
+    assert "3 of 4 cases were not tried" in capsys.readouterr().out
+    assert settled(path) == GIVEN and tried.asked == [CASES[1:]]
+
+
+def test_what_is_known_is_kept_where_the_trial_is_stopped(tmp_path):
+    path = tmp_path / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        settle.settle(CASES, CPU, path=path, tried=stopping(*CASES[:2], error=KeyboardInterrupt()))
+    settled(path)
+    assert tried.asked == [CASES[2:]]
+
+
+def test_a_trial_that_is_left_is_closed_at_once(tmp_path):
+    closed = []
+
+    def tried(todo, device, on_compiled):
+        try:
+            yield todo[0], None  # no verdict: writing it raises
+        finally:
+            closed.append(True)
+
+    error = None
+    try:
+        settle.settle(CASES, CPU, path=tmp_path / "kernels.json", tried=tried)
+    except AttributeError as e:
+        error = e  # and with it, what it was raised in
+    assert error is not None and closed
+
+
+def test_a_run_without_cases_takes_no_kernel_of_the_run_before(tmp_path, capsys):
+    settled(tmp_path / "kernels.json")
+    capsys.readouterr()
+    assert settle.settle([], CPU) == {} and not any(map(taken, CASES))
+    assert capsys.readouterr().out == ""
 
 
 def test_another_driver_is_another_machine(tmp_path, monkeypatch):
@@ -143,102 +213,353 @@ def test_other_kernels_are_not_told_old_verdicts(monkeypatch, tmp_path):
 
 CHILD = """
     import json, os, signal, sys, time
-    device, *mortal = sys.argv[2:] + sys.argv[1:2]
-    cases = json.loads(sys.stdin.read())
+    device, cases = sys.argv[1], json.load(sys.stdin)
+    FIRST
     print("compiled\\nnoise of a library", flush=True)
     for case in cases:
         n = case[1][2]
+        print("begin", flush=True)
         if str(n) in DEADLY:
             END
         verdict = {"triton": True, "us": {"triton": n, "torch": 2 * n}, "why": None}
         print("verdict " + json.dumps(verdict), flush=True)
 """
+KILL, HANG = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"
 
 
-def child(tmp_path, deadly, end):
-    script = tmp_path / "child.py"
-    text = textwrap.dedent(CHILD).replace("DEADLY", repr(deadly)).replace("END", end)
-    script.write_text(text)
-    return (sys.executable, str(script))
+@pytest.fixture
+def child(tmp_path):
+    """A stand-in for the program that tries: its command. It ends as `end` says at the cases of
+    these lengths, or before the first."""
+
+    def write(deadly="", end="pass", first="pass"):
+        script, text = tmp_path / "child.py", textwrap.dedent(CHILD)
+        text = text.replace("DEADLY", repr(deadly)).replace("END", end).replace("FIRST", first)
+        script.write_text(text)
+        return (sys.executable, "-S", str(script))
+
+    return write
 
 
 LENGTHS = [Case("attention", (1, 1, n, 4, 8), "float16", False) for n in range(1, 7)]
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(1)", "1 / 0"])
-def test_a_case_that_ends_the_process_goes_to_pytorch_and_the_rest_is_tried(end, tmp_path):
-    found = dict(settle.in_a_process(LENGTHS, CPU, child=child(tmp_path, "25", end)))
-    assert list(found) == LENGTHS
+@pytest.mark.parametrize(
+    "end, said",
+    [
+        (KILL, "ended with status -9"),
+        ("sys.exit(1)", "ended with status 1"),
+        ("1 / 0", "ended with status 1 (ZeroDivisionError: division by zero)"),
+    ],
+)
+def test_a_case_that_ends_the_process_goes_to_pytorch_and_the_rest_is_tried(end, said, child):
+    compiled = []
+    found = dict(settle.in_a_process(LENGTHS, CPU, lambda: compiled.append(1), child("25", end)))
+    assert list(found) == LENGTHS and compiled == [1]
     assert [v.triton for v in found.values()] == [True, False, True, True, False, True]
-    assert found[LENGTHS[1]].why.startswith("the process that tried it ended with status")
+    assert found[LENGTHS[1]].why == f"the process that tries them {said}"
     assert found[LENGTHS[2]].us == {"triton": 3, "torch": 6}
 
 
-def test_a_process_that_keeps_dying_is_given_up(tmp_path):
-    end = "os.kill(os.getpid(), signal.SIGKILL)"
-    found = dict(settle.in_a_process(LENGTHS, CPU, child=child(tmp_path, "123456", end)))
-    assert list(found) == LENGTHS and not any(v.triton for v in found.values())
-    assert "not tried, since" in found[LENGTHS[5]].why
+def test_a_process_that_keeps_dying_is_given_up(child, tmp_path, capsys):
+    """Three cases are blamed; the others were not tried, and are at the next start."""
+
+    def settled(end):
+        tried = functools.partial(settle.in_a_process, child=child("123456", end))
+        return settle.settle(LENGTHS, CPU, path=tmp_path / "kernels.json", tried=tried)
+
+    found = settled(KILL)
+    assert list(found) == LENGTHS[:3] and not any(v.triton for v in found.values())
+    *blamed, left, _ = capsys.readouterr().out.splitlines()
+    assert len(blamed) == 3
+    assert left.startswith(
+        "kernels: 3 of 6 cases were not tried: the process that tries them ended with status -9, "
+        "as 2 before it; "
+    )
+    found = settled("pass")
+    assert [v.triton for v in found.values()] == [False] * 3 + [True] * 3
 
 
-def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(settle, "SECONDS", 0.5)
-    found = dict(settle.in_a_process(LENGTHS, CPU, child=child(tmp_path, "6", "time.sleep(60)")))
-    assert [v.triton for v in found.values()] == [True] * 5 + [False]
-
-
-def test_the_real_process_answers_for_every_case(tmp_path):
-    """Without a GPU it ends at the first: each goes to PyTorch, and nothing is raised."""
-    found = dict(settle.in_a_process(CASES[:1], CPU))
-    assert list(found) == CASES[:1] and not found[CASES[0]].triton and found[CASES[0]].why
-
-
-@pytest.mark.skipif(ops.attention_kernels is None, reason="needs Triton")
 @pytest.mark.parametrize(
-    "case, kernels",
+    "first, said",
     [
-        (
-            Case("attention", (1, 2, 64, 77, 40), "bfloat16", True),
-            {"_short_forward", "_short_backward"},
-        ),
-        (
-            Case("group_norm", (1, 64, 8, 8), "bfloat16", False, (32, True, True, "float32")),
-            {"_forward_one_pass"},
-        ),
+        ("sys.exit(1)", "the process that tries them ended with status 1"),
+        ("import no_such_module", "(ModuleNotFoundError: No module named 'no_such_module')"),
+        (KILL, "ended with status -9"),
+        ("print('cannot install gcc', flush=True)", "install gcc"),
     ],
-    ids=["attention", "norm"],
 )
-def test_compiling_beforehand_fills_tritons_cache(case, kernels, tmp_path):
-    code = "from minibooth.ops import Case; from minibooth.training import settle; "
-    code += f"settle.compile_case({case!r}, 90)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+def test_an_end_before_the_first_case_is_no_cases_fault(first, said, child):
+    with pytest.raises(settle.NotTried, match=re.escape(said)):
+        list(settle.in_a_process(LENGTHS, CPU, child=child("1", HANG, first)))
+
+
+def test_a_process_that_hangs_is_ended(child, monkeypatch):
+    monkeypatch.setattr(settle, "SILENCE", 0.5)
+    found = dict(settle.in_a_process(LENGTHS, CPU, child=child("6", HANG)))
+    assert [v.triton for v in found.values()] == [True] * 5 + [False]
+    assert found[LENGTHS[5]].why == "the process that tries them said nothing for 0.5 s"
+
+
+def test_the_real_process_says_why_there_is_nothing_to_try_with(tmp_path, capsys):
+    """Without a GPU it cannot launch anything: one line, and nothing is remembered."""
+    path, card = tmp_path / "kernels.json", torch.device("cuda", 0)
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA card")
+    assert settle.settle(CASES, card, path=path) == {}
+    [line] = capsys.readouterr().out.splitlines()
+    assert re.match(r"kernels: 4 of 4 cases were not tried: \w+Error: .*cuda", line, re.I)
+    assert verdicts.read(path, verdicts.machine(card)) == {}
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    """What PyTorch's Python asks its C++ for, as with two H100 of which the first is current."""
+    current, waited, freed = [0], [], []
+
+    def exchange(index):
+        before = current[0]
+        if index >= 0:
+            current[0] = index
+        return before
+
+    properties = types.SimpleNamespace(
+        name="NVIDIA H100", major=9, minor=0, shared_memory_per_block_optin=232_448
+    )
+    for name, function in {
+        "_cuda_setDevice": exchange,
+        "_cuda_getDevice": lambda: current[0],
+        "_cuda_getDeviceCount": lambda: 2,
+        "_cuda_synchronize": lambda: waited.append(current[0]),
+        "_cuda_emptyCache": lambda: freed.append(current[0]),
+    }.items():
+        monkeypatch.setattr(torch._C, name, function, raising=False)
+    # What the module has bound at its import; without a card there is nothing behind it.
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_get_device_properties", lambda i: properties, raising=False)
+    monkeypatch.setattr(torch.cuda, "_initialized", True)
+    monkeypatch.setattr(torch.cuda, "_cached_device_count", 2)
+    return types.SimpleNamespace(current=current, waited=waited, freed=freed, properties=properties)
+
+
+needs_triton = pytest.mark.skipif(ops.attention_kernels is None, reason="needs Triton")
+SECOND = torch.device("cuda", 1)
+
+
+@needs_triton
+def test_the_process_works_and_waits_on_the_device_that_it_is_given(two_cards, monkeypatch):
+    said, launched = [], []
+    card = ops.attention_kernels.card
+    monkeypatch.setattr(card, "launch_one", lambda device: launched.append(two_cards.current[0]))
+    monkeypatch.setattr(settle, "compile_all", lambda cases, capability, say: say(capability))
+    monkeypatch.setattr(settle, "examine", lambda case, device, timer: GIVEN[case])
+    settle.try_all(CASES[:2], SECOND, said.append)
+    assert launched == [1] and two_cards.waited == [1, 1]
+    verdict = [settle.VERDICT + json.dumps(asdict(GIVEN[case])) for case in CASES[:2]]
+    assert said == [90, settle.BEGIN, verdict[0], settle.BEGIN, verdict[1]]
+
+
+@pytest.fixture
+def no_gcc(monkeypatch):
+    """Launching raises what Triton raises without a compiler: its own code, an empty PATH."""
+    from triton.runtime import build
+
+    def launch(device):
+        build._build("name", "name.c", ".", [], [], [], [])
+
+    monkeypatch.setattr(ops.attention_kernels.card, "launch_one", launch)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+
+
+@needs_triton
+def test_where_no_kernel_can_be_launched_none_is_compiled_or_tried(two_cards, no_gcc):
+    said = []
+    settle.try_all(CASES, SECOND, said.append)
+    assert said == ["cannot Triton finds no C compiler to launch kernels with: install gcc"]
+
+
+@needs_triton
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a compiler")
+def test_missing_headers_are_told_from_a_missing_compiler(tmp_path):
+    from triton.runtime import build
+
+    (tmp_path / "name.c").write_text("#include <Python/is/not/here.h>")
+    with pytest.raises(subprocess.CalledProcessError) as e:
+        build._build("name", str(tmp_path / "name.c"), str(tmp_path), [], [], [], [])
+    said = ops.attention_kernels.card.why_no_launch(e.value)
+    assert "gcc cannot compile" in said and said.endswith("install Python's headers (python3-dev)")
+
+
+def test_memory_is_given_back_before_another_process_wants_it(two_cards, tmp_path):
+    def tried(todo, device, on_compiled):
+        assert two_cards.freed
+        yield todo[0], FASTER
+
+    settle.settle(CASES[:1], CPU, path=tmp_path / "kernels.json", tried=tried)
+    assert two_cards.freed == [0]
+    settle.settle(CASES[:1], CPU, path=tmp_path / "kernels.json", tried=tried)
+    assert two_cards.freed == [0]  # for a process that is not started none is given back
+
+
+@needs_triton
+def test_compiling_beforehand_fills_tritons_cache(tmp_path):
+    """Of a process of its own: Triton's driver is set for the whole of it."""
+    attention = Case("attention", (1, 2, 64, 77, 40), "bfloat16", True)
+    norm = Case("group_norm", (1, 64, 8, 8), "bfloat16", False, (32, True, True, "float32"))
+
+    def compile_both():
+        os.environ["TRITON_CACHE_DIR"] = str(tmp_path)
+        for case in (attention, norm):
+            settle.compile_case(case, 90)
+
+    process = multiprocessing.get_context("fork").Process(target=compile_both)
+    process.start()
+    process.join()
+    kernels = {"_short_forward", "_short_backward", "_forward_one_pass"}
     assert {f.stem for f in tmp_path.rglob("*.cubin")} == kernels
 
 
 # ---- what a run meets --------------------------------------------------------------------------
 
 
-def test_a_run_meets_no_case_that_was_not_foreseen(tmp_path):
-    """The tiny run's own calls against what passing zeros through its networks said."""
-    changes = {"num_class_images": 4, "sample_batch_size": 2, "num_validation_images": 2}
-    changes |= {"class_data_dir": str(tmp_path / "class"), "validation_prompt": ("a dog", "a cat")}
-    config = runs.config(tmp_path / "out", train_batch_size=2, **changes)
+@pytest.fixture
+def compared(monkeypatch):
+    """Runs something as if there were CUDA graphs: the cases that were to be tried, and those that
+    its UNet then met."""
+
+    def compare(sd, function):
+        foreseen, met, open_now = [], set(), []
+
+        def begin(*_):
+            open_now.append(contextlib.ExitStack())
+            open_now.append(open_now[0].enter_context(ops.observed()))
+
+        def end(*_):
+            met.update(open_now.pop())
+            open_now.pop().close()
+
+        def take(cases, device):
+            foreseen.extend(cases)
+            sd.unet.register_forward_pre_hook(begin)
+            sd.unet.register_forward_hook(end)
+
+        monkeypatch.setattr(settle, "wanted", lambda device: True)
+        monkeypatch.setattr(settle, "settle", take)
+        function()
+        assert len(foreseen) == len(set(foreseen))
+        return set(foreseen), met
+
+    return compare
+
+
+def sizes(cases):
+    """Batch sizes, without and with a backward pass."""
+    return [{case.shape[0] for case in cases if case.backward == b} for b in (False, True)]
+
+
+WORD = {"method": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "dog"}
+WORD |= {"instance_prompt": "a <x>", "mixed_precision": "bf16"}  # bf16 is slow on a CPU
+RUNS = {  # settings, and the UNet's batches where it draws and where it trains
+    "grid of 3 × 2": ({"train_batch_size": 2}, {12, 4, 2}, {4}),
+    "no guidance": (
+        {
+            "validation_guidance_scale": 1.0,
+            "num_validation_images": 3,  # of three prompts: 8 and 1
+            "class_guidance_scale": 0.0,
+            "num_class_images": 5,
+            "sample_batch_size": 4,
+        },
+        {8, 4, 1},
+        {2},
+    ),
+    "LoRA": (
+        {"method": "lora", "prior_loss_weight": 0.0},
+        {12, 1},  # three prompts without a class; before the first adapter nothing has a gradient
+        {1},
+    ),
+    "a word": (WORD | {"num_validation_images": 1, "validation_prompt": ("a <x>",)}, {2, 1}, {1}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_tried_is_what_a_run_meets(name, compared, tmp_path):
+    """Every case of it, and no other."""
+    changes, drawn, trained = RUNS[name]
+    few = {"num_validation_images": 2, "validation_inference_steps": 1, "class_steps": 1}
+    few |= {"max_train_steps": 1, "sample_batch_size": 2, "class_data_dir": str(tmp_path / "class")}
+    config, sd = runs.config(tmp_path / "out", **few | changes), runs.model()
+    foreseen, met = compared(sd, lambda: train.train(config, sd))
+    assert foreseen == met and sizes(met) == [drawn, trained]
+
+
+def test_class_images_that_are_there_are_not_foreseen(compared, tmp_path):
+    """Of six in batches of two the second is not whole."""
+    folder = tmp_path / "class"
+    settings = {"num_class_images": 5, "sample_batch_size": 2, "class_data_dir": str(folder)}
+    config = runs.config(tmp_path / "out", class_steps=1, **settings)
+    train.gather(start.set_up(config, runs.model(), CPU))
+    sorted(folder.glob("*.png"))[4].unlink()  # the last batch's only one
+    run = start.set_up(config, runs.model(), CPU)
+    foreseen, met = compared(run.sd, lambda: train.gather(run))
+    assert foreseen == met and sizes(met) == [{2}, set()]
+
+
+@pytest.mark.parametrize("guidance, batches", [(7.5, {4, 2}), (1.0, {2, 1})])
+def test_what_is_tried_is_what_sampling_meets(guidance, batches, compared, tmp_path, monkeypatch):
     sd = runs.model()
-    foreseen = settle.met(sd, 32, 32, drawing=(2, 4), training=4)
-    with ops.observed() as seen:
-        train.train(config, sd)
-    assert {c for c in seen if c.backward} == {c for c in foreseen if c.backward}
-    # But for the VAE's, one head, whose pictures come in other numbers at the end.
-    drawn = {c for c in seen if c.op == "attention" and not c.backward and c.shape[1] > 1}
-    assert drawn and drawn <= set(foreseen)
+    monkeypatch.setattr(sample.pipeline, "load", lambda *_, **__: sd)
+    config = sample.SampleConfig(
+        model="given",
+        prompt=("a dog", "a cat"),
+        num_images=3,
+        batch_size=2,
+        steps=1,
+        guidance_scale=guidance,
+        height=16,
+        width=32,
+        output_dir=str(tmp_path),
+        device="cpu",
+    )
+    foreseen, met = compared(sd, lambda: sample.sample(config))
+    assert foreseen == met and sizes(met) == [batches, set()]
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes, on_step, drawn, trained",
+    [
+        ({}, None, {12, 4, 2}, {2}),
+        ({}, lambda step, result: None, {12, 4, 2}, set()),
+        ({"use_8bit_adam": True}, None, set(), set()),
+        ({"gradient_checkpointing": True}, None, set(), {2}),
+    ],
+)
+def test_only_what_is_replayed_from_a_graph_is_tried(
+    changes, on_step, drawn, trained, tmp_path, monkeypatch
+):
+    """No steps that are watched or that wait for the device; no drawing where memory is short."""
+
+    def take(cases, device):
+        assert sizes(cases) == [drawn, trained]
+        raise Enough
+
+    monkeypatch.setattr(settle, "wanted", lambda device: True)
+    monkeypatch.setattr(settle, "settle", take)
+    few = {"num_validation_images": 2, "sample_batch_size": 2}
+    config = runs.config(tmp_path / "out", class_data_dir=str(tmp_path), **few, **changes)
+    with pytest.raises(Enough):
+        train.train(config, runs.model(), on_step)
 
 
 def test_the_cases_of_sd_15():
     """Training at 1 + 1 and drawing four at once, on the meta device: 512², no weights."""
     sd = models.model("SD 1.5", torch.device("meta"))
-    cases = settle.met(sd, 512, 512, drawing=(4,), training=2)
+    cases = settle.met(sd, 512, 512, drawing=(8,), training=2)
     attention = [c for c in cases if c.op == "attention"]
     of_step = {c.shape for c in attention if c.backward}
     assert of_step == {
@@ -246,28 +567,48 @@ def test_the_cases_of_sd_15():
         for pixels, d in ((4096, 40), (1024, 80), (256, 160), (64, 160))
         for keys in (pixels, 77)
     }
-    assert {c.shape for c in attention if not c.backward} == {
-        *((8, *shape[1:]) for shape in of_step),
-        (1, 1, 4096, 4096, 512),
-    }
+    assert {c.shape for c in attention if not c.backward} == {(8, *shape[1:]) for shape in of_step}
     norms = [c for c in cases if c.op == "group_norm" and c.backward]
     widths = {c.shape[1:] for c in norms}
     assert (320, 64, 64) in widths and (2560, 8, 8) in widths and len(norms) == len(set(norms))
 
 
-def test_on_a_cpu_nothing_is_tried(monkeypatch):
+def test_on_a_cpu_nothing_is_tried():
     assert not settle.wanted(CPU)
 
 
-@pytest.mark.parametrize("mode, wanted", [("auto", True), ("torch", False), ("triton", False)])
-def test_it_is_tried_on_a_card_that_the_kernels_know_in_the_mode_auto(mode, wanted, monkeypatch):
-    if ops.attention_kernels is None:
-        pytest.skip("needs Triton")
+@needs_triton
+def test_it_is_tried_on_a_card_that_the_kernels_know_in_the_mode_auto(two_cards, monkeypatch):
+    monkeypatch.setattr(ops.attention_kernels.card, "launch_one", lambda device: None)
     before = ops.mode()
-    monkeypatch.setattr(ops.attention_kernels.card, "unsupported", lambda x: None)
-    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
     try:
-        ops.use(mode)
-        assert settle.wanted(torch.device("cuda")) == wanted
+        for mode, wanted in (("torch", False), ("triton", False), ("auto", True)):
+            ops.use(mode)
+            assert settle.wanted(SECOND) == settle.wanted(torch.device("cuda")) == wanted
     finally:
         ops.use(before)
+    monkeypatch.setattr(ranks, "count", lambda: 2)  # no CUDA graphs
+    assert not settle.wanted(SECOND)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "capability, shared, wanted", [((7, 5), 65_536, False), ((8, 6), 101_376, True)]
+)
+def test_it_is_tried_on_no_card_that_they_do_not_know(
+    capability, shared, wanted, two_cards, monkeypatch
+):
+    monkeypatch.setattr(ops.attention_kernels.card, "launch_one", lambda device: None)
+    two_cards.properties.major, two_cards.properties.minor = capability
+    two_cards.properties.shared_memory_per_block_optin = shared
+    assert settle.wanted(SECOND) == wanted
+
+
+@needs_triton
+def test_verdicts_of_a_machine_with_a_compiler_are_of_no_use_without(two_cards, no_gcc, capsys):
+    """A folder of verdicts can be shared: one line, and PyTorch's, in the place of an error."""
+    assert not settle.wanted(SECOND)
+    assert capsys.readouterr().out.splitlines() == [
+        "kernels: none can be launched: Triton finds no C compiler to launch kernels with: "
+        "install gcc; PyTorch's are taken"
+    ]

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minibooth.ops import Case
 from minibooth.training import trial
+from minibooth.training.verdicts import NO_MEMORY
 
 CPU = torch.device("cpu")
 ATTENTION = Case("attention", (2, 2, 400, 20, 8), "float16", False)
@@ -91,6 +94,21 @@ def test_wrong_gradients_are_found_where_there_is_a_backward_pass(monkeypatch):
     assert not verdict.triton and verdict.why.startswith("gradient 1 is wrong")
 
 
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_no_memory_is_said_alike_wherever_it_is_missing():
+    """In the kernel, in PyTorch's, and while either is timed: no verdict of the kernel."""
+    for functions, clock in (
+        ({"triton": out_of_memory, "torch": sdpa}, lambda make_calls: 1.0),
+        ({"triton": right, "torch": out_of_memory}, lambda make_calls: 1.0),
+        ({"triton": right, "torch": sdpa}, out_of_memory),
+    ):
+        verdict = trial.examine(ATTENTION, CPU, clock, functions)
+        assert not verdict.triton and verdict.why == NO_MEMORY
+
+
 def test_a_clock_that_fails_leaves_pytorch(monkeypatch):
     functions = {"triton": right, "torch": sdpa}
     monkeypatch.setattr(trial, "implementations", lambda case: functions)
@@ -112,6 +130,49 @@ def test_pytorch_itself_is_right_in_every_kind_of_case(case, backward, monkeypat
     theirs = trial.implementations(case)["torch"]
     ours = lambda *x: theirs(*(y.float() for y in x)).to(x[0].dtype)  # noqa: E731
     assert examined(monkeypatch, ours, 1.0, case, theirs).triton
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_pytorchs_norm_is_timed_up_to_what_the_next_layer_reads(channels_last, weights):
+    """In x's dtype and layout, as ours leaves it; and back from a gradient that is so."""
+    case = NORM._replace(norm=(4, True, channels_last, weights), backward=True)
+    inputs, upstream = trial.make_inputs(case, CPU)
+    y, dx, *_ = trial.results(trial.implementations(case)["torch"], inputs, upstream, True)
+    for tensor in (y, dx):
+        assert tensor.dtype == torch.bfloat16 and tensor.stride() == inputs[0].stride()
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and not x._is_view()]
+        self.bytes = max([self.bytes, *(x.nbytes for x in made)])
+        return out
+
+
+@pytest.mark.parametrize("shape", [(1, 256, 20, 30), (2, 8, 999, 40), (3, 5, 7, 2), (17,), (1, 1)])
+def test_differences_are_found_without_whole_copies_in_fp64(shape):
+    a, b = torch.randn(2, *shape)
+    if len(shape) == 4:
+        b = b.contiguous(memory_format=torch.channels_last)
+    a.view(-1)[a.numel() // 2] += 3.0
+    half = a.half()
+    with Largest() as made:
+        found = trial.difference(half, b)
+    error, size = half.double() - b.double(), b.double()
+    exact = error.norm() / size.norm(), error.abs().max() / size.abs().max()
+    assert found == pytest.approx([x.item() for x in exact], rel=1e-12)
+    if a.numel() > 1000:
+        assert made.bytes <= size.nbytes / 15
+    a.view(-1)[-1] = torch.nan
+    assert all(x != x for x in trial.difference(a, b))
 
 
 def test_the_inputs_lie_as_a_network_brings_them():
