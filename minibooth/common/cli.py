@@ -167,7 +167,8 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= count[device.type]:
         raise UserError(f"there is no device {name} here: leave --device out")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
