@@ -269,10 +269,12 @@ def programs(calls: list[list[str]]) -> list[dict]:
     results = []
     for name, *options in calls:
         module, found = importlib.import_module(name), {"status": 0}
+        if hasattr(module, "__path__"):  # a package
+            module = importlib.import_module(f"{name}.__main__")
         sys.argv = [name, *options]
         with watched(found):
             try:
-                cli.run(name.removesuffix(".__main__"), module.main)
+                cli.run(name, module.main)
             except SystemExit as error:
                 found["status"] = error.code
         results.append(found)
