@@ -186,7 +186,7 @@ def table(results: list[dict]) -> str:
 
 
 def benchmark(what: str, minutes: float, output: Path) -> None:
-    """Counts, prints and writes launches.json and .md. However long it takes: about two minutes."""
+    """Counts, prints and writes launches.json and .md. However long it takes: three minutes."""
     if not peers(torch.device("cpu")):
         print("diffusers is not installed: its rows are left out")
     output.mkdir(parents=True, exist_ok=True)
