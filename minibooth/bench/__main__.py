@@ -4,6 +4,7 @@ python -m minibooth.bench train                                a training step
 python -m minibooth.bench sample                               drawing pictures
 python -m minibooth.bench run                                  a whole run by phases
 python -m minibooth.bench memory                               what runs need, within 6, 8 and 12 GB
+python -m minibooth.bench launches --output results            counts of a step, without a GPU
 python -m minibooth.bench kernels --output results             the benchmark
 python -m minibooth.bench kernels --check --output results     correctness first, then the same
 python -m minibooth.bench kernels --shape 2,8,4096,4096,40     attention of B, H, N_q, N_k, d
@@ -18,13 +19,14 @@ import torch
 
 from .. import ops
 from ..common import cli
-from . import check, kernels, memory, peers, run
+from . import check, kernels, launches, memory, peers, run
 
 BENCHES = {
     "train": peers.benchmark,
     "sample": peers.benchmark,
     "run": run.benchmark,
     "memory": memory.benchmark,
+    "launches": launches.benchmark,
 }
 
 

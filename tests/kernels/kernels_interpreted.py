@@ -11,9 +11,12 @@ import torch
 from minibooth_kernels import attention as at
 from minibooth_kernels import card
 from minibooth_kernels import group_norm as gn
+from triton.runtime.interpreter import GridExecutor
+from triton.runtime.jit import JITFunction
 
 from minibooth import ops
-from minibooth.bench import check, kernels
+from minibooth.bench import check, kernels, no_card
+from minibooth.bench.counter import Counter
 from minibooth.ops import Case
 from minibooth.training import trial
 
@@ -433,3 +436,48 @@ def test_the_smallest_kernel_is_launched():
 def test_the_trial_finds_the_kernels_right(case):
     verdict = trial.examine(case, torch.device("cpu"), lambda make_calls: 1.0)
     assert verdict.why is None and verdict.triton
+
+
+# ---- how many are launched --------------------------------------------------------------------
+
+LAUNCHES = [  # forward and backward
+    ("attention", (1, 1, 16, 40, 40), [1, 1]),  # few keys: kernels of their own
+    ("attention", (1, 1, 16, 136, 16), [1, 2]),
+    ("group_norm", (1, 8, 8, 8), [1, 1]),  # one pass
+    ("group_norm", (1, 64, 24, 24), [3, 3]),
+]
+
+
+@pytest.mark.parametrize("op, shape, expected", LAUNCHES, ids=str)
+def test_as_many_kernels_are_counted_as_start(op, shape, expected, monkeypatch):
+    call, started = GridExecutor.__call__, []
+
+    def starting(self, *arguments, **options):
+        started.append(self.fn.__name__)
+        return call(self, *arguments, **options)
+
+    def counted(self, *arguments, **options):  # as a kernel that is no interpreted one
+        return JITFunction.run(self, *arguments, grid=self.grid, warmup=False, **options)
+
+    def passes(device):
+        if op == "attention":
+            B, H, N_q, N_k, d = shape
+            shapes = [(B, H, N, d) for N in (N_q, N_k, N_k)]
+        else:
+            shapes = [shape, shape[1:2], shape[1:2]]
+        inputs = [torch.ones(s, dtype=FP16, device=device).requires_grad_() for s in shapes]
+        norm = (inputs[0], 1, *inputs[1:], 1e-5, True)
+        y = ops.attention(*inputs) if op == "attention" else ops.group_norm(*norm)
+        yield
+        y.backward(torch.ones_like(y))
+        yield
+
+    ops.use("triton")
+    monkeypatch.setattr(GridExecutor, "__call__", starting)
+    assert [len(started) for _ in passes("cpu")] == [expected[0], sum(expected)]
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    monkeypatch.setattr(no_card, "CAPABILITY", 80)  # as the interpreter
+    with no_card.card("triton"), Counter() as counter:
+        kind = "attention" if op == "attention" else "norms"
+        found = [counter.costs["forward", kind][0] for _ in passes(no_card.CARD)]
+    assert found == [expected[0], sum(expected)] and len(started) == sum(expected)
