@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pretend_card
 import torch
+from triton.runtime import interpreter
 
-from minibooth import UserError, load, lora, train
+from minibooth import UserError, load, lora, ops, train, unet, vae
+from minibooth.bench import measure, models
 from minibooth.common import cli
-from minibooth.training import graphs, memory, ranks
+from minibooth.toybox import score
+from minibooth.training import graphs, memory, optimizer, ranks
 from minibooth.training.settings import TrainConfig
 
 
@@ -32,14 +35,14 @@ def eager():
 @contextlib.contextmanager
 def watched(into: dict):
     """Notes what the card saw in the meantime, and what was printed."""
-    said, before = io.StringIO(), pretend_card.counts()
+    said, errors, before = io.StringIO(), io.StringIO(), pretend_card.counts()
     pretend_card.WAITS.clear()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
         yield
     after = pretend_card.counts()
     into["captures"], into["replays"] = (b - a for a, b in zip(before, after, strict=True))
     into["waits"] = [[what, where, n] for (what, where), n in pretend_card.WAITS.items()]
-    into["said"] = said.getvalue()
+    into["said"], into["last error"] = said.getvalue(), errors.getvalue()[-300:]
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -72,7 +75,9 @@ def both(runs: list[dict]) -> list[list[dict]]:
     for settings in runs:
         captured = run(settings)
         with eager():
-            pairs.append([captured, run(settings | {"output_dir": settings["output_dir"] + "-eager"})])
+            pairs.append(
+                [captured, run(settings | {"output_dir": settings["output_dir"] + "-eager"})]
+            )
     return pairs
 
 
@@ -124,10 +129,10 @@ def adapters(model: str) -> dict:
     lora.attach(sd.unet, made)
     texts = (["a dog"] * 2, ["a cat"] * 2, ["the snow", "sks"])
     eager = [sd.generate(text, steps=6, output="latent") for text in texts]
-    with graphs.captured_unet(sd.unet):
+    seen = {}
+    with watched(seen), graphs.captured_unet(sd.unet):
         drawn = [sd.generate(text, steps=6, output="latent") for text in texts]
-    captures, replays = pretend_card.counts()
-    return {"same": list(map(equal, drawn, eager)), "captures": captures, "replays": replays}
+    return {"same": list(map(equal, drawn, eager)), **seen}
 
 
 # ---- devices, streams and memory ---------------------------------------------------------------
@@ -251,22 +256,47 @@ def too_little_memory(settings: dict) -> dict:
 
 def capped() -> list:
     """bench.measure.prepared under a cap: what is held, and what then does not fit."""
-    from minibooth.bench import measure
-
+    pretend_card.limit(0, total=80 * pretend_card.GB, taken=0)
     device = measure.prepared(limit=8 * pretend_card.GB)
     share = torch.cuda.get_per_process_memory_fraction(device)
     try:
         torch.empty(9 * pretend_card.GB, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as error:
-        return [share, str(error)[:24]]
+        return [share, str(error)]
+
+
+def several(model: str) -> dict:
+    """What needs no run, in one process."""
+    return {
+        "samplers": samplers(model),
+        "adapters": adapters(model),
+        "streams": streams(model),
+        "memory": memory_told(),
+        "cap": capped(),
+    }
+
+
+def fitted() -> dict:
+    """By card: the precision that is chosen, and the modes that SD 1.5 at 512² is trained in."""
+    found, sd = {}, models.model("SD 1.5", torch.device("meta"))
+    for card in (pretend_card.H100, pretend_card.T4, pretend_card.RTX_3060, pretend_card.RTX_3070):
+        device = cli.pick_device("cuda")
+        pretend_card.exchange(card)
+        precision = optimizer.Precision("auto", device).name
+        config, line = memory.fit(sd, TrainConfig(), 64 * 64, precision, device, resumed=False)
+        modes = [name for name in memory.MODES[-1] if getattr(config, name)]
+        found[card.name] = [precision, modes, line]
+    return found
 
 
 # ---- programs ----------------------------------------------------------------------------------
 
 
 def programs(calls: list[list[str]]) -> list[dict]:
-    """Each call is a program and its options; what it printed, and its exit status."""
-    results = []
+    """Each call is a program and its options; what it printed, and its exit status. The toybox is
+    scored by a fourth of its pictures."""
+    results, places = [], score.places
+    score.places = lambda count: places(count // 4)
     for name, *options in calls:
         module, found = importlib.import_module(name), {"status": 0}
         if hasattr(module, "__path__"):  # a package
@@ -279,3 +309,63 @@ def programs(calls: list[list[str]]) -> list[dict]:
                 found["status"] = error.code
         results.append(found)
     return results
+
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """A resnet and a transformer of the UNet, with a norm and both kinds of attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.resnet = vae.ResnetBlock(16, 16, 4, 1e-5, c_temb=16)
+        self.transformer = unet.Transformer(16, 16, 2, 4, False)
+
+    def forward(self, x, temb, context):
+        return self.transformer(self.resnet(x, temb), context)
+
+
+def kernels() -> dict:
+    """Losses and norms of 5 training steps in fp16: Triton's kernels in the interpreter, replayed
+    from a graph and not, and PyTorch's; and how many kernels of Triton's each replay launched."""
+    device, found, launches = cli.pick_device("cuda"), {}, []
+    run_one = interpreter.GridExecutor.__call__
+
+    def counted(self, *arguments, **options):
+        launches.append(self.fn.__name__)
+        return run_one(self, *arguments, **options)
+
+    interpreter.GridExecutor.__call__ = counted
+    for name, mode, captured in (
+        ("replayed", "triton", True),
+        ("eager", "triton", False),
+        ("torch", "torch", False),
+    ):
+        ops.use(mode)
+        torch.manual_seed(0)
+        net = Block().to(device, memory_format=torch.channels_last)
+        adam = optimizer.Update([(1e-2, list(net.parameters()))], 0.01, 1.0, scaled=True)
+        adam.allocate()
+        precision = optimizer.Precision("fp16", device)
+
+        def update(step, rate, x, temb, context, net=net, adam=adam, precision=precision):
+            with precision.autocast():
+                loss = (net(x, temb, context).float() - x).square().mean()
+            adam.start(loss, rate)
+            (loss * adam.scale).backward()
+            return torch.stack([loss.detach(), adam.apply(step, loss.detach(), rate)])
+
+        call, out = graphs.captured(update, device, adam.forget) if captured else update, []
+        for step in range(1, 6):
+            draw = torch.Generator().manual_seed(step)
+            shapes = ((1, 16, 4, 4), (1, 16), (1, 5, 16))
+            drawn = [torch.randn(shape, generator=draw).to(device) for shape in shapes]
+            launches.clear()
+            out.append(
+                call(torch.tensor(float(step)).to(device), torch.ones((), device=device), *drawn)
+            )
+        found[name] = torch.stack(out).tolist()
+        found[f"{name} launches"] = len(launches)
+    interpreter.GridExecutor.__call__ = run_one
+    return found

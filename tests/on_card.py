@@ -8,13 +8,18 @@ import sys
 import pretend_card
 import pytest
 
-needs_card = pytest.mark.skipif(pretend_card.why_not() is not None, reason=f"{pretend_card.why_not()}")
+needs_card = pytest.mark.skipif(
+    pretend_card.why_not() is not None, reason=f"{pretend_card.why_not()}"
+)
 
 
 def start(function: str, card: str = "H100", count: int = 1, **arguments) -> subprocess.Popen:
     """`finish` has what it returns. Kernels are PyTorch's unless the environment says otherwise."""
     pretend_card.library()
-    environment = {"MINIBOOTH_KERNELS": "torch", "TORCHDYNAMO_DISABLE": "1"}  # bitsandbytes compiles
+    environment = {
+        "MINIBOOTH_KERNELS": "torch",
+        "TORCHDYNAMO_DISABLE": "1",
+    }  # bitsandbytes compiles
     environment |= arguments.pop("environment", {})
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-m", "pretend_card", card, str(count), f"card_cases.{function}"]

@@ -309,7 +309,9 @@ class UpdateInBackward(Update):
         self.square = torch.zeros_like(self.scale)  # of the gradients' norm so far, or not finite
         # For each weight the groups of an optimizer of this weight alone.
         self.alone = {
-            p: [{**group, "params": [p]}] for group in self.adam.param_groups for p in group["params"]
+            p: [{**group, "params": [p]}]
+            for group in self.adam.param_groups
+            for p in group["params"]
         }
         self.hooks = [p.register_post_accumulate_grad_hook(self.apply_one) for p in self.parameters]
 

@@ -58,6 +58,10 @@ T4 = Model("Pretend T4", 7, 5, 15 * GB, 65_536, 40)  # fp16 alone, as on hosted 
 # (what was waited for, where: functions of this project, the innermost first) → how often
 WAITS: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
 
+# By device: bytes that other processes have, and the share of all that this one may have.
+TAKEN: collections.Counter[int] = collections.Counter()
+FRACTIONS: dict[int, float] = {}
+
 
 # ---- the library -------------------------------------------------------------------------------
 
@@ -122,9 +126,6 @@ class BeforeTorchCuda(importlib.abc.MetaPathFinder):
                     setattr(C, key, value.__func__ if isinstance(value, staticmethod) else value)
             C._has_cuda = True
             C._CudaStreamBase, C._CudaEventBase = stream_and_event(C)
-        if name == "triton.runtime.interpreter":
-            sys.meta_path.remove(self)
-            interpret_on_the_card(importlib.import_module(name))
         return None  # found as ever
 
 
@@ -136,10 +137,7 @@ def card():
 class Functions:
     """By their names in torch._C, as torch.cuda calls them: arguments have been checked by then."""
 
-    model: Model = H100
-    count: int = 1
-    taken: collections.Counter[int] = collections.Counter()  # bytes of other processes, by device
-    fractions: dict[int, float] = {}
+    model, count = H100, 1
 
     @staticmethod
     def _cuda_init():
@@ -197,9 +195,9 @@ class Functions:
 
     # -- memory
 
-    class _cudart:  # noqa: N801
+    class _cudart:
         @staticmethod
-        def cudaMemGetInfo(device):  # noqa: N802
+        def cudaMemGetInfo(device):
             return tuple(card().memory_stats(device)[4:])
 
     @staticmethod
@@ -226,11 +224,11 @@ class Functions:
 
     @staticmethod
     def _cuda_getMemoryFraction(device):
-        return Functions.fractions.get(device, 1.0)
+        return FRACTIONS.get(device, 1.0)
 
     @staticmethod
     def _cuda_setMemoryFraction(fraction, device):
-        Functions.fractions[device] = fraction
+        FRACTIONS[device] = fraction
         limit(device)
 
     # -- graphs
@@ -265,7 +263,9 @@ class Graph:
         card().capture_end(self.number)
         if not Graph.ends and sys.exc_info()[0] is not None:
             Graph.stuck = True
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
 
     def replay(self):
         card().replay(self.number)
@@ -316,14 +316,21 @@ def stream_and_event(C: types.ModuleType) -> tuple[type, type]:
 # ---- memory and waiting ------------------------------------------------------------------------
 
 
+def exchange(model: Model) -> None:
+    """Another card in the place of this one."""
+    Functions.model = model
+    for device in range(Functions.count):
+        limit(device)
+
+
 def limit(device: int, total: int | None = None, taken: int | None = None) -> None:
     """How much memory the device has, and how much of it other processes have: bytes."""
     if total is not None:
         Functions.model = replace(Functions.model, total_memory=total)
     if taken is not None:
-        Functions.taken[device] = taken
-    fraction = Functions.fractions.get(device, 1.0)
-    card().set_memory(device, Functions.model.total_memory, Functions.taken[device], fraction)
+        TAKEN[device] = taken
+    fraction = FRACTIONS.get(device, 1.0)
+    card().set_memory(device, Functions.model.total_memory, TAKEN[device], fraction)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
@@ -347,10 +354,12 @@ def counts() -> tuple[int, int]:
 # ---- Triton's kernels --------------------------------------------------------------------------
 
 
-def interpret_on_the_card(interpreter: types.ModuleType) -> None:
+def interpret_kernels() -> None:
     """With TRITON_INTERPRET=1: a launch of the interpreter is a kernel of the card, captured and
     replayed as others are. Without this the interpreter copies all tensors to the host and back."""
-    torch = sys.modules["torch"]
+    import torch
+    from triton.runtime import interpreter
+
     call, kernels = interpreter.GridExecutor.__call__, {}
 
     def run(number: int, tensors: list) -> None:
