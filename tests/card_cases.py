@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pretend_card
@@ -205,6 +206,20 @@ def streams(model: str) -> dict:
     return found | {"pools": made}
 
 
+def advice() -> list[str]:
+    """What torch warns of in an update that no graph captures; and where it forgot that it did."""
+    p, heard = torch.nn.Parameter(torch.ones(4, device=cli.pick_device("cuda"))), []
+    adam = optimizer.Update([(1e-2, [p])], 0.01, 1.0, scaled=False)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            p.sum().backward()
+            adam.apply(1, p.detach().sum(), 1.0)
+        heard.append([str(w.message) for w in caught])
+        adam.adam._warned_capturable_if_run_uncaptured = False
+    return heard
+
+
 def memory_told() -> list[int]:
     """memory.available of 20,000 kB in all: at first, with a tensor, after that is given back, with
     another process's, with a share of 0.6; and as for a device without a number."""
@@ -271,6 +286,7 @@ def several(model: str) -> dict:
         "samplers": samplers(model),
         "adapters": adapters(model),
         "streams": streams(model),
+        "advice": advice(),
         "memory": memory_told(),
         "cap": capped(),
     }

@@ -129,6 +129,9 @@ def test_samplers_adapters_streams_and_memory():
     assert len(others) == 3 and set(others) == {side} and side != 0 == streams["after"]
     # The graphs of a UNet share a pool and a stream.
     assert len(streams["pools"]) == 2 and len({tuple(made) for made in streams["pools"]}) == 1
+    # torch's advice on capturable does not reach the user.
+    first, told = found["advice"]
+    assert first == [] and "you should set capturable=False" in told[0]
     # What is free: all; but 4,000; with what PyTorch keeps of it; with 9,000 of another process;
     # half of 20,000.
     assert found["memory"] == [20_000, 16_000, 20_000, 11_000, 10_000]

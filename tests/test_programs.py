@@ -140,13 +140,9 @@ def test_a_prompt_given_several_times_is_several_prompts(tmp_path):
     assert parse(*flags, "--config", str(path)).validation_prompt == ("c", "d")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA card")
 def test_the_device_is_what_is_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert cli.pick_device("auto") == torch.device("cuda")
-    assert cli.pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(minibooth.UserError, match="no device cuda:2"):
-        cli.pick_device("cuda:2")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    """Those of CUDA: tests/test_card.py."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert cli.pick_device("auto") == torch.device("cpu")
     with pytest.raises(minibooth.UserError, match="no device cuda"):

@@ -11,7 +11,6 @@ import torch
 from minibooth.bench import memory as bench
 from minibooth.bench import models
 from minibooth.bench.memory import Row
-from minibooth.common import cli
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.toybox.pretrain import TEXT_CONFIG
 from minibooth.training import finite, memory
@@ -131,13 +130,3 @@ def test_what_was_measured_is_compared_with_the_plan_without_its_margin(monkeypa
 
     monkeypatch.setattr(bench, "alone", lambda module, call: None)
     assert "6.0 GB was NOT held" in bench.describe(bench.compare(row, "SD 1.5", CUDA))
-
-
-def test_a_cap_is_set_as_a_share_of_the_card(monkeypatch):
-    shares = []
-    total = type("Properties", (), {"total_memory": 80 * 10**9})
-    monkeypatch.setattr(cli, "pick_device", lambda name: CUDA)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    bench.prepared(limit=8 * 10**9)
-    assert shares == [0.1]

@@ -391,17 +391,6 @@ def test_every_mode_needs_less_than_the_one_before_where_gradients_weigh_most():
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_what_pytorch_keeps_of_an_earlier_run_is_free(monkeypatch):
-    card = {"mem_get_info": (5, 20), "memory_reserved": 9, "memory_allocated": 2}
-    card["get_per_process_memory_fraction"] = 1.0
-    for name, value in card.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert memory.available(torch.device("cuda")) == 5 + 9 - 2
-    # Of 20 bytes this process may have 12, of which it has 9.
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.6)
-    assert memory.available(torch.device("cuda")) == 12 - 2
-
-
 def test_a_model_that_is_on_the_gpu_is_not_kept_there_twice():
     """On tensors without content; meta stands for the GPU."""
     with FakeTensorMode():

@@ -303,18 +303,3 @@ def test_several_ranks_keep_gradients_all_the_time_and_no_graph(monkeypatch):
         two["step"], two["gradients"] + two["pictures"]
     )
     assert not memory.possible(memory.MODES[-1], config, "bf16", resumed=False)
-
-
-def test_a_rank_without_a_gpu_of_its_own_is_told_how_many_there_are(monkeypatch):
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="GPUs here: 1, for one rank each"):
-        ranks.own(torch.device("cuda"))
-    with pytest.raises(UserError, match="want --device cuda, a GPU for each"):
-        ranks.own(torch.device("cuda:0"))
-    assert ranks.own(torch.device("cpu")) == torch.device("cpu")
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert ranks.own(torch.device("cuda")) == torch.device("cuda:1") and chosen == [1]

@@ -1,8 +1,4 @@
-"""Recording, without a GPU: a recorder that runs what it recorded, and streams that are counted."""
-
-import contextlib
-import types
-import warnings
+"""Recording, without a GPU, by a recorder that runs what it recorded; with one: test_card.py."""
 
 import pytest
 import runs
@@ -27,62 +23,6 @@ class Recorder:
         with torch.no_grad():
             output = torch.full_like(function(), float("nan"))
         return output, lambda: output.copy_(function())
-
-
-class Streams:
-    """In the place of CUDA's: who was made, and on which one what ran."""
-
-    def __init__(self, monkeypatch):
-        self.made, self.waits, self.current = 0, 0, "main"
-        monkeypatch.setattr(torch.cuda, "Stream", self.make)
-        monkeypatch.setattr(torch.cuda, "stream", self.on)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.handle("main"))
-
-    def handle(self, name):
-        made = type("Stream", (), {"name": name})()
-        made.wait_stream = lambda other: setattr(self, "waits", self.waits + 1)
-        return made
-
-    def make(self, *_):
-        self.made += 1
-        return self.handle(f"side {self.made}")
-
-    @contextlib.contextmanager
-    def on(self, stream):
-        before, self.current = self.current, stream.name
-        yield
-        self.current = before
-
-
-# ---- one side stream ---------------------------------------------------------------------------
-
-
-def test_warm_up_and_recording_share_one_side_stream(monkeypatch):
-    streams, ran = Streams(monkeypatch), []
-
-    class Graph:
-        def replay(self):
-            ran.append("replay")
-
-    @contextlib.contextmanager
-    def graph(graph, stream=None, pool=None):
-        with streams.on(stream):
-            yield
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-
-    def function(x):
-        ran.append(streams.current)
-        return x + 1
-
-    call = graphs.captured(function, CUDA)
-    for _ in range(graphs.WARM_UP + 3):
-        call(torch.ones(2))
-    assert streams.made == 1
-    assert ran == ["side 1"] * (graphs.WARM_UP + 1) + ["replay"] * 3
-    assert streams.waits == 2 * graphs.WARM_UP  # each way, each time
-    assert streams.current == "main"
 
 
 # ---- out of memory -----------------------------------------------------------------------------
@@ -184,29 +124,6 @@ def test_allocating_again_keeps_what_is_there():
     assert all(torch.equal(value, before[key]) for key, value in update.state().items())
 
 
-def test_torch_s_advice_against_capturable_does_not_reach_the_user(monkeypatch):
-    """It is for steps that no graph captures, as the first ones are; here as if on a GPU. torch
-    gives it only to an optimizer that does not remember having been told."""
-    stream = types.SimpleNamespace(is_capturing=lambda: False)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: CUDA)
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
-    parameters = weights()
-    update = Update([(1e-2, parameters)], 0.01, 1.0, False)
-    for group in update.adam.param_groups:
-        group["capturable"] = True
-
-    def step():
-        sum((p * p).sum() for p in parameters).backward()
-        update.apply(1, torch.tensor(1.0), 1.0)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        step()
-    update.adam._warned_capturable_if_run_uncaptured = False
-    with pytest.warns(UserWarning, match="you should set capturable=False"):
-        step()
-
-
 def test_a_step_that_could_not_be_recorded_leaves_no_gradient_for_the_next_one(monkeypatch):
     """As in training: while it was recorded, the backward pass left gradients in Python."""
 
@@ -286,26 +203,3 @@ def test_a_unet_without_memory_for_a_graph_draws_the_same():
     with graphs.replayed(sd.unet, lambda function: Captured(function, out_of_memory)):
         drawn = [sd.generate(text, **SETTINGS) for text in ("a dog", "a cat")]
     assert all(torch.equal(a, b) for a, b in zip(drawn, eager, strict=True))
-
-
-def test_on_a_gpu_all_graphs_of_a_unet_share_one_stream_and_one_pool(monkeypatch):
-    streams, pools, recorded = Streams(monkeypatch), [], []
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(1) or (0, len(pools)))
-
-    def record_graph(function, stream, pool):
-        recorded.append((stream.name, pool))
-        return Recorder()(function)
-
-    @contextlib.contextmanager
-    def replayed(unet, capture):
-        for _ in range(2):
-            call = capture(lambda x: 2 * x)
-            assert [call(torch.ones(1)).item() for _ in range(5)] == [2.0] * 5
-        yield
-
-    monkeypatch.setattr(graphs, "record_graph", record_graph)
-    monkeypatch.setattr(graphs, "replayed", replayed)
-    weight = types.SimpleNamespace(device=CUDA)
-    with graphs.captured_unet(types.SimpleNamespace(conv_in=types.SimpleNamespace(weight=weight))):
-        pass
-    assert recorded == [("side 1", (0, 1))] * 2 and streams.made == len(pools) == 1
