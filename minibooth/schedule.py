@@ -38,7 +38,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: dict) -> "Schedule":
-        """Build from a scheduler_config.json; entries that old SD files lack mean what SD needs.
+        """Build from a scheduler_config.json in which formats.configs.settle has put what is meant.
 
         Raises UserError for a kind of schedule that is not implemented.
         """

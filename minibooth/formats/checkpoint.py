@@ -18,7 +18,7 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from . import adapters, hub, ldm, vocabulary
-from .configs import SD2_V, SINGLE_FILE, check_config
+from .configs import SD2_V, SINGLE_FILE, check_config, settle
 from .tensor_files import json_metadata, read_tensors, write_safetensors
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
@@ -145,6 +145,7 @@ def read(
     if vae is not None:
         config = checkpoint.configs["vae"]
         checkpoint.configs["vae"], checkpoint.tensors["vae"] = read_vae(vae, config)
+    settle(checkpoint.configs)
     return checkpoint
 
 
