@@ -44,6 +44,11 @@ class ConvertConfig:
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )
     revision: str | None = option(None, "branch, tag or commit on the hub")
+    ema: str = option(
+        "no",
+        "yes takes the averaged weights of a single file that has them beside the plain ones",
+        choices=("no", "yes"),
+    )
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -59,7 +64,7 @@ def convert(config: ConvertConfig) -> Path:
         raise UserError(f"{out} is there already and is not a {'file' if single else 'folder'}")
     cli.check_folder("--output", out.parent if single else out)
     check_lora(config)
-    sd = load(config, config.model)
+    sd = load(config, config.model, ema=config.ema == "yes")
     dtype = cli.DTYPES[config.dtype] if config.dtype else (torch.float16 if single else None)
     if config.extract_lora:
         return extract(config, sd, out, dtype)
@@ -74,13 +79,14 @@ def convert(config: ConvertConfig) -> Path:
     return out
 
 
-def load(config: ConvertConfig, source: str) -> StableDiffusion:
+def load(config: ConvertConfig, source: str, ema: bool = False) -> StableDiffusion:
     return pipeline.load(
         source,
         tokenizer=config.tokenizer,
         vae=config.vae,
         prediction_type=config.prediction_type,
         revision=config.revision,
+        ema=ema,
     )
 
 

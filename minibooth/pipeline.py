@@ -310,16 +310,18 @@ def load(
     vae: str | Path | None = None,
     prediction_type: str | None = None,
     revision: str | None = None,
+    ema: bool = False,
 ) -> StableDiffusion:
     """Load a model: a folder in diffusers' layout, a single file, or an id on the hub.
 
     `tokenizer` (a folder or id) and `vae` (folder, id or file) replace the model's own; a single
     file that holds no vocabulary has CLIP's. `prediction_type` overrides what the model says,
-    "epsilon" or "v_prediction"; `revision` is a branch, tag or commit on the hub. With dtype fp16
-    the VAE stays fp32, since some overflow to black pictures. Raises UserError where the source is
+    "epsilon" or "v_prediction"; `revision` is a branch, tag or commit on the hub; `ema` takes the
+    averaged weights of a single file that has them beside the plain ones. With dtype fp16 the VAE
+    stays fp32, since some overflow to black pictures. Raises UserError where the source is
     no model, damaged, hostile, of another kind or incomplete, or its parts do not fit together.
     """
-    found = checkpoint.read(source, tokenizer, vae, revision)
+    found = checkpoint.read(source, tokenizer, vae, revision, ema)
     scheduler = found.configs["scheduler"]
     if prediction_type is not None:
         scheduler["prediction_type"] = prediction_type

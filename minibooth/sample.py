@@ -57,6 +57,11 @@ class SampleConfig:
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )
     revision: str | None = option(None, "branch, tag or commit on the hub")
+    ema: str = option(
+        "no",
+        "yes takes the averaged weights of a single file that has them beside the plain ones",
+        choices=("no", "yes"),
+    )
 
     def check(self) -> None:
         if self.model is None:
@@ -89,6 +94,7 @@ def sample(config: SampleConfig) -> list[Path]:
         vae=config.vae,
         prediction_type=config.prediction_type,
         revision=config.revision,
+        ema=config.ema == "yes",
     )
     adapters.merge_files(sd.networks, config.lora)
     for file in config.embedding:
@@ -131,6 +137,8 @@ def settings(config: SampleConfig, model: str, prompt: str, seed: int) -> dict[s
     names = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta")
     settings = {"prompt": prompt, "seed": str(seed), "model": model}
     settings |= {n: str(getattr(config, n)) for n in names}
+    if config.ema == "yes":
+        settings["ema"] = "yes"
     for name in ("lora", "embedding"):
         if given := getattr(config, name):
             settings[name] = ", ".join(map(adapters.public_name, given))

@@ -124,15 +124,19 @@ def read(
     tokenizer: str | Path | Tokenizer | None = None,
     vae: str | Path | None = None,
     revision: str | None = None,
+    ema: bool = False,
 ) -> Checkpoint:
     """A folder in diffusers' layout, a single file, "toybox", or the id of a model on the hub;
-    `tokenizer` and `vae` are read instead of its own.
+    `tokenizer` and `vae` are read instead of its own. `ema`: of a single file that holds both, the
+    averaged weights.
 
     Raises UserError where there is no such model or a part of it is missing or damaged.
     """
     path = Path(source)
     if path.is_file():
-        checkpoint = read_single_file(path, tokenizer)
+        checkpoint = read_single_file(path, tokenizer, ema)
+    elif ema:
+        raise UserError(f"{source}: only a single file has an EMA beside its weights: no --ema")
     else:
         file = file_getter(source, revision)
         if file("model_index.json") is None:
@@ -250,7 +254,9 @@ IGNORED = re.compile(
 )
 
 
-def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
+def read_single_file(
+    path: Path, tokenizer: str | Path | Tokenizer | None, ema: bool = False
+) -> Checkpoint:
     """A .safetensors or .ckpt file in the layout of the original code (LDM)."""
     raw, metadata = read_tensors(path)
     tensors = {}
@@ -266,6 +272,7 @@ def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Ch
     else:
         configs, known = guess_configs(path, tensors, metadata.get("modelspec.prediction_type"))
     keys = {name: list(skeleton(name, configs[name]).state_dict()) for name in NETWORKS}
+    choose_average(path, [ldm.unet_key(key, configs["unet"]) for key in keys["unet"]], tensors, ema)
     found = ldm.from_ldm(configs, keys, tensors)
     if unexpected := sorted(k for k in tensors if not IGNORED.fullmatch(k)):
         warn_unexpected(str(path), unexpected)
@@ -281,6 +288,26 @@ def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Ch
         licence_files={n: str(licences[n]) for n in LICENCE_FILES if n in licences},
         needs_probe=not known,
     )
+
+
+def choose_average(path: Path, names: list[str], tensors: dict[str, Tensor], ema: bool) -> None:
+    """The UNet's plain weights stay, or with `ema` its averaged ones come under their names.
+
+    Tools that merge models keep the average of one of them beside the merge, or a part of it: so
+    none is taken unless it is asked for, and only a whole one.
+    """
+    averaged = {name: ldm.averaged_key(name) for name in names}
+    there = sum(key in tensors for key in averaged.values())
+    if ema:
+        if there < len(names):
+            raise UserError(f"{path} has {there} of {len(names)} averaged weights (EMA): no --ema")
+        tensors |= {name: tensors.pop(key) for name, key in averaged.items()}
+    elif there == len(names):
+        warnings.warn(
+            f"{path} has an EMA of the UNet beside its weights: these are taken; --ema yes takes "
+            "the EMA",
+            stacklevel=5,
+        )
 
 
 def guess_configs(

@@ -239,6 +239,8 @@ def what_next(run: Path, config: TrainConfig) -> str:
     """The last lines of a run."""
     places = (config.model, run, f"{run}.safetensors")
     model, result, file = (f'"{x}"' if " " in str(x) else str(x) for x in places)
+    if config.ema == "yes":
+        model += " --ema yes"
     what, draw, merged = "the model", f"--model {result}", f"--model {result}"
     if config.method == "lora":
         what, draw = "a LoRA", f"--model {model} --lora {result}"

@@ -172,6 +172,11 @@ class TrainConfig:
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )
     revision: str | None = option(None, "branch, tag or commit on the hub")
+    ema: str = option(
+        "no",
+        "yes takes the averaged weights of a single file that has them beside the plain ones",
+        choices=("no", "yes"),
+    )
     device: str = option("auto", "auto, cuda, mps or cpu")
     kernels: str | None = option(
         None,

@@ -93,6 +93,7 @@ def load(config: TrainConfig) -> StableDiffusion:
         vae=config.vae,
         prediction_type=config.prediction_type,
         revision=config.revision,
+        ema=config.ema == "yes",
     )
 
 

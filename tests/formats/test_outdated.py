@@ -1,4 +1,4 @@
-"""Configs that lack entries or have them wrong: what diffusers' pipeline makes of the same files."""
+"""Configs that lack entries or have them wrong, as diffusers' pipeline reads the same files."""
 
 import inspect
 import json

@@ -1,8 +1,10 @@
 """LDM's single files, as they go round."""
 
+import diffusers
 import peers
 import pytest
 import torch
+from safetensors.torch import load_file
 from weight_files import KINDS, assert_same, assert_same_state, legacy, single, zipped
 
 import minibooth
@@ -49,22 +51,52 @@ def test_sd_turbo_calls_the_text_encoder_otherwise(tmp_path, monkeypatch, no_war
     assert_same(single(tmp_path, monkeypatch, "sd2", change), peers.model("sd2")[1])
 
 
-def test_the_averaged_weights_of_a_full_file_are_preferred(tmp_path, monkeypatch, no_warnings):
-    unet = peers.model("sd1")[1].unet
+def with_average(share=1):
+    """Other weights as their EMA, as tools leave it that merge models; or a part of it."""
 
     def change(tensors):
-        out = {}
-        for key, value in tensors.items():
-            out[key] = value
-            if key.startswith("model.diffusion_model."):
-                out[key] = torch.zeros_like(value)
-                averaged = key.removeprefix("model.").replace(".", "")
-                out[f"model_ema.{averaged}"] = value
-        assert "model_ema.diffusion_modelinput_blocks11transformer_blocks0attn2to_kweight" in out
-        return with_training_state(out)
+        averages = {
+            "model_ema." + key.removeprefix("model.").replace(".", ""): value + 1
+            for key, value in tensors.items()
+            if key.startswith("model.diffusion_model.")
+        }
+        assert (
+            "model_ema.diffusion_modelinput_blocks11transformer_blocks0attn2to_kweight" in averages
+        )
+        kept = list(averages)[: int(share * len(averages))]
+        return with_training_state(tensors | {key: averages[key] for key in kept})
 
-    sd = single(tmp_path, monkeypatch, "sd1", change)
-    assert_same_state(sd.unet.state_dict(), peers.tensors(unet))
+    return change
+
+
+def test_the_plain_weights_are_taken_as_from_single_file_takes_them(tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match="--ema yes takes the EMA") as caught:
+        sd = single(tmp_path, monkeypatch, "sd1", with_average())
+    assert len(caught) == 1
+    assert_same(sd, peers.model("sd1")[1])
+    held = load_file(tmp_path / "single.safetensors")
+    layers = {"layers_per_block": 2}
+    theirs = diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint(held, layers)
+    key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    assert torch.equal(sd.unet.state_dict()[key], theirs[key])
+
+
+def test_a_whole_average_is_taken_where_it_is_asked_for(tmp_path, monkeypatch, no_warnings):
+    sd, (_, pipe) = single(tmp_path, monkeypatch, "sd1", with_average(), ema=True), peers.model()
+    plain = peers.tensors(pipe.unet)
+    assert_same_state(sd.unet.state_dict(), {key: value + 1 for key, value in plain.items()})
+    assert_same_state(sd.vae.state_dict(), peers.tensors(pipe.vae))
+
+
+def test_half_an_average_is_never_mixed_in(tmp_path, monkeypatch, no_warnings):
+    assert_same(single(tmp_path, monkeypatch, "sd1", with_average(0.5)), peers.model("sd1")[1])
+    with pytest.raises(UserError, match=r"has \d+ of \d+ averaged weights"):
+        minibooth.load(tmp_path / "single.safetensors", tokenizer=peers.model()[0], ema=True)
+
+
+def test_a_folder_has_no_average(no_warnings):
+    with pytest.raises(UserError, match="--ema"):
+        minibooth.load(peers.model("sd1")[0], ema=True)
 
 
 @pytest.mark.parametrize("blocks", [23, 24])
