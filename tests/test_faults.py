@@ -16,6 +16,7 @@ import pytest
 import runs
 import torch
 from huggingface_hub import errors as hub_errors
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minibooth import UserError, convert, dreambooth, sample, train
@@ -23,7 +24,7 @@ from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
-from minibooth.training import memory, report, start
+from minibooth.training import memory, photos, report, start, subjects
 
 
 @pytest.fixture
@@ -203,6 +204,69 @@ def test_a_folder_to_write_into_that_cannot_be_one_is_refused(fails, tmp_path, m
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "cannot be written to" in fails(output_dir=tmp_path / "out")
+
+
+def test_two_folders_that_are_one_are_refused_by_whatever_names(fails, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(runs.photographs(), photos)
+    (tmp_path / "link").symlink_to(photos)
+    of_subject = {"instance_data_dir": photos}
+    for other in (photos, tmp_path / "link", tmp_path / "x" / ".." / "photos"):
+        line = fails(**of_subject, class_data_dir=other)
+        assert f"--class_data_dir {photos} is --instance_data_dir" in line
+    assert "is --output_dir" in fails(**of_subject, class_data_dir=out)
+    list_of = tmp_path / "list.json"
+    alone = dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt"))
+    alone |= {"class_data_dir": None, "concepts_list": list_of}
+    dog = {
+        "instance_data_dir": str(photos),
+        "instance_prompt": "a sks dog",
+        "class_prompt": "a dog",
+    }
+    list_of.write_text(json.dumps([dog, dog | {"instance_prompt": "a sks cat"}]))
+    assert "is --instance_data_dir" in fails(**alone)
+    shutil.copytree(photos, out)
+    before = runs.files(out)
+    with pytest.raises(UserError, match="is --output_dir"):
+        start.check(runs.config(out, instance_data_dir=str(out)), has_model=False)
+    assert runs.files(out) == before
+
+
+def test_own_class_images_are_not_of_two_classes(tmp_path):
+    for name in ("dog", "cat", "both"):
+        shutil.copytree(runs.photographs(), tmp_path / name)
+    dog = subjects.Subject(str(tmp_path / "dog"), "a sks dog", "a dog", str(tmp_path / "both"))
+    cat = dataclasses.replace(
+        dog, instance_data_dir=str(tmp_path / "cat"), instance_prompt="a ohwx dog"
+    )
+    out = str(tmp_path / "out")
+    subjects.check_folders([dog, cat], out)
+    cat = dataclasses.replace(cat, class_prompt="a cat")
+    with pytest.raises(UserError, match="both 'a dog' and 'a cat'"):
+        subjects.check_folders([dog, cat], out)
+    for i, file in enumerate(photos.image_files(tmp_path / "both")):  # drawn ones are told apart
+        file.rename(file.with_name(f"{i:012x}-00000.png"))
+    subjects.check_folders([dog, cat], out)
+
+
+def test_what_minibooth_drew_is_no_photograph(tmp_path):
+    """By its name, or, renamed, by what the programs write into their pictures."""
+    for file in photos.image_files(runs.photographs()):
+        shutil.copy(file, tmp_path)
+    mine = photos.image_files(tmp_path)
+    picture = Image.new("RGB", (8, 8))
+    names = ["0123456789ab-00000", "step-00200", "before_after", "loss", "grid", "photographs"]
+    for name in names:
+        picture.save(tmp_path / f"{name}.png")
+    about = sample.settings(SampleConfig(), "toybox", "a dog", 3)
+    sample.save_png(picture, tmp_path, "renamed", about)
+    with pytest.warns(UserWarning, match=r"0123456789ab-00000.png and 6 more left out"):
+        assert photos.photographs(tmp_path) == mine
+    assert photos.own(tmp_path) == sorted([*mine, tmp_path / "renamed.png"])
+    for file in mine:
+        file.unlink()
+    with pytest.raises(UserError, match="minibooth drew all its pictures"):
+        photos.photographs(tmp_path)
 
 
 # ---- disk and memory ---------------------------------------------------------------------------

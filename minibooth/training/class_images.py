@@ -6,7 +6,6 @@ only the missing ones are drawn, none is overwritten, and one folder serves many
 
 import hashlib
 import json
-import re
 import zlib
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from ..pipeline import StableDiffusion
 from . import photos, ranks
 from .settings import TrainConfig
 from .subjects import Subject
-
-GENERATED = re.compile(r"[0-9a-f]{12}-\d{5}\.png")
 
 
 def of_run(
@@ -46,7 +43,7 @@ def of_subject(
 ) -> list[Path]:
     return ensure(
         sd,
-        Path(subject.class_data_dir or Path(config.output_dir) / "class_images"),
+        subject.class_folder(config.output_dir),
         count=config.num_class_images,
         prompt=subject.class_prompt,
         sampler=config.class_sampler,
@@ -83,10 +80,7 @@ def ensure(
     into one folder at the same time, and `begin` with another one of the missing batches, share the
     work.
     """
-    try:
-        own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
-    except UserError:  # not there yet, or nothing in it
-        own = []
+    own = photos.own(folder)
     settings = {
         "model": fingerprint or sd.fingerprint(),
         "prompt": prompt,

@@ -6,6 +6,8 @@ PNGs with alpha, 16-bit scans, `.DS_Store`. All of it is settled here; what cann
 
 import hashlib
 import math
+import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,13 @@ EXTENSIONS = (
 
 # What is in them, whatever the file is called: Pillow knows forty more, and has PostScript run.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
+
+# What minibooth draws: class images, grids and charts by their names, other pictures by what they
+# all say of themselves in their metadata.
+DRAWN = re.compile(
+    r"[0-9a-f]{12}-\d{5}\.png|step-\d{5}\.png|(before_after|curve|grid|loss|photographs)\.png"
+)
+SAID = {"prompt", "seed", "steps", "guidance_scale"}
 
 NEARLY_SQUARE = 1.05  # long side / short side up to which one crop is enough
 
@@ -133,6 +142,38 @@ def image_files(folder: str | Path) -> list[Path]:
         held += f" and {len(entries) - 3} more" if len(entries) > 3 else ""
         raise UserError(f"{folder} holds no image file but {held}: put the photographs right in it")
     return files
+
+
+def photographs(folder: str | Path) -> list[Path]:
+    """The image files in a folder but those that minibooth drew; warns of these.
+
+    UserError: as image_files, or nothing is left.
+    """
+    files = image_files(folder)
+    drawn = [file for file in files if DRAWN.fullmatch(file.name) or says_drawn(file)]
+    if len(drawn) == len(files):
+        raise UserError(f"{folder} holds no photograph: minibooth drew all its pictures")
+    if drawn:
+        count = f"{drawn[0].name} and {len(drawn) - 1} more" if drawn[1:] else drawn[0].name
+        warnings.warn(f"{folder}: {count} left out, which minibooth drew", stacklevel=1)
+    return [file for file in files if file not in drawn]
+
+
+def own(folder: str | Path) -> list[Path]:
+    """The user's own class images in a folder: minibooth's class images, grids and charts are not,
+    pictures that minibooth.sample drew are. None where there is no folder yet, or nothing in it."""
+    try:
+        return [file for file in image_files(folder) if not DRAWN.fullmatch(file.name)]
+    except UserError:
+        return []
+
+
+def says_drawn(file: Path) -> bool:
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return image.info.keys() >= SAID
+    except Exception:  # not a PNG, or damaged: read_image says so
+        return False
 
 
 def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:

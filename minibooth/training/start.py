@@ -79,10 +79,11 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
             "the ranks: leave it out, or train on one rank"
         )
     for subject in config.subjects:
-        photos.image_files(subject.instance_data_dir)
+        photos.photographs(subject.instance_data_dir)
         if subject.class_data_dir and Path(subject.class_data_dir).is_file():
             raise UserError(f"--class_data_dir {subject.class_data_dir} is a file: give a folder")
     cli.check_folder("--output_dir", config.output_dir)
+    subjects.check_folders(config.subjects, config.output_dir)
     return device
 
 
@@ -148,7 +149,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
     folder = Path(config.output_dir)
     resolution = config.resolution or sd.image_size
     check_model(sd, resolution, (config.class_steps, config.validation_inference_steps))
-    found = [photos.image_files(subject.instance_data_dir) for subject in config.subjects]
+    found = [photos.photographs(subject.instance_data_dir) for subject in config.subjects]
     shown = [i for i, files in enumerate(found) for _ in files]
     files = [file for files in found for file in files]
     pictures = photos.load_photos(files, resolution, config.center_crop)
