@@ -381,6 +381,27 @@ def test_good_prompts_give_no_warning(prompts, recwarn):
     assert not recwarn.list
 
 
+STORY = " ".join(["the old brown one in rain"] * 14)  # 84 words
+
+
+def test_a_subject_that_is_cut_off_is_refused_before_anything_is_drawn(fails, monkeypatch):
+    said = fails(instance_prompt=f"a photo of {STORY} sks dog")
+    assert "'sks', which names the subject, is beyond the 75th token" in said
+    assert said.endswith("sks dog")
+
+
+def test_a_prompt_that_tells_a_story_is_one_line(monkeypatch):
+    """As many warnings as it has ordinary words help nobody."""
+    tokenizer = runs.model().tokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = report.describe_prompts(tokenizer, f"a sks dog, {STORY}", "a dog")
+    assert said == (
+        f"identifier: 'sks' is 1 token [{tokenizer.vocab['sks</w>']}]; 3 other words of the "
+        "prompt are learned with it"
+    )
+
+
 def test_warnings_of_a_program_are_one_line_each(monkeypatch, capsys, tmp_path):
     settings = runs.settings(tmp_path / "out", instance_prompt="a sks", max_train_steps=1)
     status, _, err = runs.program(monkeypatch, capsys, train, *runs.arguments(settings))

@@ -154,8 +154,6 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
     files = [file for files in found for file in files]
     pictures = photos.load_photos(files, resolution, config.center_crop)
     captions = subjects.captions(files, config.caption_extension, config.caption_column)
-    if config.trains_word:
-        subjects.require_word(files, captions, config.placeholder_token)
     saved = resume.load(folder) if config.resume_from_checkpoint else None
     if config.resume_from_checkpoint and saved is None:
         print(f"no state in {folder} yet: starting at the first step")
@@ -280,7 +278,11 @@ def announce(run: Run) -> None:
     for subject in config.subjects:
         noun = None if config.trains_word else subject.class_prompt  # the word stands alone
         print(report.describe_prompts(tokenizer, subject.instance_prompt, noun))
-    report.check_captions(config.subjects, run.shown.tolist(), run.captions)
+    tokenizer(methods.prompts_of(config, run.captions, (run.shown,))[0])  # warns of what it cuts
+    counts = [caption and tokenizer.within(caption) for caption in run.captions]
+    report.check_captions(config.subjects, run.shown.tolist(), counts)
+    if config.trains_word:
+        subjects.require_word(run.photos.files, counts, config.placeholder_token)
     if line := subjects.about_captions(run.photos.files, run.captions, config.reads_captions):
         print(line)
     if config.trains_word:
