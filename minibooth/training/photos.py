@@ -10,14 +10,15 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
-from ..common.errors import UserError
+from ..common.errors import UserError, first_line
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
@@ -179,14 +180,14 @@ def says_drawn(file: Path) -> bool:
 def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:
     """One upright 8-bit RGB image from a file of FORMATS, the first frame if it has several.
 
-    EXIF rotation is applied, transparency is laid on white, and 16-bit, 32-bit and float
-    greyscale is scaled to 8 bits. HEIC needs pillow-heif. With min_side a JPEG may come out at
-    1/2, 1/4 or 1/8 of its size, its shorter side still at least min_side pixels: at 1/8 a
-    100-megapixel photograph decodes to 5 MB instead of 300.
+    EXIF rotation and colour profile are applied (one that cannot be is warned of), transparency is
+    laid on white, and 16-bit, 32-bit and float greyscale is scaled to 8 bits. HEIC needs
+    pillow-heif. With min_side a JPEG may come out at 1/2, 1/4 or 1/8 of its size, its shorter side
+    still at least min_side pixels: at 1/8 a 100-megapixel photograph decodes to 5 MB, not 300.
 
     UserError: missing, truncated, corrupt, no image, too large, or HEIC without pillow-heif.
     """
-    return _to_rgb(_decode(Path(path), min_side))
+    return _to_rgb(_decode(Path(path), min_side), path)
 
 
 def _decode(path: Path, min_side: int | None) -> Image.Image:
@@ -229,13 +230,62 @@ def _register_heif(path: Path) -> None:
     register_heif_opener()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
-        return _to_8_bits(image).convert("RGB")
+        image = _to_8_bits(image)
     if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if profile:
+            alpha = rgba.getchannel("A")
+            rgba = _to_srgb(rgba.convert("RGB"), image.mode, profile, path)
+            rgba.putalpha(alpha)
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return _to_srgb(image, image.mode, profile, path) if profile else image.convert("RGB")
+
+
+# What a colour profile describes → the mode of the pixels it is about, and the modes of images that
+# can have it. A grey image under one of RGB is taken for R = G = B.
+SPACES = {
+    "RGB": ("RGB", ("RGB", "RGBA", "RGBX", "P", "PA", "L", "LA", "1")),
+    "GRAY": ("L", ("L", "LA", "1")),
+    "CMYK": ("CMYK", ("CMYK",)),
+    "Lab": ("LAB", ("LAB",)),
+}
+
+
+def _to_srgb(colours: Image.Image, mode: str, profile: bytes, path: Path) -> Image.Image:
+    """By the profile that the file carries: iPhones have Display P3, scanners and studios others.
+    A profile that makes no difference, as cameras' sRGB has it, leaves every pixel what it is."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        pixels, modes = SPACES.get(source.profile.xcolor_space.strip(), ("", ()))
+        if mode not in modes:
+            raise ValueError(f"it is for {source.profile.xcolor_space.strip()}, not for {mode}")
+        srgb = ImageCms.createProfile("sRGB")
+        convert = ImageCms.buildTransform(source, srgb, pixels, "RGB")
+        if pixels in ("RGB", "L") and _changes_nothing(convert, pixels):
+            return colours.convert("RGB")
+        if colours.mode == "P":
+            colours = colours.convert("RGB")
+        return ImageCms.applyTransform(colours.convert(pixels), convert)
+    except Exception as error:  # whatever littleCMS says of a damaged profile
+        warnings.warn(
+            f"{path}: its colour profile is not usable, its colours are taken as sRGB "
+            f"({first_line(error)})",
+            stacklevel=1,
+        )
+        return colours.convert("RGB")
+
+
+def _changes_nothing(convert: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether it leaves a cube of colours what they are, but for rounding."""
+    steps = np.arange(0, 256, 15, dtype=np.uint8)  # 0, 15 … 255
+    cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    image = Image.fromarray(cube if mode == "RGB" else cube[..., 0])
+    before = np.asarray(image.convert("RGB")).astype(int)
+    return np.abs(np.asarray(ImageCms.applyTransform(image, convert)) - before).max() <= 2
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
