@@ -270,7 +270,9 @@ def read_single_file(
         if not all(isinstance(config, dict) for config in configs.values()):
             raise UserError(f"{path} has damaged metadata (minibooth.configs)")
     else:
-        configs, known = guess_configs(path, tensors, metadata.get("modelspec.prediction_type"))
+        configs, known = guess_configs(path, tensors, stated_prediction(path, tensors, metadata))
+        if zero_terminal_snr(tensors, metadata):
+            configs["scheduler"]["rescale_betas_zero_snr"] = True  # as a folder says it
     keys = {name: list(skeleton(name, configs[name]).state_dict()) for name in NETWORKS}
     choose_average(path, [ldm.unet_key(key, configs["unet"]) for key in keys["unet"]], tensors, ema)
     found = ldm.from_ldm(configs, keys, tensors)
@@ -328,10 +330,48 @@ def guess_configs(
     configs = {name: dict(config) for name, config in SINGLE_FILE[text.shape[1]].items()}
     configs["unet"]["in_channels"] = conv_in.shape[1]
     open_clip = configs["text_encoder"]["hidden_act"] == "gelu"
-    if stated == "v":
+    if stated == "v_prediction":
         configs["scheduler"]["prediction_type"] = "v_prediction"
         configs["unet"] |= SD2_V if open_clip else {}
-    return configs, stated in ("epsilon", "v") or not open_clip
+    return configs, stated is not None or not open_clip
+
+
+# Where the tools that write single files say what the UNet predicts: the specification, ComfyUI,
+# others; and kohya's trainers whether it is v.
+PREDICTION = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
+PREDICTIONS = {"v": "v_prediction", "e": "epsilon"}  # by the first letter of what they write
+TRUE = ("true", "1")
+
+
+def stated_prediction(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> str | None:
+    """What a single file says that its UNet predicts: by the empty tensor v_pred, as A1111 and
+    ComfyUI read it, in its header, or, for A1111, in a .yaml beside it. None if nothing says so."""
+    if "v_pred" in tensors or metadata.get("ss_v_parameterization", "").lower() in TRUE:
+        return PREDICTIONS["v"]
+    for key in PREDICTION:
+        if stated := PREDICTIONS.get(metadata.get(key, "")[:1].lower()):
+            return stated
+    if metadata.get("modelspec.architecture", "").endswith("-v"):
+        return PREDICTIONS["v"]
+    try:
+        beside = read_text(path.with_suffix(".yaml"), "replace")
+    except OSError:
+        return None
+    parameterization = re.search(r"^\s*parameterization:\s*[\"']?([ve])", beside, re.MULTILINE)
+    return PREDICTIONS[parameterization[1]] if parameterization else None
+
+
+def zero_terminal_snr(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bool:
+    """Whether a single file says that its last timestep is pure noise: by the empty tensor ztsnr,
+    in kohya's header, or in the noise schedule that it carries."""
+    alpha_bar = tensors.get("alphas_cumprod")
+    return (
+        "ztsnr" in tensors
+        or metadata.get("ss_zero_terminal_snr", "").lower() in TRUE
+        or (alpha_bar is not None and alpha_bar.numel() > 1 and alpha_bar.flatten()[-1] < 1e-6)
+    )
 
 
 def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -425,4 +465,7 @@ def write_single_file(
         "minibooth.configs": json.dumps(configs),
         **vocabulary.to_metadata(tokenizer, configs["text_encoder"]),
     } | metadata
-    write_safetensors(path, ldm.to_ldm(configs, tensors), dtype, metadata)
+    stored = ldm.to_ldm(configs, tensors)
+    if v and version == "v1":  # which nobody expects of it
+        stored["v_pred"] = torch.empty(0)
+    write_safetensors(path, stored, dtype, metadata)
