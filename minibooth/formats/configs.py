@@ -207,6 +207,15 @@ def settle(configs: dict[str, dict]) -> None:
             + ", ".join(outdated),
             stacklevel=4,
         )
+    size = unet.get("sample_size")
+    of_sd = unet.get("block_out_channels") == SD1_UNET["block_out_channels"]
+    if of_sd and type(size) is int and size < 64:
+        warnings.warn(
+            f"the unet's config says sample_size {size}, so pictures are {8 * size}² pixels: if "
+            "the model was trained on 512² as Stable Diffusion was, give --resolution 512 to "
+            "train it, --height 512 --width 512 to draw",
+            stacklevel=4,
+        )
 
 
 def check_config(name: str, config: dict) -> None:
