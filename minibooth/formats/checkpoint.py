@@ -19,7 +19,7 @@ from ..unet import UNet
 from ..vae import VAE
 from . import adapters, hub, ldm, vocabulary
 from .configs import SD2_V, SINGLE_FILE, check_config, settle
-from .tensor_files import json_metadata, read_tensors, write_safetensors
+from .tensor_files import json_metadata, read_tensors, require_range, write_safetensors
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 DIFFUSERS = "diffusion_pytorch_model"
@@ -408,7 +408,12 @@ def write_folder(
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
 ) -> None:
-    """diffusers' layout. Each file is replaced atomically, model_index.json last."""
+    """diffusers' layout. Each file is replaced atomically, model_index.json last.
+
+    Raises UserError, before the first, where a weight is not finite or would not be in `dtype`.
+    """
+    for name in NETWORKS:
+        require_range(folder / name, tensors[name], dtype)
     inpainting = configs["unet"]["in_channels"] == 9
     scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler")
     index = {
@@ -450,7 +455,9 @@ def write_single_file(
     dtype: torch.dtype | None,
     metadata: dict[str, str],
 ) -> None:
-    """LDM layout, one safetensors file, for A1111, ComfyUI and from_single_file."""
+    """LDM layout, one safetensors file, for A1111, ComfyUI and from_single_file.
+
+    Raises UserError where a weight is not finite or would not be in `dtype`."""
     v = configs["scheduler"].get("prediction_type") == "v_prediction"
     version = "v2" if configs["text_encoder"].get("hidden_act") == "gelu" else "v1"
     if version == "v2":
@@ -468,4 +475,5 @@ def write_single_file(
     stored = ldm.to_ldm(configs, tensors)
     if v and version == "v1":  # which nobody expects of it
         stored["v_pred"] = torch.empty(0)
+    require_range(path, stored, dtype)
     write_safetensors(path, stored, dtype, metadata)
