@@ -100,7 +100,7 @@ def sample(config: SampleConfig) -> list[Path]:
     for file in config.embedding:
         word, vectors = adapters.read_embedding(file)
         textual_inversion.add_word(sd, word, vectors)
-        print(f"{file}: {word} in a prompt is now {len(vectors)} vectors")
+        print(f"{file}: {sd.tokenizer.spelled(word)} in a prompt is now {len(vectors)} vectors")
     if settle.wanted(device):
         size = (config.height or sd.image_size, config.width or sd.image_size)
         settle.settle(settle.met(sd, *size, drawing=(config.batch_size,)), device)

@@ -109,7 +109,7 @@ class Tokenizer:
 
         Raises UserError for a word that is known already, or cannot be found in a prompt.
         """
-        word = self.bpe.normalizer.normalize_str(word)
+        word = self.spelled(word)
         if not word or " " in word:
             raise UserError(f"{word!r} is not one word: give one such as <sks>")
         if {word, word + "</w>"} & {*self.vocab, *self.added}:
@@ -119,6 +119,11 @@ class Tokenizer:
         names = [word, *(f"{word}_{i}" for i in range(1, len(ids)))]
         added = self.added | dict(zip(names, ids, strict=True))
         return Tokenizer(self.vocab, self.merges, self.max_length, self.pad, added)
+
+    def spelled(self, word: str) -> str:
+        """A word as prompts are read: in small letters. diffusers looks for it in a prompt as it is
+        typed, and for one that was written with capitals finds one of its vectors alone."""
+        return self.bpe.normalizer.normalize_str(word)
 
     def ids_of(self, word: str) -> list[int]:
         """Of an added word: one id for each of its vectors."""

@@ -14,6 +14,7 @@ from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
 from ..pipeline import StableDiffusion
+from ..tokenizer import Tokenizer
 from . import (
     events,
     memory,
@@ -146,6 +147,8 @@ def check_folder(folder: Path, goes_on: bool) -> None:
 def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Run:
     """Read the photographs and, for a run that goes on, its state. Raises UserError where the model
     cannot be trained as `config` says, or another run is in its folder."""
+    if config.trains_word:
+        config = spelled(config, sd.tokenizer)
     folder = Path(config.output_dir)
     resolution = config.resolution or sd.image_size
     check_model(sd, resolution, (config.class_steps, config.validation_inference_steps))
@@ -194,6 +197,20 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
         identity,
         trained,
         logged,
+    )
+
+
+def spelled(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """With the word spelled as tokenizers do it, in all that is written and printed."""
+    typed = config.placeholder_token
+    word = tokenizer.spelled(typed)
+    if word != typed:
+        print(f"{typed} is written {word}: other programs find it only so in a prompt")
+    return replace(
+        config,
+        placeholder_token=word,
+        instance_prompt=config.instance_prompt.replace(typed, word),
+        validation_prompt=tuple(p.replace(typed, word) for p in config.validation_prompt),
     )
 
 

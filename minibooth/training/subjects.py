@@ -149,7 +149,7 @@ def about_captions(files: list[Path], found: list[str | None], asked: bool) -> s
 def require_word(files: list[Path], found: list[str | None], word: str) -> None:
     """Raise UserError where a caption does not have the word that is trained."""
     for file, text in zip(files, found, strict=True):
-        if text and word not in text:
+        if text and word.lower() not in text.lower():
             raise UserError(f"the caption of {file} does not have the word that is trained, {word}")
 
 
