@@ -23,12 +23,15 @@ class SampleConfig:
         None,
         "folder, single file (.safetensors, .ckpt) or hub id",
         aliases=("pretrained_model_name_or_path",),
+        place="source",
     )
-    prompt: tuple[str, ...] = option((), "what to draw; give it several times for several prompts")
+    prompt: tuple[str, ...] = option(
+        (), "what to draw; give it several times for several prompts", empty=True
+    )
     negative_prompt: str = option("", "what to keep away from [nothing]")
     num_images: int = option(4, "pictures per prompt")
     seed: int = option(0, "of each prompt's first picture; the next ones count up")
-    output_dir: str = option("samples", "where <prompt>-<seed>.png and grid.png go")
+    output_dir: str = option("samples", "where <prompt>-<seed>.png and grid.png go", place="path")
     steps: int = option(50, "sampler steps", aliases=("num_inference_steps",))
     guidance_scale: float = option(7.5, "how strongly to follow the prompt; 1 switches it off")
     sampler: str = option("ddim", "how to step from noise to picture", choices=pipeline.SAMPLERS)
@@ -46,13 +49,15 @@ class SampleConfig:
         choices=ops.MODES,
     )
     lora: tuple[str, ...] = option(
-        (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]"
+        (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]", place="path"
     )
     embedding: tuple[str, ...] = option(
-        (), "Textual Inversion file, whose word prompts can then use; several as well"
+        (), "Textual Inversion file, whose word prompts can then use; several as well", place="path"
     )
-    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
-    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
+    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead", place="source")
+    tokenizer: str | None = option(
+        None, "folder or hub id of a tokenizer to use instead", place="source"
+    )
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )

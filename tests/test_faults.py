@@ -269,6 +269,49 @@ def test_what_minibooth_drew_is_no_photograph(tmp_path):
         photos.photographs(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["model", "instance_data_dir", "output_dir", "class_prompt", "class_data_dir", "config"]
+)
+@pytest.mark.parametrize("unset", ["", " "])
+def test_an_empty_value_as_of_an_unset_variable_is_refused(name, unset, fails, tmp_path):
+    assert f"--{name} is empty" in fails(**{name: unset})
+
+
+def test_an_empty_value_is_refused_of_every_program_s_and_in_a_config(fails, tmp_path):
+    model = {"model": peers.model()[0]}
+    for module, settings in (
+        (sample, model | {"prompt": "sks", "output_dir": ""}),
+        (sample, model | {"prompt": "sks", "output_dir": tmp_path, "lora": ""}),
+        (convert, {"model": "", "output": tmp_path / "out"}),
+        (convert, model | {"output": ""}),
+    ):
+        assert "is empty" in fails(module, runs.arguments(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"instance_data_dir": ""}))
+    assert "--instance_data_dir is empty" in fails(
+        config=tmp_path / "config.json", instance_data_dir=None
+    )
+    SampleConfig(model="toybox", prompt=("",), negative_prompt="").check()  # these can be meant
+
+
+def test_the_home_folder_is_meant_by_its_sign_everywhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    home = f"{tmp_path}{os.sep}"
+    read = cli.parse(TrainConfig, "train", "", ["--output_dir=~/x", "--model=~/m", "--vae=a/b"])
+    assert (read.output_dir, read.model, read.vae) == (home + "x", home + "m", "a/b")
+    read = cli.parse(SampleConfig, "sample", "", ["--lora=~/a", "--lora=~/b:0.5", "--prompt=~/x"])
+    assert (read.lora, read.prompt) == ((home + "a", home + "b:0.5"), ("~/x",))
+    read = cli.parse(ConvertConfig, "convert", "", ["--output=~/x.safetensors"])
+    assert read.output == home + "x.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps({"class_data_dir": "~/c"}))
+    read = cli.parse(TrainConfig, "train", "", ["--config=~/config.json"])
+    assert read.class_data_dir == home + "c"
+    entry = {"instance_data_dir": "~/d", "instance_prompt": "a sks dog", "class_data_dir": "~/c"}
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    [subject] = subjects.read_list(tmp_path / "list.json")
+    assert (subject.instance_data_dir, subject.class_data_dir) == (home + "d", home + "c")
+
+
 # ---- disk and memory ---------------------------------------------------------------------------
 
 Usage = namedtuple("Usage", "total used free")

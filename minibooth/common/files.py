@@ -152,7 +152,7 @@ def portable(path: str | Path, folder: Path) -> str:
 
 def from_portable(path: str, folder: Path) -> str:
     """What `portable` was given, as seen from the current folder; another path or name as it is."""
-    if path.startswith("~/"):
+    if path.startswith("~"):
         return os.path.expanduser(path)
     if not path.startswith(("./", "../")) and path != "..":
         return path

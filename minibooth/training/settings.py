@@ -139,6 +139,7 @@ class TrainConfig:
     validation_prompt: tuple[str, ...] = option(
         (),
         "for the sample grids; several times for several [class, instance, instance in the snow]",
+        empty=True,
     )
     num_validation_images: int = option(2, "pictures per prompt in the grids; 0 for no grids")
     validation_steps: int = option(200, "updates between two grids")
@@ -183,7 +184,9 @@ class TrainConfig:
         "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
         choices=ops.MODES,
     )
-    config: str | None = option(None, "a config.json of another run; flags override it")
+    config: str | None = option(
+        None, "a config.json of another run; flags override it", place="path"
+    )
 
     @property
     def uses_prior(self) -> bool:

@@ -51,12 +51,13 @@ def read_entry(entry: dict, where: str) -> Subject:
     for key, value in entry.items():
         if key not in KEYS:
             raise UserError(f"{where}: a subject has no {key!r:.50}, but {', '.join(KEYS)}")
-        if value is not None and (not isinstance(value, str) or not value):
+        if value is not None and (not isinstance(value, str) or not value.strip()):
             raise UserError(f"{where}: {key} = {value!r:.50} is no text")
     for key in ("instance_data_dir", "instance_prompt"):
         if entry.get(key) is None:
             raise UserError(f"{where} lacks {key}")
-    return Subject(**entry)
+    places = ("instance_data_dir", "class_data_dir")
+    return Subject(**entry | {k: os.path.expanduser(entry[k]) for k in places if entry.get(k)})
 
 
 def check_folders(subjects: list[Subject], output_dir: str) -> None:
