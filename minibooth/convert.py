@@ -24,26 +24,34 @@ class ConvertConfig:
         None,
         "folder, single file (.safetensors, .ckpt) or hub id",
         aliases=("pretrained_model_name_or_path",),
+        place="source",
     )
-    output: str | None = option(None, "a folder, or a file ending in .safetensors")
+    output: str | None = option(None, "a folder, or a file ending in .safetensors", place="path")
     dtype: str | None = option(
         None,
         "of the weights written [fp16 for a file, fp32 for a folder]",
         choices=("fp32", "fp16", "bf16"),
     )
     merge_lora: tuple[str, ...] = option(
-        (), "LoRA file to add to the weights, or FILE:STRENGTH; several as well [:1]"
+        (), "LoRA file to add to the weights, or FILE:STRENGTH; several as well [:1]", place="path"
     )
     extract_lora: int | None = option(
         None, "write not the model but, as a LoRA of this rank, how it differs from --base"
     )
-    base: str | None = option(None, "the model that --model was trained from")
-    vae: str | None = option(None, "folder, file or hub id of a VAE to put in")
-    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
+    base: str | None = option(None, "the model that --model was trained from", place="source")
+    vae: str | None = option(None, "folder, file or hub id of a VAE to put in", place="source")
+    tokenizer: str | None = option(
+        None, "folder or hub id of a tokenizer to use instead", place="source"
+    )
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )
     revision: str | None = option(None, "branch, tag or commit on the hub")
+    ema: str = option(
+        "no",
+        "yes takes the averaged weights of a single file that has them beside the plain ones",
+        choices=("no", "yes"),
+    )
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -59,7 +67,7 @@ def convert(config: ConvertConfig) -> Path:
         raise UserError(f"{out} is there already and is not a {'file' if single else 'folder'}")
     cli.check_folder("--output", out.parent if single else out)
     check_lora(config)
-    sd = load(config, config.model)
+    sd = load(config, config.model, ema=config.ema == "yes")
     dtype = cli.DTYPES[config.dtype] if config.dtype else (torch.float16 if single else None)
     if config.extract_lora:
         return extract(config, sd, out, dtype)
@@ -74,13 +82,14 @@ def convert(config: ConvertConfig) -> Path:
     return out
 
 
-def load(config: ConvertConfig, source: str) -> StableDiffusion:
+def load(config: ConvertConfig, source: str, ema: bool = False) -> StableDiffusion:
     return pipeline.load(
         source,
         tokenizer=config.tokenizer,
         vae=config.vae,
         prediction_type=config.prediction_type,
         revision=config.revision,
+        ema=ema,
     )
 
 

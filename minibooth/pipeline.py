@@ -91,7 +91,8 @@ class StableDiffusion:
         set the size. guidance_scale ≤ 1 switches guidance off. height and width are in pixels,
         multiples of the VAE's factor; without them the size is that of the training.
         `output`: "pil"; "pt", (B, 3, H, W) in [0, 1]; "latent", (B, 4, h, w) scaled.
-        `on_step` is called after every step of every batch. Raises UserError for wrong settings.
+        `on_step` is called after every step of every batch. Raises UserError for wrong settings,
+        NotFinite where a network's output is not.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         shape = self.latent_shape(len(prompts), height, width, latents)  # (4, h, w)
@@ -120,6 +121,8 @@ class StableDiffusion:
                         x = schedule.ddim_step(x, prediction, t, t_prev, self.schedule, eta, fresh)
                     if on_step:
                         on_step()
+            require_finite(context, "text encoder")
+            require_finite(x, "unet")
             finished.append(x if output == "latent" else self.decode(x))
         result = torch.cat(finished)
         return to_pil(result) if output == "pil" else result
@@ -167,12 +170,16 @@ class StableDiffusion:
         return shape
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1], a few at a time to save memory."""
+        """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1], a few at a time to save memory.
+
+        Raises NotFinite where a picture is not.
+        """
         z = latents / self.vae.scaling_factor
         few = vae_batch(z.shape[2] * z.shape[3] * self.vae.factor**2)
         with torch.autocast(z.device.type, enabled=False):  # the VAE in its own precision
-            pictures = [self.vae.decode(part).float() for part in z.split(few)]
-        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+            pictures = torch.cat([self.vae.decode(part).float() for part in z.split(few)])
+        require_finite(pictures, "vae")
+        return (pictures / 2 + 0.5).clamp(0, 1)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {name: network.state_dict() for name, network in self.networks.items()}
@@ -235,6 +242,21 @@ class StableDiffusion:
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Without waiting for it: from page-locked memory a GPU fetches by itself."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+class NotFinite(UserError):
+    """A network gave NaN or infinity, which would be drawn as black."""
+
+
+def require_finite(x: Tensor, network: str) -> None:
+    """Raise NotFinite, naming the network that gave x, unless all of it is finite. Waits for the
+    device: once per batch, after its last step."""
+    if not x.isfinite().all():
+        raise NotFinite(
+            f"the {network} gives NaN or infinity, which would be drawn as black: its weights are "
+            "damaged, or too large for 16 bits; compute in fp32 (--dtype fp32, and to train "
+            "--mixed_precision no) or get the model again"
+        )
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
@@ -315,16 +337,18 @@ def load(
     vae: str | Path | None = None,
     prediction_type: str | None = None,
     revision: str | None = None,
+    ema: bool = False,
 ) -> StableDiffusion:
     """Load a model: a folder in diffusers' layout, a single file, or an id on the hub.
 
     `tokenizer` (a folder or id) and `vae` (folder, id or file) replace the model's own; a single
     file that holds no vocabulary has CLIP's. `prediction_type` overrides what the model says,
-    "epsilon" or "v_prediction"; `revision` is a branch, tag or commit on the hub. With dtype fp16
-    the VAE stays fp32, since some overflow to black pictures. Raises UserError where the source is
+    "epsilon" or "v_prediction"; `revision` is a branch, tag or commit on the hub; `ema` takes the
+    averaged weights of a single file that has them beside the plain ones. With dtype fp16 the VAE
+    stays fp32, since some overflow to black pictures. Raises UserError where the source is
     no model, damaged, hostile, of another kind or incomplete, or its parts do not fit together.
     """
-    found = checkpoint.read(source, tokenizer, vae, revision)
+    found = checkpoint.read(source, tokenizer, vae, revision, ema)
     scheduler = found.configs["scheduler"]
     if prediction_type is not None:
         scheduler["prediction_type"] = prediction_type

@@ -23,12 +23,15 @@ class SampleConfig:
         None,
         "folder, single file (.safetensors, .ckpt) or hub id",
         aliases=("pretrained_model_name_or_path",),
+        place="source",
     )
-    prompt: tuple[str, ...] = option((), "what to draw; give it several times for several prompts")
+    prompt: tuple[str, ...] = option(
+        (), "what to draw; give it several times for several prompts", empty=True
+    )
     negative_prompt: str = option("", "what to keep away from [nothing]")
     num_images: int = option(4, "pictures per prompt")
     seed: int = option(0, "of each prompt's first picture; the next ones count up")
-    output_dir: str = option("samples", "where <prompt>-<seed>.png and grid.png go")
+    output_dir: str = option("samples", "where <prompt>-<seed>.png and grid.png go", place="path")
     steps: int = option(50, "sampler steps", aliases=("num_inference_steps",))
     guidance_scale: float = option(7.5, "how strongly to follow the prompt; 1 switches it off")
     sampler: str = option("ddim", "how to step from noise to picture", choices=pipeline.SAMPLERS)
@@ -46,17 +49,24 @@ class SampleConfig:
         choices=ops.MODES,
     )
     lora: tuple[str, ...] = option(
-        (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]"
+        (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]", place="path"
     )
     embedding: tuple[str, ...] = option(
-        (), "Textual Inversion file, whose word prompts can then use; several as well"
+        (), "Textual Inversion file, whose word prompts can then use; several as well", place="path"
     )
-    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
-    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
+    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead", place="source")
+    tokenizer: str | None = option(
+        None, "folder or hub id of a tokenizer to use instead", place="source"
+    )
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )
     revision: str | None = option(None, "branch, tag or commit on the hub")
+    ema: str = option(
+        "no",
+        "yes takes the averaged weights of a single file that has them beside the plain ones",
+        choices=("no", "yes"),
+    )
 
     def check(self) -> None:
         if self.model is None:
@@ -89,12 +99,13 @@ def sample(config: SampleConfig) -> list[Path]:
         vae=config.vae,
         prediction_type=config.prediction_type,
         revision=config.revision,
+        ema=config.ema == "yes",
     )
     adapters.merge_files(sd.networks, config.lora)
     for file in config.embedding:
         word, vectors = adapters.read_embedding(file)
         textual_inversion.add_word(sd, word, vectors)
-        print(f"{file}: {word} in a prompt is now {len(vectors)} vectors")
+        print(f"{file}: {sd.tokenizer.spelled(word)} in a prompt is now {len(vectors)} vectors")
     sizes = settle.batches(config.num_images, config.batch_size, config.guidance_scale)
     size = (config.height or sd.image_size, config.width or sd.image_size)
     met = settle.met(sd, *size, drawing=sizes if settle.wanted(device) else ())
@@ -132,6 +143,8 @@ def settings(config: SampleConfig, model: str, prompt: str, seed: int) -> dict[s
     names = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta")
     settings = {"prompt": prompt, "seed": str(seed), "model": model}
     settings |= {n: str(getattr(config, n)) for n in names}
+    if config.ema == "yes":
+        settings["ema"] = "yes"
     for name in ("lora", "embedding"):
         if given := getattr(config, name):
             settings[name] = ", ".join(map(adapters.public_name, given))

@@ -38,7 +38,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: dict) -> "Schedule":
-        """Build from a scheduler_config.json; entries that old SD files lack mean what SD needs.
+        """Build from a scheduler_config.json in which formats.configs.settle has put what is meant.
 
         Raises UserError for a kind of schedule that is not implemented.
         """
@@ -46,7 +46,7 @@ class Schedule:
         kind = config.get("beta_schedule", "scaled_linear")
         first, last = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
         if config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
-            kind = "rescaled or trained"
+            kind = "rescaled (zero terminal SNR) or trained"
         if kind == "linear":
             beta = torch.linspace(first, last, T)
         elif kind == "scaled_linear":

@@ -109,7 +109,7 @@ class Tokenizer:
 
         Raises UserError for a word that is known already, or cannot be found in a prompt.
         """
-        word = self.bpe.normalizer.normalize_str(word)
+        word = self.spelled(word)
         if not word or " " in word:
             raise UserError(f"{word!r} is not one word: give one such as <sks>")
         if {word, word + "</w>"} & {*self.vocab, *self.added}:
@@ -119,6 +119,11 @@ class Tokenizer:
         names = [word, *(f"{word}_{i}" for i in range(1, len(ids)))]
         added = self.added | dict(zip(names, ids, strict=True))
         return Tokenizer(self.vocab, self.merges, self.max_length, self.pad, added)
+
+    def spelled(self, word: str) -> str:
+        """A word as prompts are read: in small letters. diffusers looks for it in a prompt as it is
+        typed, and for one that was written with capitals finds one of its vectors alone."""
+        return self.bpe.normalizer.normalize_str(word)
 
     def ids_of(self, word: str) -> list[int]:
         """Of an added word: one id for each of its vectors."""
@@ -157,19 +162,36 @@ class Tokenizer:
         return [(token, i) for token, id in pairs for i in self.runs.get(id, [id])]
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Texts → (B, 77) int64: bos, at most 75 tokens, eos, padding. Warns where it cuts."""
-        rows = []
+        """Texts → (B, 77) int64: bos, at most 75 tokens, eos, padding. Warns, in one line, of what
+        it cuts off."""
+        rows, cut = [], {}
         for text in texts:
             ids = [i for id in self.bpe.encode(text).ids for i in self.runs.get(id, [id])]
             if len(ids) > self.max_length:
-                shown = text if len(text) <= 60 else text[:57] + "…"
-                message = (
-                    f"only the first {self.max_length - 2} tokens count of the prompt {shown!r}"
-                )
-                warnings.warn(message, stacklevel=2)
+                cut[text] = text[len(self.within(text)) :].strip()
                 ids = [*ids[: self.max_length - 1], self.vocab[EOS]]
             rows.append(ids + [self.vocab[self.pad]] * (self.max_length - len(ids)))
+        if cut:
+            text, rest = next(iter(cut.items()))
+            shown = text if len(text) <= 60 else text[:57] + "…"
+            more = f" (as of {len(cut) - 1} more prompts)" if len(cut) > 1 else ""
+            warnings.warn(
+                f"only the first {self.max_length - 2} tokens count of the prompt {shown!r}{more}: "
+                f"what has no effect is {rest if len(rest) <= 200 else rest[:197] + '…'!r}",
+                stacklevel=1,  # one place, so that Python tells it once
+            )
         return torch.tensor(rows, dtype=torch.int64)
+
+    def within(self, text: str) -> str:
+        """The part of a text that counts: up to the first word that is cut off, even in part."""
+        encoding, used = self.bpe.encode(text, add_special_tokens=False), 0
+        for i, id in enumerate(encoding.ids):
+            used += len(self.runs.get(id, [id]))
+            if used > self.max_length - 2:
+                word = encoding.word_ids[i]
+                first = i if word is None else encoding.word_ids.index(word)
+                return text[: encoding.offsets[first][0]]
+        return text
 
 
 def pad_token(folder: Path) -> str:

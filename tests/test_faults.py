@@ -16,6 +16,7 @@ import pytest
 import runs
 import torch
 from huggingface_hub import errors as hub_errors
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minibooth import UserError, convert, dreambooth, sample, train
@@ -23,7 +24,7 @@ from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
-from minibooth.training import memory, report, start
+from minibooth.training import memory, photos, report, start, subjects
 
 
 @pytest.fixture
@@ -205,6 +206,112 @@ def test_a_folder_to_write_into_that_cannot_be_one_is_refused(fails, tmp_path, m
     assert "cannot be written to" in fails(output_dir=tmp_path / "out")
 
 
+def test_two_folders_that_are_one_are_refused_by_whatever_names(fails, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(runs.photographs(), photos)
+    (tmp_path / "link").symlink_to(photos)
+    of_subject = {"instance_data_dir": photos}
+    for other in (photos, tmp_path / "link", tmp_path / "x" / ".." / "photos"):
+        line = fails(**of_subject, class_data_dir=other)
+        assert f"--class_data_dir {photos} is --instance_data_dir" in line
+    assert "is --output_dir" in fails(**of_subject, class_data_dir=out)
+    list_of = tmp_path / "list.json"
+    alone = dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt"))
+    alone |= {"class_data_dir": None, "concepts_list": list_of}
+    dog = {
+        "instance_data_dir": str(photos),
+        "instance_prompt": "a sks dog",
+        "class_prompt": "a dog",
+    }
+    list_of.write_text(json.dumps([dog, dog | {"instance_prompt": "a sks cat"}]))
+    assert "is --instance_data_dir" in fails(**alone)
+    shutil.copytree(photos, out)
+    before = runs.files(out)
+    with pytest.raises(UserError, match="is --output_dir"):
+        start.check(runs.config(out, instance_data_dir=str(out)), has_model=False)
+    assert runs.files(out) == before
+
+
+def test_own_class_images_are_not_of_two_classes(tmp_path):
+    for name in ("dog", "cat", "both"):
+        shutil.copytree(runs.photographs(), tmp_path / name)
+    dog = subjects.Subject(str(tmp_path / "dog"), "a sks dog", "a dog", str(tmp_path / "both"))
+    cat = dataclasses.replace(
+        dog, instance_data_dir=str(tmp_path / "cat"), instance_prompt="a ohwx dog"
+    )
+    out = str(tmp_path / "out")
+    subjects.check_folders([dog, cat], out)
+    cat = dataclasses.replace(cat, class_prompt="a cat")
+    with pytest.raises(UserError, match="both 'a dog' and 'a cat'"):
+        subjects.check_folders([dog, cat], out)
+    for i, file in enumerate(photos.image_files(tmp_path / "both")):  # drawn ones are told apart
+        file.rename(file.with_name(f"{i:012x}-00000.png"))
+    subjects.check_folders([dog, cat], out)
+
+
+def test_what_minibooth_drew_is_no_photograph(tmp_path):
+    """By its name, or, renamed, by what the programs write into their pictures."""
+    for file in photos.image_files(runs.photographs()):
+        shutil.copy(file, tmp_path)
+    mine = photos.image_files(tmp_path)
+    picture = Image.new("RGB", (8, 8))
+    names = ["0123456789ab-00000", "step-00200", "before_after", "loss", "grid", "photographs"]
+    for name in names:
+        picture.save(tmp_path / f"{name}.png")
+    about = sample.settings(SampleConfig(), "toybox", "a dog", 3)
+    sample.save_png(picture, tmp_path, "renamed", about)
+    with pytest.warns(UserWarning, match=r"0123456789ab-00000.png and 6 more left out"):
+        assert photos.photographs(tmp_path) == mine
+    assert photos.own(tmp_path) == sorted([*mine, tmp_path / "renamed.png"])
+    for file in mine:
+        file.unlink()
+    with pytest.raises(UserError, match="minibooth drew all its pictures"):
+        photos.photographs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "instance_data_dir", "output_dir", "class_prompt", "class_data_dir", "config"]
+)
+@pytest.mark.parametrize("unset", ["", " "])
+def test_an_empty_value_as_of_an_unset_variable_is_refused(name, unset, fails, tmp_path):
+    assert f"--{name} is empty" in fails(**{name: unset})
+
+
+def test_an_empty_value_is_refused_of_every_program_s_and_in_a_config(fails, tmp_path):
+    model = {"model": peers.model()[0]}
+    for module, settings in (
+        (sample, model | {"prompt": "sks", "output_dir": ""}),
+        (sample, model | {"prompt": "sks", "output_dir": tmp_path, "lora": ""}),
+        (convert, {"model": "", "output": tmp_path / "out"}),
+        (convert, model | {"output": ""}),
+    ):
+        assert "is empty" in fails(module, runs.arguments(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"instance_data_dir": ""}))
+    assert "--instance_data_dir is empty" in fails(
+        config=tmp_path / "config.json", instance_data_dir=None
+    )
+    SampleConfig(model="toybox", prompt=("",), negative_prompt="").check()  # these can be meant
+
+
+def test_the_home_folder_is_meant_by_its_sign_everywhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    home = f"{tmp_path}{os.sep}"
+    read = cli.parse(TrainConfig, "train", "", ["--output_dir=~/x", "--model=~/m", "--vae=a/b"])
+    assert (read.output_dir, read.model, read.vae) == (home + "x", home + "m", "a/b")
+    read = cli.parse(SampleConfig, "sample", "", ["--lora=~/a", "--lora=~/b:0.5", "--prompt=~/x"])
+    assert (read.lora, read.prompt) == ((home + "a", home + "b:0.5"), ("~/x",))
+    read = cli.parse(ConvertConfig, "convert", "", ["--output=~/x.safetensors"])
+    assert read.output == home + "x.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps({"class_data_dir": "~/c"}))
+    read = cli.parse(TrainConfig, "train", "", ["--config=~/config.json"])
+    assert read.class_data_dir == home + "c"
+    entry = {"instance_data_dir": "~/d", "instance_prompt": "a sks dog", "class_data_dir": "~/c"}
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    [subject] = subjects.read_list(tmp_path / "list.json")
+    assert (subject.instance_data_dir, subject.class_data_dir) == (home + "d", home + "c")
+
+
 # ---- disk and memory ---------------------------------------------------------------------------
 
 Usage = namedtuple("Usage", "total used free")
@@ -315,6 +422,27 @@ def test_good_prompts_give_no_warning(prompts, recwarn):
     said = report.describe_prompts(tokenizer, *prompts)
     assert said == f"identifier: 'sks' is 1 token [{tokenizer.vocab['sks</w>']}]"
     assert not recwarn.list
+
+
+STORY = " ".join(["the old brown one in rain"] * 14)  # 84 words
+
+
+def test_a_subject_that_is_cut_off_is_refused_before_anything_is_drawn(fails, monkeypatch):
+    said = fails(instance_prompt=f"a photo of {STORY} sks dog")
+    assert "'sks', which names the subject, is beyond the 75th token" in said
+    assert said.endswith("sks dog")
+
+
+def test_a_prompt_that_tells_a_story_is_one_line(monkeypatch):
+    """As many warnings as it has ordinary words help nobody."""
+    tokenizer = runs.model().tokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = report.describe_prompts(tokenizer, f"a sks dog, {STORY}", "a dog")
+    assert said == (
+        f"identifier: 'sks' is 1 token [{tokenizer.vocab['sks</w>']}]; 3 other words of the "
+        "prompt are learned with it"
+    )
 
 
 def test_warnings_of_a_program_are_one_line_each(monkeypatch, capsys, tmp_path):

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 import minibooth
 from minibooth.common.errors import UserError
+from minibooth.pipeline import NotFinite
 
 PROMPTS = ["a sks dog in the snow", "photo of a cat"]
 
@@ -89,6 +90,22 @@ def test_the_settings_matter(sd):
     ):
         assert rel(sd.generate(PROMPTS[:1], **base | change), first) > 1e-4, change
     assert rel(sd.generate(PROMPTS[1:], **base), first) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("network", "output"), [("unet", "latent"), ("vae", "pil"), ("text encoder", "pt")]
+)
+def test_what_is_not_finite_is_not_drawn_as_black(network, output):
+    sd = minibooth.load(peers.model()[0])
+    weight = {
+        "unet": sd.unet.conv_out.bias,
+        "vae": sd.vae.decoder.conv_out.bias,
+        "text encoder": sd.text_encoder.final_layer_norm.bias,
+    }[network]
+    with torch.no_grad():
+        weight[0] = torch.inf
+    with pytest.raises(NotFinite, match=f"^the {network} gives NaN or infinity"):
+        sd.generate("sks", steps=1, output=output)
 
 
 # ---- noise on the way --------------------------------------------------------------------------

@@ -206,9 +206,31 @@ def test_long_prompts_keep_75_tokens_and_the_end_and_warn():
     with pytest.warns(UserWarning, match="only the first 75 tokens count") as caught:
         rows = tokenizer(["x " * 76, "y"])
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert str(caught[0].message).endswith("what has no effect is 'x'")
     x = tokenizer.vocab["x</w>"]
     assert rows[0].tolist() == [tokenizer.vocab[BOS], *[x] * 75, tokenizer.vocab[EOS]]
     assert rows.shape == (2, 77)
+
+
+def test_the_part_of_a_prompt_that_counts_ends_before_the_first_word_that_is_cut():
+    vocab, merges = peers.vocabulary()
+    tokenizer = Tokenizer(
+        vocab, [tuple(m.split()) for m in merges], added={"<s>": 400, "<s>_1": 401}
+    )
+    x = "a " * 72
+    for text, counts in {
+        f"{x}a sks dog": f"{x}a sks dog",
+        f"{x} A  É  dog in": f"{x} A  É  ",  # É is two tokens: 73 to 75
+        f"{x}a xyz": f"{x}a ",  # y and z are beyond
+        f"{x}a sks <s>": f"{x}a sks ",  # its second vector is beyond
+        "a" * 76: "",
+    }.items():
+        assert tokenizer.within(text) == counts
+        with warnings.catch_warnings(record=True):
+            [row] = tokenizer([text])
+        [kept] = tokenizer([counts])
+        n = int((kept != tokenizer.vocab[EOS]).sum())
+        assert torch.equal(row[:n], kept[:n])
 
 
 def test_pieces_show_how_an_identifier_falls_apart():

@@ -30,10 +30,13 @@ def option(
     choices: tuple | None = None,
     aliases: tuple[str, ...] = (),
     place: str | None = None,
+    empty: bool = False,
 ):
     """A dataclass field that is also a flag; the help gives its unit and what absent means. A
-    `place` is a "path", or, where it can also be a name on the hub, a "source"."""
+    `place` is a "path", or, where it can also be a name on the hub, a "source". `empty` is whether
+    an empty text can be meant, as it can where it is the default."""
     extra = {"help": help, "choices": choices, "aliases": aliases, "place": place}
+    extra["empty"] = empty or default == ""
     return dataclasses.field(default=default, metadata=extra)
 
 
@@ -93,9 +96,19 @@ def parse(
         )
     given = vars(parser.parse_args([underscored(a) for a in argv]))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    given = {name: at_home(cls, name, value) for name, value in given.items()}
+    check_filled(cls, given)
     if "config" in given:
         given = {**read_config(Path(given["config"]), cls), **given}
     return cls(**{**defaults(given), **given})
+
+
+def at_home(cls, name: str, value):
+    """A place with the home folder for ~, which a shell leaves there in --name=~/x."""
+    if cls.__dataclass_fields__[name].metadata["place"] is None:
+        return value
+    several = tuple(map(os.path.expanduser, value)) if isinstance(value, tuple) else value
+    return os.path.expanduser(value) if isinstance(value, str) else several
 
 
 def underscored(argument: str) -> str:
@@ -173,8 +186,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_filled(cls, settings: dict) -> None:
+    """Raise UserError for a text that is empty and cannot be meant to be: an unset "$VARIABLE"
+    would name the current folder."""
+    for name, value in settings.items():
+        texts = value if isinstance(value, tuple) else (value,)
+        blank = any(isinstance(text, str) and not text.strip() for text in texts)
+        if blank and not cls.__dataclass_fields__[name].metadata["empty"]:
+            raise UserError(
+                f"--{name} is empty: is a variable unset? Leave it out, or give a value"
+            )
+
+
 def check_choices(config) -> None:
-    """Raise UserError for a field with choices that holds something else: a config file can."""
+    """Raise UserError for a field with choices that holds something else: a config file can; and
+    for an empty one."""
+    check_filled(type(config), vars(config))
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
         if choices and value is not None and value not in choices:

@@ -1,5 +1,6 @@
 """Files that are whole or not there: atomic writes, folders for one program alone, free space."""
 
+import codecs
 import errno
 import json
 import os
@@ -100,13 +101,30 @@ LARGEST_TEXT = 5 * 10**6  # bytes; the largest that is read is CLIP's vocabulary
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """A text in UTF-8. Raises UserError, after its first MB, where it is larger than any that
-    belongs to a model or a run; OSError and UnicodeDecodeError."""
-    with open(path, encoding="utf-8", errors=errors) as f:
-        text = f.read(LARGEST_TEXT + 1)
+    """A text in UTF-8, without the byte order mark that Windows puts before it. Raises UserError,
+    after its first MB, where it is larger than any that belongs to a model or a run; OSError and,
+    with the reason where it is UTF-16, UnicodeDecodeError."""
+    with open(path, encoding="utf-8-sig", errors=errors) as f:
+        try:
+            text = f.read(LARGEST_TEXT + 1)
+        except UnicodeDecodeError:
+            if starts_as_utf16(path):
+                raise is_utf16() from None
+            raise
+    if errors == "strict" and "\0" in text:  # UTF-16 without its mark: every other byte is 0
+        raise is_utf16()
     if len(text) > LARGEST_TEXT:
         raise UserError(f"{path} is larger than {gigabytes(LARGEST_TEXT)}: not what it should be")
     return text
+
+
+def starts_as_utf16(path: str | Path) -> bool:
+    with open(path, "rb") as f:
+        return f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def is_utf16() -> UnicodeDecodeError:
+    return UnicodeDecodeError("utf-8", b"\0\0", 0, 2, "it is UTF-16, save it as UTF-8")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -134,7 +152,7 @@ def portable(path: str | Path, folder: Path) -> str:
 
 def from_portable(path: str, folder: Path) -> str:
     """What `portable` was given, as seen from the current folder; another path or name as it is."""
-    if path.startswith("~/"):
+    if path.startswith("~"):
         return os.path.expanduser(path)
     if not path.startswith(("./", "../")) and path != "..":
         return path

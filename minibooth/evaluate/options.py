@@ -24,8 +24,9 @@ class Options:
     clip: str = option(
         "openai/clip-vit-base-patch32",
         "folder or hub id; the paper does not say which CLIP it is, ViT-B/32 fits its numbers best",
+        place="source",
     )
-    dino: str = option("facebook/dino-vits16", "folder or hub id: DINO ViT-S/16")
+    dino: str = option("facebook/dino-vits16", "folder or hub id: DINO ViT-S/16", place="source")
     lpips: str = option(
         "alex",
         "network under LPIPS; the paper does not say which",

@@ -36,16 +36,20 @@ from .subjects import FILE, Subject, dataset_folder, fill, find, read_catalogue,
 
 @dataclass(frozen=True)
 class DatasetConfig(Options):
-    data: str | None = option(None, "a checkout of google/dreambooth, or a folder laid out like it")
+    data: str | None = option(
+        None, "a checkout of google/dreambooth, or a folder laid out like it", place="path"
+    )
     model: str | None = option(
         None,
         "base model: folder, single file, hub id or toybox [only the row of the real photographs]",
+        place="source",
     )
     train_config: str | None = option(
         None,
         "JSON with settings of minibooth.train, say the config.json of a run; what belongs to a "
         "subject is replaced, and rates and steps hold for its own method [the defaults, or the "
         "toybox's]",
+        place="path",
     )
     subjects: str | None = option(None, "names with commas between [all whose folders are there]")
     prompts: int | None = option(None, "only so many of each subject's prompts [all]")
@@ -66,7 +70,7 @@ class DatasetConfig(Options):
         "3/8 trains the 3rd, 11th, 19th … only; others can do the rest at the same time, in the "
         "same output_dir [all that nobody else is at]",
     )
-    output_dir: str = option("evaluation", "where everything goes")
+    output_dir: str = option("evaluation", "where everything goes", place="path")
 
     def check(self) -> None:
         super().check()

@@ -19,17 +19,22 @@ OVERVIEW = "grid.png"  # minibooth.sample's, beside the pictures that it shows
 
 @dataclass(frozen=True)
 class SingleConfig(Options):
-    real: str | None = option(None, "folder with the photographs of the subject")
+    real: str | None = option(None, "folder with the photographs of the subject", place="path")
     generated: str | None = option(
-        None, "folder of pictures, as minibooth.sample draws them; or a model to draw them with"
+        None,
+        "folder of pictures, as minibooth.sample draws them; or a model to draw them with",
+        place="source",
     )
     prompt: tuple[str, ...] = option(
         (),
         "what to draw, several times for several; or what a folder's pictures were drawn for, "
         "where they do not say it themselves",
+        empty=True,
     )
     class_prompt: str | None = option(None, 'the bare class, "a dog", for PRES')
-    output_dir: str = option("evaluation", "where scores.json and a model's pictures go")
+    output_dir: str = option(
+        "evaluation", "where scores.json and a model's pictures go", place="path"
+    )
 
 
 def evaluate(config: SingleConfig) -> dict[str, Mean]:

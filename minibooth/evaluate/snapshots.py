@@ -32,11 +32,17 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class SnapshotsConfig(Options):
-    run: str | None = option(None, "the folder of a run: output_dir of minibooth.train")
-    prompt: tuple[str, ...] = option(
-        (), "what to draw, several times for several [the subject, alone and in three places]"
+    run: str | None = option(
+        None, "the folder of a run: output_dir of minibooth.train", place="path"
     )
-    output_dir: str | None = option(None, "where pictures and curve go [<run>/evaluation]")
+    prompt: tuple[str, ...] = option(
+        (),
+        "what to draw, several times for several [the subject, alone and in three places]",
+        empty=True,
+    )
+    output_dir: str | None = option(
+        None, "where pictures and curve go [<run>/evaluation]", place="path"
+    )
 
 
 def evaluate(config: SnapshotsConfig) -> dict[int, dict[str, Mean]]:

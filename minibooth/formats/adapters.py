@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import lora
 from ..common.errors import UserError
 from . import hub
-from .tensor_files import read_tensors, write_safetensors
+from .tensor_files import read_tensors, require_range, write_safetensors
 
 DIFFUSERS_LORA, DIFFUSERS_EMBEDDING = (
     "pytorch_lora_weights.safetensors",
@@ -179,6 +179,7 @@ def write_diffusers_lora(
     for network, a, A, B in stored(networks, adapters):
         tensors[f"{DIFFUSERS[network]}{a.layer}.lora_A.weight"] = A
         tensors[f"{DIFFUSERS[network]}{a.layer}.lora_B.weight"] = a.scale * B
+    require_range(path, tensors, dtype)
     write_safetensors(path, tensors, dtype)
     return path
 
@@ -203,6 +204,7 @@ def write_kohya_lora(
         "ss_network_alpha": str(a.alpha),
         "ss_v2": str(sd2),
     }
+    require_range(path, tensors, dtype)
     write_safetensors(path, tensors, dtype, about | (metadata or {}))
 
 

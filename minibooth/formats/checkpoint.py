@@ -18,8 +18,8 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from . import adapters, hub, ldm, vocabulary
-from .configs import SD2_V, SINGLE_FILE, check_config
-from .tensor_files import json_metadata, read_tensors, write_safetensors
+from .configs import SD2_V, SINGLE_FILE, check_config, settle
+from .tensor_files import json_metadata, read_tensors, require_range, write_safetensors
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 DIFFUSERS = "diffusion_pytorch_model"
@@ -124,15 +124,19 @@ def read(
     tokenizer: str | Path | Tokenizer | None = None,
     vae: str | Path | None = None,
     revision: str | None = None,
+    ema: bool = False,
 ) -> Checkpoint:
     """A folder in diffusers' layout, a single file, "toybox", or the id of a model on the hub;
-    `tokenizer` and `vae` are read instead of its own.
+    `tokenizer` and `vae` are read instead of its own. `ema`: of a single file that holds both, the
+    averaged weights.
 
     Raises UserError where there is no such model or a part of it is missing or damaged.
     """
     path = Path(source)
     if path.is_file():
-        checkpoint = read_single_file(path, tokenizer)
+        checkpoint = read_single_file(path, tokenizer, ema)
+    elif ema:
+        raise UserError(f"{source}: only a single file has an EMA beside its weights: no --ema")
     else:
         file = file_getter(source, revision)
         if file("model_index.json") is None:
@@ -145,6 +149,7 @@ def read(
     if vae is not None:
         config = checkpoint.configs["vae"]
         checkpoint.configs["vae"], checkpoint.tensors["vae"] = read_vae(vae, config)
+    settle(checkpoint.configs)
     return checkpoint
 
 
@@ -249,7 +254,9 @@ IGNORED = re.compile(
 )
 
 
-def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
+def read_single_file(
+    path: Path, tokenizer: str | Path | Tokenizer | None, ema: bool = False
+) -> Checkpoint:
     """A .safetensors or .ckpt file in the layout of the original code (LDM)."""
     raw, metadata = read_tensors(path)
     tensors = {}
@@ -263,8 +270,11 @@ def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Ch
         if not all(isinstance(config, dict) for config in configs.values()):
             raise UserError(f"{path} has damaged metadata (minibooth.configs)")
     else:
-        configs, known = guess_configs(path, tensors, metadata.get("modelspec.prediction_type"))
+        configs, known = guess_configs(path, tensors, stated_prediction(path, tensors, metadata))
+        if zero_terminal_snr(tensors, metadata):
+            configs["scheduler"]["rescale_betas_zero_snr"] = True  # as a folder says it
     keys = {name: list(skeleton(name, configs[name]).state_dict()) for name in NETWORKS}
+    choose_average(path, [ldm.unet_key(key, configs["unet"]) for key in keys["unet"]], tensors, ema)
     found = ldm.from_ldm(configs, keys, tensors)
     if unexpected := sorted(k for k in tensors if not IGNORED.fullmatch(k)):
         warn_unexpected(str(path), unexpected)
@@ -280,6 +290,26 @@ def read_single_file(path: Path, tokenizer: str | Path | Tokenizer | None) -> Ch
         licence_files={n: str(licences[n]) for n in LICENCE_FILES if n in licences},
         needs_probe=not known,
     )
+
+
+def choose_average(path: Path, names: list[str], tensors: dict[str, Tensor], ema: bool) -> None:
+    """The UNet's plain weights stay, or with `ema` its averaged ones come under their names.
+
+    Tools that merge models keep the average of one of them beside the merge, or a part of it: so
+    none is taken unless it is asked for, and only a whole one.
+    """
+    averaged = {name: ldm.averaged_key(name) for name in names}
+    there = sum(key in tensors for key in averaged.values())
+    if ema:
+        if there < len(names):
+            raise UserError(f"{path} has {there} of {len(names)} averaged weights (EMA): no --ema")
+        tensors |= {name: tensors.pop(key) for name, key in averaged.items()}
+    elif there == len(names):
+        warnings.warn(
+            f"{path} has an EMA of the UNet beside its weights: these are taken; --ema yes takes "
+            "the EMA",
+            stacklevel=5,
+        )
 
 
 def guess_configs(
@@ -300,10 +330,48 @@ def guess_configs(
     configs = {name: dict(config) for name, config in SINGLE_FILE[text.shape[1]].items()}
     configs["unet"]["in_channels"] = conv_in.shape[1]
     open_clip = configs["text_encoder"]["hidden_act"] == "gelu"
-    if stated == "v":
+    if stated == "v_prediction":
         configs["scheduler"]["prediction_type"] = "v_prediction"
         configs["unet"] |= SD2_V if open_clip else {}
-    return configs, stated in ("epsilon", "v") or not open_clip
+    return configs, stated is not None or not open_clip
+
+
+# Where the tools that write single files say what the UNet predicts: the specification, ComfyUI,
+# others; and kohya's trainers whether it is v.
+PREDICTION = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
+PREDICTIONS = {"v": "v_prediction", "e": "epsilon"}  # by the first letter of what they write
+TRUE = ("true", "1")
+
+
+def stated_prediction(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> str | None:
+    """What a single file says that its UNet predicts: by the empty tensor v_pred, as A1111 and
+    ComfyUI read it, in its header, or, for A1111, in a .yaml beside it. None if nothing says so."""
+    if "v_pred" in tensors or metadata.get("ss_v_parameterization", "").lower() in TRUE:
+        return PREDICTIONS["v"]
+    for key in PREDICTION:
+        if stated := PREDICTIONS.get(metadata.get(key, "")[:1].lower()):
+            return stated
+    if metadata.get("modelspec.architecture", "").endswith("-v"):
+        return PREDICTIONS["v"]
+    try:
+        beside = read_text(path.with_suffix(".yaml"), "replace")
+    except OSError:
+        return None
+    parameterization = re.search(r"^\s*parameterization:\s*[\"']?([ve])", beside, re.MULTILINE)
+    return PREDICTIONS[parameterization[1]] if parameterization else None
+
+
+def zero_terminal_snr(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bool:
+    """Whether a single file says that its last timestep is pure noise: by the empty tensor ztsnr,
+    in kohya's header, or in the noise schedule that it carries."""
+    alpha_bar = tensors.get("alphas_cumprod")
+    return (
+        "ztsnr" in tensors
+        or metadata.get("ss_zero_terminal_snr", "").lower() in TRUE
+        or (alpha_bar is not None and alpha_bar.numel() > 1 and alpha_bar.flatten()[-1] < 1e-6)
+    )
 
 
 def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -340,7 +408,12 @@ def write_folder(
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
 ) -> None:
-    """diffusers' layout. Each file is replaced atomically, model_index.json last."""
+    """diffusers' layout. Each file is replaced atomically, model_index.json last.
+
+    Raises UserError, before the first, where a weight is not finite or would not be in `dtype`.
+    """
+    for name in NETWORKS:
+        require_range(folder / name, tensors[name], dtype)
     inpainting = configs["unet"]["in_channels"] == 9
     scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler")
     index = {
@@ -382,7 +455,9 @@ def write_single_file(
     dtype: torch.dtype | None,
     metadata: dict[str, str],
 ) -> None:
-    """LDM layout, one safetensors file, for A1111, ComfyUI and from_single_file."""
+    """LDM layout, one safetensors file, for A1111, ComfyUI and from_single_file.
+
+    Raises UserError where a weight is not finite or would not be in `dtype`."""
     v = configs["scheduler"].get("prediction_type") == "v_prediction"
     version = "v2" if configs["text_encoder"].get("hidden_act") == "gelu" else "v1"
     if version == "v2":
@@ -397,4 +472,8 @@ def write_single_file(
         "minibooth.configs": json.dumps(configs),
         **vocabulary.to_metadata(tokenizer, configs["text_encoder"]),
     } | metadata
-    write_safetensors(path, ldm.to_ldm(configs, tensors), dtype, metadata)
+    stored = ldm.to_ldm(configs, tensors)
+    if v and version == "v1":  # which nobody expects of it
+        stored["v_pred"] = torch.empty(0)
+    require_range(path, stored, dtype)
+    write_safetensors(path, stored, dtype, metadata)

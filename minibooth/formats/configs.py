@@ -4,6 +4,9 @@ Networks are built from a checkpoint's own config files. A single file in LDM la
 the public models' are written down here.
 """
 
+import re
+import warnings
+
 from ..common.errors import UserError
 
 SD1_UNET = {
@@ -81,6 +84,36 @@ SINGLE_FILE = {
     1024: {"unet": SD2_UNET, "vae": SD_VAE, "text_encoder": SD2_TEXT, "scheduler": SD_SCHEDULER},
 }
 
+# What an entry means that a scheduler's config lacks, as those of 2022 do: the default of the class
+# in diffusers that it names.
+UNSAID = {
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "leading",
+}
+NO_CLIP, SD_BETAS = {"clip_sample": False}, {"beta_end": 0.012, "beta_start": 0.00085}
+LIKE_EULER = NO_CLIP | {"timestep_spacing": "linspace"}  # and most of the other classes
+LIKE_HEUN = LIKE_EULER | SD_BETAS
+LIKE_LCM = NO_CLIP | SD_BETAS | {"beta_schedule": "scaled_linear"}
+UNSAID_BY = {
+    "DDIMScheduler": {},
+    "DDIMParallelScheduler": {},
+    "DDPMScheduler": {},
+    "DDPMParallelScheduler": {},
+    "PNDMScheduler": NO_CLIP | {"set_alpha_to_one": False},
+    "HeunDiscreteScheduler": LIKE_HEUN,
+    "KDPM2DiscreteScheduler": LIKE_HEUN,
+    "KDPM2AncestralDiscreteScheduler": LIKE_HEUN,
+    "LCMScheduler": LIKE_LCM,
+    "TCDScheduler": LIKE_LCM,
+}
+
 # What the networks do is written in their code; a config that wants something else is refused.
 ACCEPTED: dict[str, dict[str, tuple]] = {
     "unet": {
@@ -141,6 +174,48 @@ LARGEST = {
 }
 PER_LEVEL = ("block_out_channels", "attention_head_dim", "num_attention_heads")  # may be lists
 POSITIVE = ("norm_eps", "layer_norm_eps", "scaling_factor", "beta_start", "beta_end")
+
+
+def settle(configs: dict[str, dict]) -> None:
+    """Have the configs of a model say what is meant, as diffusers' StableDiffusionPipeline reads
+    them: what they leave out, and what files of 2022 have wrong. Warns of the latter.
+
+    Latents are not clipped, the "leading" timesteps begin at 1, and no Stable Diffusion of before
+    diffusers 0.9 was trained on less than 512² pixels: 64² latents.
+    """
+    scheduler, unet = configs["scheduler"], configs["unet"]
+    kind = str(scheduler.get("_class_name", "DDIMScheduler"))
+    for key, value in (UNSAID | UNSAID_BY.get(kind, LIKE_EULER)).items():
+        scheduler.setdefault(key, value)
+    outdated = []
+
+    def correct(config: dict, key: str, value) -> None:
+        outdated.append(f"{key} {config[key]} → {value}")
+        config[key] = value
+
+    if scheduler["clip_sample"] is True:
+        correct(scheduler, "clip_sample", False)
+    if type(scheduler["steps_offset"]) is int and scheduler["steps_offset"] != 1:
+        correct(scheduler, "steps_offset", 1)
+    version = re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version")))
+    size = unet.get("sample_size")
+    if version and (int(version[1]), int(version[2])) < (0, 9) and type(size) is int and size < 64:
+        correct(unet, "sample_size", 64)
+    if outdated:
+        warnings.warn(
+            "the model's configs are outdated, and read as diffusers' pipeline does: "
+            + ", ".join(outdated),
+            stacklevel=4,
+        )
+    size = unet.get("sample_size")
+    of_sd = unet.get("block_out_channels") == SD1_UNET["block_out_channels"]
+    if of_sd and type(size) is int and size < 64:
+        warnings.warn(
+            f"the unet's config says sample_size {size}, so pictures are {8 * size}² pixels: if "
+            "the model was trained on 512² as Stable Diffusion was, give --resolution 512 to "
+            "train it, --height 512 --width 512 to draw",
+            stacklevel=4,
+        )
 
 
 def check_config(name: str, config: dict) -> None:

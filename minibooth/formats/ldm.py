@@ -107,6 +107,11 @@ def unet_key(key: str, config: dict) -> str:
     return UNET + rename(key, unet_modules(config), UNET_INNER)
 
 
+def averaged_key(name: str) -> str:
+    """Where checkpoints keep the moving average (EMA) of a UNet's tensor of that name."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
 def vae_key(key: str, config: dict) -> str:
     return VAE + rename(key, vae_modules(config), VAE_INNER)
 
@@ -152,10 +157,7 @@ def from_ldm(
     """
     out: dict[str, dict[str, Tensor]] = {"unet": {}, "vae": {}, "text_encoder": {}}
     for key in keys["unet"]:
-        name = unet_key(key, configs["unet"])
-        ema = "model_ema." + name.removeprefix("model.").replace(".", "")
-        plain = tensors.pop(name, None)
-        out["unet"][key] = tensors.pop(ema, plain)  # the averaged weights where the file has both
+        out["unet"][key] = tensors.pop(unet_key(key, configs["unet"]), None)
     for key in keys["vae"]:
         out["vae"][key] = tensors.pop(vae_key(key, configs["vae"]), None)
     open_clip = configs["text_encoder"].get("hidden_act") == "gelu"

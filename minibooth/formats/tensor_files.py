@@ -62,6 +62,24 @@ def write_safetensors(
             f.write(memoryview(cast.flatten().view(DTYPES[cast.dtype][1]).numpy()))
 
 
+def require_range(
+    where: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    """Raise UserError, naming the tensor, where one is not finite, or would not be in `dtype`."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        ends = torch.stack(tensor.detach().aminmax())  # NaN if any of it is
+        if not ends.isfinite().all():
+            raise UserError(f"{where} is not written: {name} is not finite")
+        if dtype is not None and not ends.to(dtype).isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{where} is not written: {name} has values beyond the range of {kind}, which "
+                "would become infinite; write it as fp32 or bf16 (--dtype)"
+            )
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a weight file, memory-mapped, and a safetensors file's metadata.
 

@@ -45,7 +45,7 @@ SHOWN = 5  # pictures of the class in the figure
 
 @dataclass(frozen=True)
 class DriftConfig:
-    output_dir: str = option("drift", "where table, figure and results go")
+    output_dir: str = option("drift", "where table, figure and results go", place="path")
     subject: str = option("spotted_dog", "what is learned", choices=tuple(world.SUBJECTS))
     seeds: int = option(3, "runs of each arm")
     prior_loss_weight: tuple[float, ...] = option((), "further λ beside 0 and 1; several times")

@@ -44,9 +44,13 @@ OTHERS = 5  # other things of the class that a picture's likeness is compared wi
 
 @dataclass(frozen=True)
 class GalleryConfig:
-    model: str = option("", "the folder of a default run; without one, that run is done first")
-    work_dir: str = option("gallery-work", "where that run is kept, for the next time")
-    output_dir: str = option("docs", "where gallery.png and gallery.csv go")
+    model: str = option(
+        "", "the folder of a default run; without one, that run is done first", place="path"
+    )
+    work_dir: str = option(
+        "gallery-work", "where that run is kept, for the next time", place="path"
+    )
+    output_dir: str = option("docs", "where gallery.png and gallery.csv go", place="path")
     device: str = option("auto", "auto, cuda, mps or cpu")
 
     def check(self) -> None:

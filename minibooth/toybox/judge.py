@@ -117,7 +117,7 @@ def share(readings: list[dict], **wanted) -> float:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    output_dir: str = option("weights/toybox", "the toybox that it is put into")
+    output_dir: str = option("weights/toybox", "the toybox that it is put into", place="path")
     families: int = option(800, "of four things that differ in one mark; four pictures of each")
     steps: int = option(2400, "updates")
     learning_rate: float = option(2e-3, "falling to 0 along a line")

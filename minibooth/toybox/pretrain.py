@@ -85,9 +85,13 @@ EMA = 0.999  # of the weights, once it has so many steps to average over
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    output_dir: str = option("weights/toybox", "where the model goes")
-    start_from: str = option("", "a toybox whose weights to go on from; without one, from nothing")
-    work_dir: str = option("toybox-work", "where pictures, stages and sample grids are kept")
+    output_dir: str = option("weights/toybox", "where the model goes", place="path")
+    start_from: str = option(
+        "", "a toybox whose weights to go on from; without one, from nothing", place="path"
+    )
+    work_dir: str = option(
+        "toybox-work", "where pictures, stages and sample grids are kept", place="path"
+    )
     pictures: int = option(28_000, "rendered pictures to train on")
     vae_steps: int = option(3000, "updates of the autoencoder; 0 keeps that of start_from")
     vae_learning_rate: float = option(1e-3, "of the autoencoder, falling to 0 along a cosine")

@@ -6,7 +6,6 @@ only the missing ones are drawn, none is overwritten, and one folder serves many
 
 import hashlib
 import json
-import re
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,6 @@ from ..pipeline import StableDiffusion
 from . import photos, ranks
 from .settings import TrainConfig
 from .subjects import Subject
-
-GENERATED = re.compile(r"[0-9a-f]{12}-\d{5}\.png")
 
 
 class Images(NamedTuple):
@@ -67,7 +64,7 @@ def missing_of_run(
 def settings_of(config: TrainConfig, subject: Subject, resolution: int, fingerprint: str) -> dict:
     """What `find` and `ensure` are asked for."""
     return {
-        "folder": Path(subject.class_data_dir or Path(config.output_dir) / "class_images"),
+        "folder": subject.class_folder(config.output_dir),
         "count": config.num_class_images,
         "prompt": subject.class_prompt,
         "sampler": config.class_sampler,
@@ -96,10 +93,7 @@ def find(
 ) -> Images:
     """The user's own class images in `folder`, all of them, and as many drawn ones as bring the
     number to `count`. `fingerprint`: the model's, where its weights have been rounded since."""
-    try:
-        own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
-    except UserError:  # not there yet, or nothing in it
-        own = []
+    own = photos.own(folder)
     settings = {
         "model": fingerprint or sd.fingerprint(),
         "prompt": prompt,

@@ -1,5 +1,6 @@
 """What the model draws for fixed prompts and seeds: before, on the way and after."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import pipeline
-from ..pipeline import StableDiffusion
+from ..pipeline import NotFinite, StableDiffusion
 from . import graphs, memory, photos, ranks
 from .events import Events
 from .optimizer import Precision
@@ -62,7 +63,7 @@ class Grids:
         with bar, text, graph, precision.autocast():
             latents = [self.draw_latents(sd, *batch, bar.update) for batch in batches]
         with memory.visiting([sd.vae], sd.device), torch.no_grad():
-            parts = ranks.together([sd.decode(part).cpu() for part in latents])
+            parts = ranks.together([self.draw_pictures(sd, part) for part in latents])
         images = pipeline.to_pil(torch.cat(parts))
         return [images[i : i + self.count] for i in range(0, len(images), self.count)]
 
@@ -82,16 +83,29 @@ class Grids:
     def draw_latents(
         self, sd: StableDiffusion, prompts: list[str], noises: Tensor, on_step: Callable[[], None]
     ) -> Tensor:
-        return sd.generate(
-            prompts,
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            seed=self.seed,
-            latents=noises,
-            batch_size=self.batch_size,
-            output="latent",
-            on_step=on_step,
-        )
+        try:
+            return sd.generate(
+                prompts,
+                steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                seed=self.seed,
+                latents=noises,
+                batch_size=self.batch_size,
+                output="latent",
+                on_step=on_step,
+            )
+        except NotFinite as e:  # training goes on: its own loss may well be finite
+            warnings.warn(f"black in a sample grid: {e}", stacklevel=1)
+            return torch.full_like(noises, torch.nan, device=sd.device)
+
+    def draw_pictures(self, sd: StableDiffusion, latents: Tensor) -> Tensor:
+        """(B, 3, R, R) in [0, 1] on the CPU; black where they are not finite."""
+        if latents.isfinite().all():
+            try:
+                return sd.decode(latents).cpu()
+            except NotFinite as e:
+                warnings.warn(f"black in a sample grid: {e}", stacklevel=1)
+        return torch.zeros(len(latents), 3, self.resolution, self.resolution)
 
     def file(self, step: int) -> Path:
         return self.folder / "samples" / f"step-{step:05d}.png"

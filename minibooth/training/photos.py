@@ -6,16 +6,19 @@ PNGs with alpha, 16-bit scans, `.DS_Store`. All of it is settled here; what cann
 
 import hashlib
 import math
+import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
-from ..common.errors import UserError
+from ..common.errors import UserError, first_line
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
@@ -24,6 +27,13 @@ EXTENSIONS = (
 
 # What is in them, whatever the file is called: Pillow knows forty more, and has PostScript run.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
+
+# What minibooth draws: class images, grids and charts by their names, other pictures by what they
+# all say of themselves in their metadata.
+DRAWN = re.compile(
+    r"[0-9a-f]{12}-\d{5}\.png|step-\d{5}\.png|(before_after|curve|grid|loss|photographs)\.png"
+)
+SAID = {"prompt", "seed", "steps", "guidance_scale"}
 
 NEARLY_SQUARE = 1.05  # long side / short side up to which one crop is enough
 
@@ -135,17 +145,49 @@ def image_files(folder: str | Path) -> list[Path]:
     return files
 
 
+def photographs(folder: str | Path) -> list[Path]:
+    """The image files in a folder but those that minibooth drew; warns of these.
+
+    UserError: as image_files, or nothing is left.
+    """
+    files = image_files(folder)
+    drawn = [file for file in files if DRAWN.fullmatch(file.name) or says_drawn(file)]
+    if len(drawn) == len(files):
+        raise UserError(f"{folder} holds no photograph: minibooth drew all its pictures")
+    if drawn:
+        count = f"{drawn[0].name} and {len(drawn) - 1} more" if drawn[1:] else drawn[0].name
+        warnings.warn(f"{folder}: {count} left out, which minibooth drew", stacklevel=1)
+    return [file for file in files if file not in drawn]
+
+
+def own(folder: str | Path) -> list[Path]:
+    """The user's own class images in a folder: minibooth's class images, grids and charts are not,
+    pictures that minibooth.sample drew are. None where there is no folder yet, or nothing in it."""
+    try:
+        return [file for file in image_files(folder) if not DRAWN.fullmatch(file.name)]
+    except UserError:
+        return []
+
+
+def says_drawn(file: Path) -> bool:
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return image.info.keys() >= SAID
+    except Exception:  # not a PNG, or damaged: read_image says so
+        return False
+
+
 def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:
     """One upright 8-bit RGB image from a file of FORMATS, the first frame if it has several.
 
-    EXIF rotation is applied, transparency is laid on white, and 16-bit, 32-bit and float
-    greyscale is scaled to 8 bits. HEIC needs pillow-heif. With min_side a JPEG may come out at
-    1/2, 1/4 or 1/8 of its size, its shorter side still at least min_side pixels: at 1/8 a
-    100-megapixel photograph decodes to 5 MB instead of 300.
+    EXIF rotation and colour profile are applied (one that cannot be is warned of), transparency is
+    laid on white, and 16-bit, 32-bit and float greyscale is scaled to 8 bits. HEIC needs
+    pillow-heif. With min_side a JPEG may come out at 1/2, 1/4 or 1/8 of its size, its shorter side
+    still at least min_side pixels: at 1/8 a 100-megapixel photograph decodes to 5 MB, not 300.
 
     UserError: missing, truncated, corrupt, no image, too large, or HEIC without pillow-heif.
     """
-    return _to_rgb(_decode(Path(path), min_side))
+    return _to_rgb(_decode(Path(path), min_side), path)
 
 
 def _decode(path: Path, min_side: int | None) -> Image.Image:
@@ -188,13 +230,62 @@ def _register_heif(path: Path) -> None:
     register_heif_opener()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
-        return _to_8_bits(image).convert("RGB")
+        image = _to_8_bits(image)
     if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if profile:
+            alpha = rgba.getchannel("A")
+            rgba = _to_srgb(rgba.convert("RGB"), image.mode, profile, path)
+            rgba.putalpha(alpha)
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return _to_srgb(image, image.mode, profile, path) if profile else image.convert("RGB")
+
+
+# What a colour profile describes → the mode of the pixels it is about, and the modes of images that
+# can have it. A grey image under one of RGB is taken for R = G = B.
+SPACES = {
+    "RGB": ("RGB", ("RGB", "RGBA", "RGBX", "P", "PA", "L", "LA", "1")),
+    "GRAY": ("L", ("L", "LA", "1")),
+    "CMYK": ("CMYK", ("CMYK",)),
+    "Lab": ("LAB", ("LAB",)),
+}
+
+
+def _to_srgb(colours: Image.Image, mode: str, profile: bytes, path: Path) -> Image.Image:
+    """By the profile that the file carries: iPhones have Display P3, scanners and studios others.
+    A profile that makes no difference, as cameras' sRGB has it, leaves every pixel what it is."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        pixels, modes = SPACES.get(source.profile.xcolor_space.strip(), ("", ()))
+        if mode not in modes:
+            raise ValueError(f"it is for {source.profile.xcolor_space.strip()}, not for {mode}")
+        srgb = ImageCms.createProfile("sRGB")
+        convert = ImageCms.buildTransform(source, srgb, pixels, "RGB")
+        if pixels in ("RGB", "L") and _changes_nothing(convert, pixels):
+            return colours.convert("RGB")
+        if colours.mode == "P":
+            colours = colours.convert("RGB")
+        return ImageCms.applyTransform(colours.convert(pixels), convert)
+    except Exception as error:  # whatever littleCMS says of a damaged profile
+        warnings.warn(
+            f"{path}: its colour profile is not usable, its colours are taken as sRGB "
+            f"({first_line(error)})",
+            stacklevel=1,
+        )
+        return colours.convert("RGB")
+
+
+def _changes_nothing(convert: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether it leaves a cube of colours what they are, but for rounding."""
+    steps = np.arange(0, 256, 15, dtype=np.uint8)  # 0, 15 … 255
+    cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    image = Image.fromarray(cube if mode == "RGB" else cube[..., 0])
+    before = np.asarray(image.convert("RGB")).astype(int)
+    return np.abs(np.asarray(ImageCms.applyTransform(image, convert)) - before).max() <= 2
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ import io
 import json
 import warnings
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from .subjects import Subject
 # Words of a prompt that neither name the subject nor its class.
 FILLER = {"a", "an", "the", "photo", "picture", "image", "portrait", "of", "my", "one"}
 FILLER |= {"in", "on", "at", "with", "and"}
+MOST_NAMES = 3  # words beside the class noun: a prompt that has more of them tells a story
 LOSSES = "loss.csv"
 COLUMNS = ("step", "loss", "loss_instance", "loss_prior", "lr", "grad_norm")  # of loss.csv
 
@@ -43,7 +45,8 @@ def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
 
 
 def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: str | None) -> str:
-    """How the identifier tokenizes, in one line. Warns where a prompt will not work as hoped."""
+    """How the identifier tokenizes, in one line. Warns where a prompt will not work as hoped, and
+    raises UserError where the identifier lies beyond the tokens that count."""
     nouns = set(words(class_prompt)) - FILLER
     if missing := sorted(nouns - set(words(instance_prompt))):
         warnings.warn(
@@ -51,7 +54,7 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
             f"class prompt {class_prompt!r}: the subject should be named as one of its class",
             stacklevel=2,
         )
-    names = identifiers(instance_prompt, class_prompt)
+    names = list(dict.fromkeys(identifiers(instance_prompt, class_prompt)))
     if not names:
         warnings.warn(
             f"nothing in {instance_prompt!r} names the subject: put a rare word such as sks "
@@ -59,25 +62,56 @@ def describe_prompts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: s
             stacklevel=2,
         )
         return "identifier: none"
+    named = naming(tokenizer, names, instance_prompt, nouns)
+    kept = tokenizer.within(instance_prompt)
+    if not set(named) & set(words(kept)):
+        raise UserError(
+            f"{named[0]!r}, which names the subject, is beyond the {tokenizer.max_length - 2}th "
+            "token of the instance prompt, where nothing has an effect: "
+            f"…{instance_prompt[len(kept) :]}"
+        )
+    others = ""
+    if class_prompt and len(names) > MOST_NAMES:  # it describes: one of these words is the name
+        others = f"; {len(names) - 1} other words of the prompt are learned with it"
+        names = named[:1]
     lines = []
     for name in names if class_prompt else names[:1]:
         pieces = tokenizer.pieces(name)
         ids = [i for _, i in pieces]
         lines.append(f"{name!r} is {len(ids)} token{'s' * (len(ids) > 1)} {ids}")
-        # Merges are listed by frequency in CLIP's training text: a low id is a common word.
         if name in tokenizer.added:
             continue
         if len(ids) > 2:
             warnings.warn(
                 f"{name!r} is {len(ids)} tokens: a shorter rare word binds better", stacklevel=2
             )
-        elif len(ids) == 1 and ids[0] < 0.8 * len(tokenizer.vocab):
+        elif is_common(tokenizer, name):
             warnings.warn(
                 f"{name!r} is a common word with a meaning of its own: a rare one such as sks "
                 "does not have to be unlearned",
                 stacklevel=2,
             )
-    return "identifier: " + ", ".join(lines)
+    return "identifier: " + ", ".join(lines) + others
+
+
+def is_common(tokenizer: Tokenizer, name: str) -> bool:
+    """Merges are listed by frequency in CLIP's training text: a low id is a common word."""
+    ids = [id for _, id in tokenizer.pieces(name)]
+    return len(ids) == 1 and ids[0] < 0.8 * len(tokenizer.vocab)
+
+
+def naming(tokenizer: Tokenizer, names: list[str], prompt: str, nouns: set[str]) -> list[str]:
+    """Those of the words that name the subject, and do not describe it: rare ones before a class
+    noun, as in "sks dog"; without one the word with the rarest token."""
+    pairs = pairwise(words(prompt))
+    before = {a for a, b in pairs if b in nouns and not is_common(tokenizer, a)}
+    if before & set(names):
+        return [name for name in names if name in before]
+
+    def rarity(name: str) -> int:
+        return max((id for _, id in tokenizer.pieces(name)), default=-1)
+
+    return [max(names, key=rarity)]
 
 
 def check_captions(subjects: list[Subject], shown: list[int], captions: list[str | None]) -> None:
@@ -239,6 +273,8 @@ def what_next(run: Path, config: TrainConfig) -> str:
     """The last lines of a run."""
     places = (config.model, run, f"{run}.safetensors")
     model, result, file = (f'"{x}"' if " " in str(x) else str(x) for x in places)
+    if config.ema == "yes":
+        model += " --ema yes"
     what, draw, merged = "the model", f"--model {result}", f"--model {result}"
     if config.method == "lora":
         what, draw = "a LoRA", f"--model {model} --lora {result}"

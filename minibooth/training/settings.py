@@ -139,6 +139,7 @@ class TrainConfig:
     validation_prompt: tuple[str, ...] = option(
         (),
         "for the sample grids; several times for several [class, instance, instance in the snow]",
+        empty=True,
     )
     num_validation_images: int = option(2, "pictures per prompt in the grids; 0 for no grids")
     validation_steps: int = option(200, "updates between two grids")
@@ -172,13 +173,20 @@ class TrainConfig:
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
     )
     revision: str | None = option(None, "branch, tag or commit on the hub")
+    ema: str = option(
+        "no",
+        "yes takes the averaged weights of a single file that has them beside the plain ones",
+        choices=("no", "yes"),
+    )
     device: str = option("auto", "auto, cuda, mps or cpu")
     kernels: str | None = option(
         None,
         "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
         choices=ops.MODES,
     )
-    config: str | None = option(None, "a config.json of another run; flags override it")
+    config: str | None = option(
+        None, "a config.json of another run; flags override it", place="path"
+    )
 
     @property
     def uses_prior(self) -> bool:

@@ -14,6 +14,7 @@ from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
 from ..pipeline import StableDiffusion
+from ..tokenizer import Tokenizer
 from . import (
     class_images,
     events,
@@ -80,10 +81,11 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
             "the ranks: leave it out, or train on one rank"
         )
     for subject in config.subjects:
-        photos.image_files(subject.instance_data_dir)
+        photos.photographs(subject.instance_data_dir)
         if subject.class_data_dir and Path(subject.class_data_dir).is_file():
             raise UserError(f"--class_data_dir {subject.class_data_dir} is a file: give a folder")
     cli.check_folder("--output_dir", config.output_dir)
+    subjects.check_folders(config.subjects, config.output_dir)
     return device
 
 
@@ -94,6 +96,7 @@ def load(config: TrainConfig) -> StableDiffusion:
         vae=config.vae,
         prediction_type=config.prediction_type,
         revision=config.revision,
+        ema=config.ema == "yes",
     )
 
 
@@ -145,16 +148,16 @@ def check_folder(folder: Path, goes_on: bool) -> None:
 def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Run:
     """Read the photographs and, for a run that goes on, its state. Raises UserError where the model
     cannot be trained as `config` says, or another run is in its folder."""
+    if config.trains_word:
+        config = spelled(config, sd.tokenizer)
     folder = Path(config.output_dir)
     resolution = config.resolution or sd.image_size
     check_model(sd, resolution, (config.class_steps, config.validation_inference_steps))
-    found = [photos.image_files(subject.instance_data_dir) for subject in config.subjects]
+    found = [photos.photographs(subject.instance_data_dir) for subject in config.subjects]
     shown = [i for i, files in enumerate(found) for _ in files]
     files = [file for files in found for file in files]
     pictures = photos.load_photos(files, resolution, config.center_crop)
     captions = subjects.captions(files, config.caption_extension, config.caption_column)
-    if config.trains_word:
-        subjects.require_word(files, captions, config.placeholder_token)
     saved = resume.load(folder) if config.resume_from_checkpoint else None
     if config.resume_from_checkpoint and saved is None:
         print(f"no state in {folder} yet: starting at the first step")
@@ -195,6 +198,20 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
         identity,
         trained,
         logged,
+    )
+
+
+def spelled(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """With the word spelled as tokenizers do it, in all that is written and printed."""
+    typed = config.placeholder_token
+    word = tokenizer.spelled(typed)
+    if word != typed:
+        print(f"{typed} is written {word}: other programs find it only so in a prompt")
+    return replace(
+        config,
+        placeholder_token=word,
+        instance_prompt=config.instance_prompt.replace(typed, word),
+        validation_prompt=tuple(p.replace(typed, word) for p in config.validation_prompt),
     )
 
 
@@ -294,7 +311,11 @@ def announce(run: Run) -> None:
     for subject in config.subjects:
         noun = None if config.trains_word else subject.class_prompt  # the word stands alone
         print(report.describe_prompts(tokenizer, subject.instance_prompt, noun))
-    report.check_captions(config.subjects, run.shown.tolist(), run.captions)
+    tokenizer(methods.prompts_of(config, run.captions, (run.shown,))[0])  # warns of what it cuts
+    counts = [caption and tokenizer.within(caption) for caption in run.captions]
+    report.check_captions(config.subjects, run.shown.tolist(), counts)
+    if config.trains_word:
+        subjects.require_word(run.photos.files, counts, config.placeholder_token)
     if line := subjects.about_captions(run.photos.files, run.captions, config.reads_captions):
         print(line)
     if config.trains_word:

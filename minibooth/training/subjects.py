@@ -7,11 +7,14 @@ Several subjects stand in a JSON list, as --concepts_list of other trainers has 
 """
 
 import json
+import os
 from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 from ..common.errors import UserError, first_line
 from ..common.files import read_text
+from . import photos
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class Subject:
     instance_prompt: str | None
     class_prompt: str | None = None
     class_data_dir: str | None = None
+
+    def class_folder(self, output_dir: str) -> Path:
+        return Path(self.class_data_dir or Path(output_dir) / "class_images")
 
 
 KEYS = [field.name for field in fields(Subject)]
@@ -45,12 +51,39 @@ def read_entry(entry: dict, where: str) -> Subject:
     for key, value in entry.items():
         if key not in KEYS:
             raise UserError(f"{where}: a subject has no {key!r:.50}, but {', '.join(KEYS)}")
-        if value is not None and (not isinstance(value, str) or not value):
+        if value is not None and (not isinstance(value, str) or not value.strip()):
             raise UserError(f"{where}: {key} = {value!r:.50} is no text")
     for key in ("instance_data_dir", "instance_prompt"):
         if entry.get(key) is None:
             raise UserError(f"{where} lacks {key}")
-    return Subject(**entry)
+    places = ("instance_data_dir", "class_data_dir")
+    return Subject(**entry | {k: os.path.expanduser(entry[k]) for k in places if entry.get(k)})
+
+
+def check_folders(subjects: list[Subject], output_dir: str) -> None:
+    """Raise UserError where two folders of a run are one, by whatever names and links: what is
+    drawn would be the next run's photographs, and photographs class images. Subjects can share a
+    folder of class images, but not those that the user put there for another class."""
+    places, classes = [("--output_dir", output_dir)], {}
+    for subject in subjects:
+        places.append(("--instance_data_dir", subject.instance_data_dir))
+        folder = os.path.realpath(subject.class_folder(output_dir))
+        prompt = classes.setdefault(folder, subject.class_prompt)
+        if prompt != subject.class_prompt and photos.own(folder):
+            raise UserError(
+                f"--class_data_dir {folder} holds class images of your own, which cannot be of "
+                f"both {prompt!r} and {subject.class_prompt!r}: give each class its folder"
+            )
+    places += [("--class_data_dir", folder) for folder in classes]
+    for (flag, folder), (other, there) in combinations(places, 2):
+        if same_folder(folder, there):
+            raise UserError(f"{other} {there} is {flag} {folder}: give each a folder of its own")
+
+
+def same_folder(a: str, b: str) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b) or (
+        os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+    )
 
 
 def captions(
@@ -117,7 +150,7 @@ def about_captions(files: list[Path], found: list[str | None], asked: bool) -> s
 def require_word(files: list[Path], found: list[str | None], word: str) -> None:
     """Raise UserError where a caption does not have the word that is trained."""
     for file, text in zip(files, found, strict=True):
-        if text and word not in text:
+        if text and word.lower() not in text.lower():
             raise UserError(f"the caption of {file} does not have the word that is trained, {word}")
 
 

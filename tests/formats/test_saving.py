@@ -101,6 +101,25 @@ def test_a_saved_folder_draws_the_same_in_diffusers_where_no_dtype_is_named(
     assert written["torch_dtype"] == "float32" and "dtype" not in written
 
 
+def test_a_weight_that_would_not_be_finite_is_named_and_nothing_is_written(tmp_path):
+    sd = minibooth.load(peers.model("sd1")[0])
+    weight = sd.vae.decoder.conv_in.weight
+    for number, dtype, said in (
+        (-7e4, torch.float16, "has values beyond the range of float16"),
+        (float("nan"), None, "is not finite"),
+    ):
+        with torch.no_grad():
+            weight[1, 2, 0, 0] = number
+        with pytest.raises(UserError, match=f"decoder.conv_in.weight {said}"):
+            sd.save(tmp_path / "folder", dtype=dtype)
+        with pytest.raises(UserError, match=f"first_stage_model.decoder.conv_in.weight {said}"):
+            sd.save_single_file(tmp_path / "file.safetensors", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+    with torch.no_grad():
+        weight[1, 2, 0, 0] = 65504  # the largest
+    tensor_files.require_range("", {"weight": weight}, torch.float16)
+
+
 def test_saving_over_the_model_that_is_loaded(tmp_path):
     """The weights are a mapping of the very file that is replaced."""
     folder, pipe = copy("sd1", tmp_path)

@@ -1,12 +1,16 @@
 """LDM's single files, as they go round."""
 
+import diffusers
 import peers
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from weight_files import KINDS, assert_same, assert_same_state, legacy, single, zipped
 
 import minibooth
 from minibooth.common.errors import UserError
+from minibooth.formats import checkpoint
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -14,7 +18,7 @@ def test_a_single_file_loads_with_every_tensor(kind, tmp_path, monkeypatch, no_w
     assert_same(single(tmp_path, monkeypatch, kind), peers.model(kind)[1])
 
 
-SCHEDULE_BUFFERS = ["betas", "alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar", "v_pred"]
+SCHEDULE_BUFFERS = ["betas", "alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar"]
 
 
 def with_training_state(tensors):
@@ -49,22 +53,57 @@ def test_sd_turbo_calls_the_text_encoder_otherwise(tmp_path, monkeypatch, no_war
     assert_same(single(tmp_path, monkeypatch, "sd2", change), peers.model("sd2")[1])
 
 
-def test_the_averaged_weights_of_a_full_file_are_preferred(tmp_path, monkeypatch, no_warnings):
-    unet = peers.model("sd1")[1].unet
+def with_average(share=1):
+    """Other weights as their EMA, as tools leave it that merge models; or a part of it."""
 
     def change(tensors):
-        out = {}
-        for key, value in tensors.items():
-            out[key] = value
-            if key.startswith("model.diffusion_model."):
-                out[key] = torch.zeros_like(value)
-                averaged = key.removeprefix("model.").replace(".", "")
-                out[f"model_ema.{averaged}"] = value
-        assert "model_ema.diffusion_modelinput_blocks11transformer_blocks0attn2to_kweight" in out
-        return with_training_state(out)
+        averages = {
+            "model_ema." + key.removeprefix("model.").replace(".", ""): value + 1
+            for key, value in tensors.items()
+            if key.startswith("model.diffusion_model.")
+        }
+        assert (
+            "model_ema.diffusion_modelinput_blocks11transformer_blocks0attn2to_kweight" in averages
+        )
+        kept = list(averages)[: int(share * len(averages))]
+        return with_training_state(tensors | {key: averages[key] for key in kept})
 
-    sd = single(tmp_path, monkeypatch, "sd1", change)
-    assert_same_state(sd.unet.state_dict(), peers.tensors(unet))
+    return change
+
+
+def test_the_plain_weights_are_taken_as_from_single_file_does_or_the_average_if_asked(
+    tmp_path, monkeypatch
+):
+    with pytest.warns(UserWarning, match="--ema yes takes the EMA") as caught:
+        sd = single(tmp_path, monkeypatch, "sd1", with_average())
+    assert len(caught) == 1
+    assert_same(sd, peers.model("sd1")[1])
+    held = load_file(tmp_path / "single.safetensors")
+    layers = {"layers_per_block": 2}
+    theirs = diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint(held, layers)
+    key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    assert torch.equal(sd.unet.state_dict()[key], theirs[key])
+
+    folder, pipe = peers.model("sd1")
+    sd = minibooth.load(tmp_path / "single.safetensors", tokenizer=folder, ema=True)
+    plain = peers.tensors(pipe.unet)
+    assert_same_state(sd.unet.state_dict(), {key: value + 1 for key, value in plain.items()})
+    assert_same_state(sd.vae.state_dict(), peers.tensors(pipe.vae))
+
+
+def test_half_an_average_is_never_mixed_in(tmp_path, no_warnings):
+    tensors = with_average(0.5)(peers.ldm(peers.model("sd1")[1]))
+    names = [key for key in tensors if key.startswith("model.diffusion_model.")]
+    kept = {name: tensors[name] for name in names}
+    checkpoint.choose_average(tmp_path, names, tensors, ema=False)
+    assert all(tensors[name] is kept[name] for name in names)
+    with pytest.raises(UserError, match=r"has \d+ of \d+ averaged weights"):
+        checkpoint.choose_average(tmp_path, names, tensors, ema=True)
+
+
+def test_a_folder_has_no_average(no_warnings):
+    with pytest.raises(UserError, match="--ema"):
+        minibooth.load(peers.model("sd1")[0], ema=True)
 
 
 @pytest.mark.parametrize("blocks", [23, 24])
@@ -139,6 +178,66 @@ def test_prediction_type_overrides_the_probe(sign, given, tmp_path, monkeypatch)
 
 def test_sd1_files_are_not_probed(tmp_path, monkeypatch):
     assert single(tmp_path, monkeypatch, "sd1", probing(-1)).schedule.prediction_type == "epsilon"
+
+
+EMPTY = torch.empty(0)
+SAYS = [
+    ({"v_pred": EMPTY}, {}, "v_prediction"),  # A1111, ComfyUI
+    ({"v_pred": EMPTY}, {"modelspec.prediction_type": "epsilon"}, "v_prediction"),
+    ({}, {"modelspec.prediction_type": "v"}, "v_prediction"),  # the specification
+    ({}, {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+    ({}, {"modelspec.predict_key": "v"}, "v_prediction"),  # ComfyUI
+    ({}, {"modelspec.predict_key": "epsilon"}, "epsilon"),
+    ({}, {"prediction_type": "V_prediction"}, "v_prediction"),
+    ({}, {"ss_v_parameterization": "True"}, "v_prediction"),  # kohya
+    ({}, {"ss_v_parameterization": "False"}, None),
+    ({}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction"),
+    ({}, {"modelspec.architecture": "stable-diffusion-v1"}, None),
+    ({}, {"title": "v"}, None),
+]
+
+
+@pytest.mark.parametrize(("tensors", "header", "said"), SAYS)
+def test_what_a_single_file_says_that_it_predicts(tensors, header, said, tmp_path):
+    path = tmp_path / "single.safetensors"
+    assert checkpoint.stated_prediction(path, tensors, header) == said
+
+
+@pytest.mark.parametrize(("letter", "said"), [("v", "v_prediction"), ("eps", "epsilon")])
+def test_a_yaml_beside_it_says_it_too(letter, said, tmp_path):
+    config = f"model:\n  params:\n    parameterization: '{letter}'  # as A1111 reads it\n"
+    (tmp_path / "single.yaml").write_text(config)
+    assert checkpoint.stated_prediction(tmp_path / "single.safetensors", {}, {}) == said
+
+
+def test_an_sd1_file_that_says_v_is_read_so_and_says_it_again(tmp_path, monkeypatch, no_warnings):
+    sd = single(tmp_path, monkeypatch, "sd1", lambda t: t | {"v_pred": EMPTY})
+    assert sd.schedule.prediction_type == "v_prediction"
+    sd.save_single_file(tmp_path / "again.safetensors")
+    with safe_open(tmp_path / "again.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "v"
+        assert file.get_tensor("v_pred").shape == (0,)
+    again = minibooth.load(tmp_path / "again.safetensors")
+    assert again.schedule.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "zero"),
+    [
+        ({"ztsnr": EMPTY}, {}, True),
+        ({}, {"ss_zero_terminal_snr": "True"}, True),
+        ({"alphas_cumprod": torch.linspace(1, 0, 1000)}, {}, True),
+        ({"alphas_cumprod": torch.linspace(0.999, 0.00466, 1000)}, {}, False),
+        ({"v_pred": EMPTY}, {"ss_zero_terminal_snr": "False"}, False),
+    ],
+)
+def test_what_a_single_file_says_of_its_last_timestep(tensors, header, zero):
+    assert checkpoint.zero_terminal_snr(tensors, header) == zero
+
+
+def test_zero_terminal_snr_is_refused_as_in_a_folder(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        single(tmp_path, monkeypatch, "sd1", lambda t: t | {"ztsnr": EMPTY})
 
 
 def test_prediction_type_overrides_what_a_folder_says():

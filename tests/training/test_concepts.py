@@ -8,6 +8,7 @@ import runs
 import torch
 
 from minibooth import UserError, dreambooth, train
+from minibooth.common import cli
 from minibooth.training import data, report, subjects
 from minibooth.training.settings import TrainConfig
 
@@ -67,6 +68,28 @@ def test_captions_are_the_first_lines_of_texts_named_alike(tmp_path):
     (tmp_path / "2.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"2.txt is no text in UTF-8"):
         subjects.captions(files, ".txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_text_in_utf_16_is_named_as_such(encoding, tmp_path):
+    (tmp_path / "1.txt").write_text("a sks dog", encoding)
+    (tmp_path / "list.json").write_text(json.dumps([DOG]), encoding)
+    with pytest.raises(UserError, match=r"1.txt is no text in UTF-8: .*it is UTF-16, save it"):
+        subjects.captions([tmp_path / "1.jpg"], ".txt")
+    with pytest.raises(UserError, match=r"list.json is no JSON file: .*it is UTF-16, save it"):
+        subjects.read_list(tmp_path / "list.json")
+
+
+def test_the_byte_order_mark_of_windows_is_no_part_of_a_text(tmp_path):
+    """U+FEFF at the front of a caption is three tokens of CLIP's."""
+    (tmp_path / "1.txt").write_text("a sks dog", "utf-8-sig")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.jpg", "text": "x"}', "utf-8-sig")
+    (tmp_path / "list.json").write_text(json.dumps([DOG]), "utf-8-sig")
+    (tmp_path / "config.json").write_text('{"seed": 3}', "utf-8-sig")
+    assert subjects.captions([tmp_path / "1.jpg"], ".txt") == ["a sks dog"]
+    assert subjects.captions([tmp_path / "1.jpg"], None, "text") == ["x"]
+    assert subjects.read_list(tmp_path / "list.json")[0].instance_prompt == "a sks dog"
+    assert cli.read_config(tmp_path / "config.json", TrainConfig) == {"seed": 3}
 
 
 def test_captions_are_a_column_of_the_folder_s_table(tmp_path):

@@ -78,6 +78,18 @@ def test_the_pictures_are_those_of_generate(tmp_path):
     assert pixels(drawn) == [image.tobytes() for image in same]
 
 
+@pytest.mark.parametrize("network", ["unet", "vae"])
+def test_a_grid_of_what_is_not_finite_is_black_and_says_why(network, tmp_path):
+    sd = runs.model()
+    last = sd.unet.conv_out if network == "unet" else sd.vae.decoder.conv_out
+    with torch.no_grad():
+        last.bias[0] = torch.inf
+    with pytest.warns(UserWarning, match=f"the {network} gives NaN or infinity"):
+        grid = grids(tmp_path, num_validation_images=1, validation_prompt=("sks",))
+        drawn = grid.draw(sd, [sd.vae, sd.text_encoder], Precision("no", CPU))
+    assert {pixel for row in pixels(drawn) for pixel in row} == {0}
+
+
 @pytest.fixture
 def wanted(monkeypatch):
     """Whether a CUDA graph was asked for, each time that pictures were drawn."""

@@ -4,6 +4,8 @@ import math
 import re
 from pathlib import Path
 
+import diffusers
+import peers
 import pytest
 import runs
 import torch
@@ -223,6 +225,23 @@ def test_a_word_is_trained_and_no_weight(vectors, tmp_path, capsys):
     draw = {"steps": 2, "seed": 1, "guidance_scale": 2.0, "output": "latent"}
     wanted = sd.generate(["a <sks>"], **draw)
     torch.testing.assert_close(base.generate(["a <sks>"], **draw), wanted, atol=1e-6, rtol=0)
+
+
+def test_a_word_typed_with_capitals_is_the_same_in_diffusers(tmp_path, capsys):
+    """Its tokenizer lowers the prompt: of a word written as it was typed it found one vector."""
+    word = {"placeholder_token": "<My-Dog>", "instance_prompt": "photo of <My-Dog>"}
+    sd = inverted(tmp_path, num_vectors=2, max_train_steps=1, **word)
+    said = capsys.readouterr().out
+    assert "<My-Dog> is written <my-dog>" in said
+    [prompt] = re.findall(r'--prompt "(.*)"', said)
+    assert set(load_file(tmp_path / adapters.DIFFUSERS_EMBEDDING)) == {"<my-dog>"}
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(peers.model()[0])
+    pipe.load_textual_inversion(tmp_path)
+    converted = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)
+    theirs = pipe.tokenizer(converted, padding="max_length", max_length=77).input_ids
+    assert theirs == sd.tokenizer([prompt])[0].tolist()
+    first = len(peers.vocabulary()[0])
+    assert {first, first + 1} <= set(theirs)
 
 
 def test_the_prompts_of_a_word_are_those_of_the_papers_code():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from minibooth.common.errors import UserError
 from minibooth.training import photos
@@ -181,6 +181,87 @@ def test_greyscale_bilevel_and_cmyk_become_rgb(tmp_path):
         assert read_image(tmp_path / name).mode == "RGB"
         np.testing.assert_allclose(read_image(tmp_path / name).getpixel((3, 3)), RED, atol=2)
     assert b"Adobe" in (tmp_path / "print.jpg").read_bytes()  # an inverted one, as Photoshop's are
+
+
+# ── colour profiles ──────────────────────────────────────────────────────────────────────────────
+
+P3_YELLOW, YELLOW_OF_SRGB = (219, 185, 71), (226, 183, 35)  # one colour, as an iPhone writes it
+
+
+def display_p3() -> bytes:
+    """littleCMS's sRGB profile with the primaries of Display P3, adapted to D50 as ICC wants it."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    primaries = {
+        b"rXYZ": (0.51512, 0.24120, -0.00105),
+        b"gXYZ": (0.29198, 0.69225, 0.04189),
+        b"bXYZ": (0.15710, 0.06657, 0.78407),
+    }
+    for i in range(int.from_bytes(profile[128:132], "big")):
+        name, at, _ = struct.unpack_from(">4sII", profile, 132 + 12 * i)
+        if name in primaries:
+            numbers = [round(x * 2**16) for x in primaries.pop(name)]
+            struct.pack_into(">3i", profile, at + 8, *numbers)
+    assert not primaries
+    return bytes(profile)
+
+
+def from_p3(colours: np.ndarray) -> np.ndarray:
+    """By the standards' matrices, which share D65 and the curve: P3 → XYZ → sRGB, 0…255."""
+    p3 = np.array([[0.4866, 0.2657, 0.1982], [0.2290, 0.6917, 0.0793], [0, 0.0451, 1.0439]])
+    srgb = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    v = colours / 255
+    linear = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+    linear = (linear @ (np.linalg.inv(srgb) @ p3).T).clip(0, 1)
+    v = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return 255 * v
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "avif", "heic"])
+def test_colours_of_display_p3_are_read_as_srgb_has_them(tmp_path, suffix):
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    path = tmp_path / f"phone.{suffix}"
+    options = {"quality": 100} if suffix in ("jpg", "avif", "heic") else {}
+    Image.new("RGB", (48, 32), P3_YELLOW).save(path, icc_profile=display_p3(), **options)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(image.getpixel((20, 20)), YELLOW_OF_SRGB, atol=6)
+    assert np.abs(np.array(image.getpixel((20, 20))) - P3_YELLOW).max() > 30
+
+
+def test_every_colour_of_display_p3_is_the_standards_one(tmp_path):
+    colours = noise(32, 32)
+    Image.fromarray(colours).save(tmp_path / "p3.png", icc_profile=display_p3())
+    np.testing.assert_allclose(read_image(tmp_path / "p3.png"), from_p3(colours), atol=2)
+    np.testing.assert_allclose(from_p3(np.array(P3_YELLOW)), YELLOW_OF_SRGB, atol=0.5)
+
+
+def test_a_profile_that_changes_nothing_leaves_every_pixel_what_it_is(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(noise(32, 32)).save(tmp_path / "srgb.png", icc_profile=srgb)
+    np.testing.assert_array_equal(read_image(tmp_path / "srgb.png"), noise(32, 32))
+
+
+def test_a_profile_goes_with_grey_palettes_and_transparency(tmp_path):
+    image = Image.new("RGBA", (4, 4), (*P3_YELLOW, 255))
+    image.putpixel((0, 0), (*P3_YELLOW, 0))
+    for name, changed in (("rgba", image), ("palette", image.quantize(4))):
+        changed.save(tmp_path / f"{name}.png", icc_profile=display_p3())
+        read = read_image(tmp_path / f"{name}.png")
+        assert read.getpixel((0, 0)) == (255, 255, 255)
+        np.testing.assert_allclose(read.getpixel((2, 2)), YELLOW_OF_SRGB, atol=4)
+    for mode, grey in (("L", 100), ("LA", (100, 255)), ("I;16", 100 * 257)):
+        Image.new(mode, (4, 4), grey).save(tmp_path / "grey.png", icc_profile=display_p3())
+        np.testing.assert_allclose(read_image(tmp_path / "grey.png").getpixel((2, 2)), 100, atol=1)
+
+
+def test_a_profile_that_cannot_be_used_is_warned_of_by_the_file_s_name(tmp_path):
+    for profile in (b"junk", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()):
+        Image.fromarray(noise(32, 32)).save(tmp_path / "odd.png", icc_profile=profile)
+        with pytest.warns(UserWarning, match=r"odd\.png: its colour profile") as caught:
+            image = read_image(tmp_path / "odd.png")
+        assert len(caught) == 1
+        np.testing.assert_array_equal(image, noise(32, 32))
 
 
 @pytest.mark.parametrize("suffix", ["mpo", "gif", "webp", "png", "tiff"])
