@@ -4,11 +4,13 @@ import argparse
 import ctypes
 import dataclasses
 import errno
+import io
 import json
 import os
 import re
 import signal
 import sys
+import tempfile
 import types
 import typing
 import warnings
@@ -212,6 +214,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
 
 
+def replace_what_cannot_be_shown() -> None:
+    """A letter that the console's encoding lacks is printed as "?", as stderr has its own way to: a
+    run must not end in the middle for it. Windows has 256 letters where stdout is a pipe."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run(prog: str, main: Callable[[], None], stopped: str | None = None) -> None:
     """Call `main`; a mistake that the user can mend becomes one line and exit status 2, Ctrl-C and
     SIGTERM one line and 130 or 143: `stopped`, or what the exception says."""
@@ -225,6 +234,7 @@ def run(prog: str, main: Callable[[], None], stopped: str | None = None) -> None
     warnings.showwarning = warn
     signal.signal(signal.SIGTERM, terminate)
     keep_freed_memory()
+    replace_what_cannot_be_shown()
     try:
         main()
         return
