@@ -57,8 +57,12 @@ def convert(config: ConvertConfig) -> Path:
         raise UserError(f"{out}: only .safetensors files are written")
     if single == out.is_dir() and out.exists():
         raise UserError(f"{out} is there already and is not a {'file' if single else 'folder'}")
-    cli.check_folder("--output", out.parent if single else out)
+    if single:
+        cli.check_folder("--output", out.parent, out.name)
+    else:
+        cli.check_folder("--output", out)
     check_lora(config)
+    adapters.check_there(config.merge_lora)
     sd = load(config, config.model)
     dtype = cli.DTYPES[config.dtype] if config.dtype else (torch.float16 if single else None)
     if config.extract_lora:

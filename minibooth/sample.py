@@ -12,7 +12,7 @@ from . import ops, pipeline, textual_inversion
 from .common import cli
 from .common.cli import option
 from .common.errors import UserError
-from .common.files import atomic
+from .common.files import atomic, shortened
 from .formats import adapters
 from .training import graphs, photos, settle
 
@@ -78,6 +78,7 @@ def sample(config: SampleConfig) -> list[Path]:
     """Draw and write the pictures; the paths of the single ones. Raises UserError."""
     config.check()
     cli.check_folder("--output_dir", config.output_dir)
+    adapters.check_there(config.lora, config.embedding)
     device = cli.pick_device(config.device)
     if config.kernels:
         ops.use(config.kernels)
@@ -138,7 +139,7 @@ def settings(config: SampleConfig, model: str, prompt: str, seed: int) -> dict[s
 
 
 def slug(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "empty"
+    return shortened(re.sub(r"\W+", "-", prompt.lower()).strip("-"), 80) or "empty"
 
 
 def save_png(image: Image.Image, folder: Path, name: str, about: dict[str, str]) -> Path:

@@ -195,14 +195,48 @@ def test_a_config_file_that_cannot_work_is_refused(fails, tmp_path, settings, sa
     assert said in fails(config=path)
 
 
-def test_a_folder_to_write_into_that_cannot_be_one_is_refused(fails, tmp_path, monkeypatch):
+def test_a_folder_to_write_into_that_cannot_be_one_is_refused(fails, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "is a file" in fails(output_dir=tmp_path / "file")
     assert "is a file" in fails(output_dir=tmp_path / "file" / "below")
     assert "--class_data_dir" in fails(class_data_dir=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "cannot be written to" in fails(output_dir=tmp_path / "out")
+    assert "cannot be written to (File name too long)" in fails(output_dir=tmp_path / ("狗" * 86))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="no folder here that root cannot use")
+def test_folders_that_cannot_be_written_to_are_refused_before_anything_is_loaded(
+    fails, monkeypatch, tmp_path
+):
+    """The system's own; to ask for permission is not enough, as the permissions there are given."""
+    for program in (start.pipeline, sample.pipeline, convert.pipeline):
+        monkeypatch.setattr(program, "load", lambda *given, **more: pytest.fail("loaded"))
+    said = "/proc cannot be written to"
+    assert f"--output_dir /proc/x: {said}" in fails(output_dir="/proc/x")
+    assert f"--class_data_dir /proc/x: {said}" in fails(class_data_dir="/proc/x")
+    given = {"model": "m", "prompt": "a dog", "output_dir": "/proc/x"}
+    assert f"--output_dir /proc/x: {said}" in fails(sample, runs.arguments(given))
+    for out in ("/proc/x", "/proc/x.safetensors"):
+        given = {"model": "m", "output": out}
+        assert said in fails(convert, runs.arguments(given))
+    given = {"model": "m", "output": tmp_path / f"{'x' * 256}.safetensors"}
+    assert "File name too long" in fails(convert, runs.arguments(given))
+
+
+@pytest.mark.parametrize(
+    "module, given, said",
+    [
+        (sample, {"prompt": "x", "lora": "none.safetensors:0.5"}, "none.safetensors: there is no"),
+        (sample, {"prompt": "x", "embedding": "none.pt"}, "none.pt: there is no such file"),
+        (convert, {"output": "x", "merge_lora": "none.safetensors"}, "there is no such file"),
+    ],
+)
+def test_small_files_that_are_missing_are_said_before_a_model_is_loaded(
+    module, given, said, fails, monkeypatch
+):
+    monkeypatch.setattr(module.pipeline, "load", lambda *given, **more: pytest.fail("loaded"))
+    assert said in fails(module, runs.arguments({"model": "m"} | given))
 
 
 # ---- disk and memory ---------------------------------------------------------------------------

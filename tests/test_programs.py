@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 import minibooth
 from minibooth import UserError, convert, load, ops, sample, train
-from minibooth.common import cli
+from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.explain import __main__ as explain
 from minibooth.sample import SampleConfig
@@ -254,7 +254,18 @@ def test_names_of_odd_prompts_are_names_of_files():
     assert sample.slug("../../etc/passwd") == "etc-passwd"
     assert sample.slug("Ein süßer Hund") == "ein-süßer-hund"
     assert sample.slug("") == sample.slug("???") == "empty"
-    assert len(sample.slug("dog " * 100)) <= 80
+    assert sample.slug("dog " * 100) == ("dog-" * 20)
+    assert sample.slug("狗" * 78) == "狗" * 26  # file systems count bytes: 3 each
+
+
+def test_a_long_prompt_of_other_letters_and_a_long_name_of_a_file_are_written(program, tmp_path):
+    """File systems hold names of 255 bytes, the temporary ones included."""
+    draw(program, tmp_path, "--prompt", "狗" * 78, "--num_images", 1)
+    assert runs.files(tmp_path) == {f"{'狗' * 26}-0.png", "grid.png"}
+    name = "犬" * 81 + ".safetensors"  # 255 bytes
+    files.write_text(tmp_path / name, "whole")
+    assert (tmp_path / name).read_text() == "whole"
+    assert runs.files(tmp_path) == {f"{'狗' * 26}-0.png", "grid.png", name}
 
 
 # ---- convert -----------------------------------------------------------------------------------

@@ -183,15 +183,25 @@ def check_at_least_one(config, names: Iterable[str]) -> None:
             raise UserError(f"--{name} must be at least 1")
 
 
-def check_folder(flag: str, folder: str | Path) -> None:
-    """Raise UserError unless `folder` can be made or written into. It is not made yet."""
-    path = Path(folder).absolute()
-    while not path.exists():
-        path = path.parent
-    if not path.is_dir():
-        raise UserError(f"{flag} {folder}: {path} is a file, give a folder")
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {folder}: {path} cannot be written to, give another folder")
+def check_folder(flag: str, folder: str | Path, file: str = "file") -> None:
+    """Raise UserError unless `folder` can be made and `file` written into it. It is not made yet:
+    what is missing is tried in a folder beside it, which is removed again."""
+    path, missing = os.path.abspath(folder), []
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path, name = os.path.split(path)
+        missing.insert(0, name)
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{flag} {folder}: {path} {what}, give a folder")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=path) as trial:
+            tried = Path(trial, *missing)
+            tried.mkdir(parents=True, exist_ok=True)
+            (tried / file).touch()
+    except OSError as e:
+        raise UserError(
+            f"{flag} {folder}: {path} cannot be written to ({e.strerror}), give another folder"
+        ) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

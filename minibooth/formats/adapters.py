@@ -128,6 +128,15 @@ def inside(path: str | Path, name: str) -> Path:
     return path
 
 
+def check_there(loras: Iterable[str], embeddings: Iterable[str] = ()) -> None:
+    """Raise UserError unless these files are there: soon, a model may have to be downloaded first.
+    LoRAs may be FILE:STRENGTH."""
+    for file, _ in map(file_and_strength, loras):
+        inside(file, DIFFUSERS_LORA)
+    for file in embeddings:
+        inside(file, DIFFUSERS_EMBEDDING)
+
+
 def file_and_strength(given: str) -> tuple[str, float]:
     """ "x.safetensors:0.5" → its two parts; without a colon the strength is 1. Raises UserError."""
     file, colon, strength = given.rpartition(":")

@@ -15,6 +15,7 @@ from PIL import PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic
 from ..pipeline import StableDiffusion
@@ -60,6 +61,20 @@ def of_subject(
     )
 
 
+def there(folder: str | Path) -> list[Path]:
+    """The pictures in it; none where it is not there yet."""
+    try:
+        return photos.image_files(folder)
+    except UserError:
+        return []
+
+
+def check_folder(folder: str | Path, count: int) -> None:
+    """Raise UserError where class images are to be drawn into a folder that cannot hold them."""
+    if len(there(folder)) < count:
+        cli.check_folder("--class_data_dir", folder)
+
+
 def ensure(
     sd: StableDiffusion,
     folder: Path,
@@ -83,10 +98,7 @@ def ensure(
     into one folder at the same time, and `begin` with another one of the missing batches, share the
     work.
     """
-    try:
-        own = [f for f in photos.image_files(folder) if not GENERATED.fullmatch(f.name)]
-    except UserError:  # not there yet, or nothing in it
-        own = []
+    own = [f for f in there(folder) if not GENERATED.fullmatch(f.name)]
     settings = {
         "model": fingerprint or sd.fingerprint(),
         "prompt": prompt,
@@ -103,6 +115,8 @@ def ensure(
     todo = [i for i in starts if not all(path.exists() for path in wanted[i : i + batch_size])]
     first = begin % max(1, len(todo))
     todo = todo[first:] + todo[:first]
+    if todo:
+        cli.check_folder("--class_data_dir", folder)
     if own:
         print(f"class images: {len(own)} of your own in {folder}, {len(wanted)} drawn")
     info = PngImagePlugin.PngInfo()

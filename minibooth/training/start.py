@@ -15,6 +15,7 @@ from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
 from ..pipeline import StableDiffusion
 from . import (
+    class_images,
     events,
     memory,
     methods,
@@ -80,8 +81,8 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
         )
     for subject in config.subjects:
         photos.image_files(subject.instance_data_dir)
-        if subject.class_data_dir and Path(subject.class_data_dir).is_file():
-            raise UserError(f"--class_data_dir {subject.class_data_dir} is a file: give a folder")
+        if config.uses_prior and subject.class_data_dir:
+            class_images.check_folder(subject.class_data_dir, config.num_class_images)
     cli.check_folder("--output_dir", config.output_dir)
     return device
 
