@@ -14,6 +14,7 @@ from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic, shortened
 from .formats import adapters
+from .tokenizer import WordError
 from .training import graphs, photos, settle
 
 
@@ -49,7 +50,9 @@ class SampleConfig:
         (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]"
     )
     embedding: tuple[str, ...] = option(
-        (), "Textual Inversion file, whose word prompts can then use; several as well"
+        (),
+        "Textual Inversion file, whose word prompts can then use, or FILE=WORD for another word; "
+        "several as well",
     )
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead")
     tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead")
@@ -94,7 +97,10 @@ def sample(config: SampleConfig) -> list[Path]:
     adapters.merge_files(sd.networks, config.lora)
     for file in config.embedding:
         word, vectors = adapters.read_embedding(file)
-        textual_inversion.add_word(sd, word, vectors)
+        try:
+            textual_inversion.add_word(sd, word, vectors)
+        except WordError as e:
+            raise UserError(f"{e}, as --embedding FILE=WORD") from None
         print(f"{file}: {word} in a prompt is now {len(vectors)} vectors")
     if settle.wanted(device):
         size = (config.height or sd.image_size, config.width or sd.image_size)
@@ -132,9 +138,10 @@ def settings(config: SampleConfig, model: str, prompt: str, seed: int) -> dict[s
     names = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta")
     settings = {"prompt": prompt, "seed": str(seed), "model": model}
     settings |= {n: str(getattr(config, n)) for n in names}
-    for name in ("lora", "embedding"):
-        if given := getattr(config, name):
-            settings[name] = ", ".join(map(adapters.public_name, given))
+    if config.lora:
+        settings["lora"] = ", ".join(map(adapters.public_name, config.lora))
+    if config.embedding:
+        settings["embedding"] = ", ".join(map(adapters.public_word, config.embedding))
     return settings
 
 

@@ -106,6 +106,10 @@ def test_a_word_is_drawn_with_either_of_its_files(trained, program, tmp_path):
     given = ["--embedding", tmp_path / "my-dog.safetensors"]
     same, _ = draw(program, tmp_path / "b", *given, prompt="a my-dog")
     assert far(same, picture) == 0
+    (tmp_path / "my-dog.safetensors").rename(tmp_path / "dog.safetensors")  # which CLIP knows
+    given = ["--embedding", f"{tmp_path / 'dog.safetensors'}=<my-dog>"]
+    same, about = draw(program, tmp_path / "c", *given, prompt="a <my-dog>")
+    assert far(same, picture) == 0 and about["embedding"] == "dog.safetensors=<my-dog>"
 
 
 def test_merged_is_what_it_is_drawn_with(trained, program, tmp_path):
@@ -156,6 +160,8 @@ def test_what_is_extracted_of_a_tuned_model_is_its_difference(trained, program, 
         (["--lora", "{lora}", "--model", "toybox"], "or 1×1 convolution for unet.down"),
         (["--embedding", "{wide}"], "is for another model: its vectors have 7 numbers"),
         (["--embedding", "{word}", "--embedding", "{word}"], "<sks>"),
+        (["--embedding", "{known}"], "knows 'dog' already: give another word, say <dog>, as --emb"),
+        (["--embedding", "{word}=my dog"], "such as <sks>, as --embedding FILE=WORD"),
         (["--model", "{lora}"], "is a LoRA: give it as --lora"),
         (["--model", "{lora}/lora.safetensors"], "is a LoRA: give it as --lora"),
         (["--model", "{word}"], "is a word: give it as --embedding"),
@@ -166,6 +172,8 @@ def test_what_sample_cannot_use_is_said_in_one_line(given, said, trained, progra
     adapters.write_embedding(tmp_path / "wide.safetensors", "<w>", torch.ones(1, 7))
     places = {"lora": folder / "lora", "word": folder / "word"}
     places["wide"] = tmp_path / "wide.safetensors"
+    places["known"] = tmp_path / "dog.safetensors"  # the file's name is the word
+    adapters.write_embedding(places["known"], "emb_params", torch.ones(1, 32))
     given = [g.format(**places) for g in given]
     command = ["--model", peers.model()[0], "--prompt", "x", "--output_dir", tmp_path / "out"]
     status, _, err = program(sample, *command, *given)

@@ -164,10 +164,11 @@ def read_zip(path: Path, file: BinaryIO):
                 file.seek(name_length + extra_length, os.SEEK_CUR)
                 check_pickled(path, file.read(member.file_size))
     foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    if refused := [name for name in foreign if not INERT.fullmatch(name)]:
+    if refused := [n for n in foreign if n != PARAMETERS and not INERT.fullmatch(n)]:
         raise wants_to_run_code(path, refused)
-    shells = [(type(name.rpartition(".")[2], (Shell,), {}), name) for name in foreign]
-    with torch.serialization.safe_globals(shells):
+    shells = {name: type(name.rpartition(".")[2], (Shell,), {}) for name in foreign}
+    shells[PARAMETERS] = Parameters
+    with torch.serialization.safe_globals([(shell, name) for name, shell in shells.items()]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -200,6 +201,16 @@ class Frugal:
 def wants_to_run_code(path: Path, names: list[str]) -> UserError:
     shown = ", ".join(names[:5])
     return UserError(f"{path} wants to run code ({shown:.200}): not loaded; use safetensors")
+
+
+PARAMETERS = "torch.nn.modules.container.ParameterDict"  # in A1111's first embeddings
+
+
+class Parameters(dict):
+    """Stands for torch's own container: the tensors in it, by name."""
+
+    def __setstate__(self, state):
+        self.update(state["_parameters"])
 
 
 class Shell:
