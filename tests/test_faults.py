@@ -396,6 +396,7 @@ def test_sample_refuses_an_output_that_is_a_file(fails, tmp_path):
         ({"output": None}, "--output"),
         ({"model": "/nowhere/at-all"}, "no such folder or file"),
         ({"output": "x.ckpt"}, "only .safetensors"),
+        ({"output": "x.GGUF"}, "only .safetensors"),
         ({"dtype": "int8"}, "--dtype"),
     ],
 )

@@ -313,6 +313,12 @@ def test_a_file_holds_what_was_asked_for_fp16_unless_said(program, model, dtype,
     assert all(torch.equal(original[k].to(kind).float(), cast[k]) for k in original)
 
 
+def test_an_ending_in_capitals_is_a_file_as_well(program, model):
+    file = model / "X.SAFETENSORS"
+    program(convert, "--model", model / "out", "--output", file)
+    assert file.is_file() and unet(file).shape == unet(model / "out").shape
+
+
 def test_folder_and_file_draw_the_same_picture(program, model, tmp_path):
     """Both in fp16, as checkpoint-N and the file for other programs are."""
     program(convert, "--model", model / "out", "--output", tmp_path / "half", "--dtype", "fp16")

@@ -4,6 +4,9 @@ Networks are built from a checkpoint's own config files. A single file in LDM la
 the public models' are written down here.
 """
 
+import re
+from collections.abc import Iterable
+
 from ..common.errors import UserError
 
 SD1_UNET = {
@@ -80,6 +83,59 @@ SINGLE_FILE = {
     768: {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT, "scheduler": SD_SCHEDULER},
     1024: {"unet": SD2_UNET, "vae": SD_VAE, "text_encoder": SD2_TEXT, "scheduler": SD_SCHEDULER},
 }
+
+# By the channels that its UNet is given: diffusers' class for a model, and what is in the channels
+# beside the 4 of the latents that it cleans.
+PIPELINES = {
+    4: ("StableDiffusionPipeline", "nothing else"),
+    5: ("StableDiffusionDepth2ImgPipeline", "a depth map"),
+    8: ("StableDiffusionInstructPix2PixPipeline", "the picture that it edits (InstructPix2Pix)"),
+    9: ("StableDiffusionInpaintPipeline", "a picture and a mask (inpainting)"),
+}
+# Other models, in plain words: by diffusers' name for them, and by a key in their files.
+OTHER_CLASSES = (
+    (r"StableDiffusionXL|SDXL", "SDXL"),
+    (r"StableDiffusion3|SD3Transformer", "Stable Diffusion 3"),
+    (r"^Flux", "Flux"),
+    (r"ControlNet", "a ControlNet"),
+    (r"^Autoencoder", "a VAE: give it as --vae, and as --model the model to draw with it"),
+    (r"Upscale", "an upscaler"),
+    (r"^UNet2DConditionModel", "a UNet alone: give the folder that it is in"),
+    (r"Transformer2D|Transformer3D", "a network of another kind"),
+)
+OTHER_FILES = (
+    (r"(^|\.)(conditioner\.embedders\.1|label_emb\.0)\.", "SDXL"),
+    (r"(^|\.)joint_blocks\.", "Stable Diffusion 3"),
+    (r"(^|\.)double_blocks\.", "Flux"),
+    (r"^(control_model|input_hint_block|controlnet_cond_embedding)\.", "a ControlNet"),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.", OTHER_CLASSES[4][1]),
+    (r"^(model\.diffusion_model\.)?label_emb\.weight$", "an upscaler"),
+    (
+        r"^(input_blocks|down_blocks|time_embed|time_embedding)\.",
+        "a UNet alone: get the whole model",
+    ),
+    (r"^(emb_params|\*)$", "a word: give it as --embedding to sample"),
+)
+
+
+def other_class(name: str) -> str | None:
+    """What a model is that diffusers calls so; None where it can be Stable Diffusion 1.x or 2.x."""
+    return next((words for pattern, words in OTHER_CLASSES if re.search(pattern, name)), None)
+
+
+def other_file(keys: Iterable[str]) -> str | None:
+    """What a single file with these keys is; None where nothing tells."""
+    keys = list(keys)
+    found = (what for pattern, what in OTHER_FILES if any(re.search(pattern, k) for k in keys))
+    return next(found, None)
+
+
+def what_else_it_sees(unet: dict) -> str:
+    """Of a UNet that is given more than the latents that it cleans, in words."""
+    channels = unet["in_channels"]
+    what = PIPELINES.get(channels, ("", f"{channels} channels"))[1]
+    return f"this model's UNet wants more than noise and a prompt, {what}"
+
 
 # What the networks do is written in their code; a config that wants something else is refused.
 ACCEPTED: dict[str, dict[str, tuple]] = {

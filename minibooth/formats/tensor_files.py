@@ -26,6 +26,9 @@ DTYPES = {
 }
 
 
+SAFETENSORS = (".safetensors", ".sft")  # endings, in any case
+
+
 def write_safetensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -65,11 +68,19 @@ def write_safetensors(
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a weight file, memory-mapped, and a safetensors file's metadata.
 
-    Pickles (.ckpt, .bin, .pt) are read by torch's restricted unpickler: no code in them runs.
-    Raises UserError for a file that is damaged or wants to run code.
+    What kind it is says its content: files go round under every ending. Pickles (.ckpt, .bin, .pt)
+    are read by torch's restricted unpickler: no code in them runs. Raises UserError for a file that
+    is damaged, wants to run code or is GGUF.
     """
     try:
-        if path.suffix == ".safetensors":
+        with open(path, "rb") as f:
+            head = f.read(9)
+        if head.startswith(b"GGUF"):
+            raise UserError(
+                f"{path} is GGUF, rounded weights for drawing alone: get the model as .safetensors"
+            )
+        named = path.suffix.lower() in SAFETENSORS and not head.startswith((b"PK", b"\x80"))
+        if named or head[8:] == b"{":  # the header, after its length in 8 bytes
             return read_safetensors(path)
         return read_pickle(path), {}
     except UserError:
@@ -169,6 +180,9 @@ def read_zip(path: Path, file: BinaryIO):
     shells = {name: type(name.rpartition(".")[2], (Shell,), {}) for name in foreign}
     shells[PARAMETERS] = Parameters
     with torch.serialization.safe_globals([(shell, name) for name, shell in shells.items()]):
+        if path.suffix == ".safetensors":  # torch goes by the name: this one it must not see
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 

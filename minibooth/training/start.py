@@ -13,6 +13,7 @@ from .. import ops, pipeline, schedule
 from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
+from ..formats.configs import what_else_it_sees
 from ..pipeline import StableDiffusion
 from . import (
     class_images,
@@ -200,7 +201,8 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
 
 def check_model(sd: StableDiffusion, resolution: int, sampler_steps: tuple[int, ...]) -> None:
     if sd.configs["unet"]["in_channels"] != sd.configs["unet"]["out_channels"]:
-        raise UserError("an inpainting model cannot be trained here: give its base model")
+        sees = what_else_it_sees(sd.configs["unet"])
+        raise UserError(f"{sees}: it cannot be trained here, give its base model")
     if resolution % sd.vae.factor:
         raise UserError(f"--resolution must be a multiple of {sd.vae.factor}")
     for steps in sampler_steps:
