@@ -161,6 +161,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
         print(f"no state in {folder} yet: starting at the first step")
     if config.fit_memory and device.type == "cuda":
         config = fitted(config, sd, resolution, device, saved)
+    memory.keep_to_what_is_free(device)
     precision = Precision(config.mixed_precision, device, not config.gradient_checkpointing)
     if config.optimizer_in_backward and precision.name == "fp16":
         raise UserError(
