@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic, shortened
 from .formats import adapters
+from .formats.configs import is_public_size
 from .tokenizer import WordError
-from .training import graphs, photos, settle
+from .training import graphs, no_gpu, photos, settle
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def sample(config: SampleConfig) -> list[Path]:
         prediction_type=config.prediction_type,
         revision=config.revision,
     )
+    if config.device == "auto" and device.type == "cpu" and is_public_size(sd.configs):
+        warnings.warn(f"this takes long, as no GPU can be used: {no_gpu.why()}", stacklevel=2)
     adapters.merge_files(sd.networks, config.lora)
     for file in config.embedding:
         word, vectors = adapters.read_embedding(file)

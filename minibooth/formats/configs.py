@@ -84,6 +84,14 @@ SINGLE_FILE = {
     1024: {"unet": SD2_UNET, "vae": SD_VAE, "text_encoder": SD2_TEXT, "scheduler": SD_SCHEDULER},
 }
 
+
+def is_public_size(configs: dict[str, dict]) -> bool:
+    """Whether a model has the sizes of a public one, so that other programs take it."""
+    public = SINGLE_FILE.get(configs["text_encoder"]["hidden_size"])
+    name = "block_out_channels"
+    return public is not None and list(configs["unet"][name]) == public["unet"][name]
+
+
 # By the channels that its UNet is given: diffusers' class for a model, and what is in the channels
 # beside the 4 of the latents that it cleans.
 PIPELINES = {

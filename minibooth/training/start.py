@@ -21,6 +21,7 @@ from . import (
     memory,
     methods,
     photos,
+    no_gpu,
     plan,
     ranks,
     report,
@@ -275,6 +276,7 @@ def announce(run: Run) -> None:
     """Take the folder: say and write what is about to run."""
     config, folder = run.config, run.folder
     resume.remove_leftovers(folder)
+    no_gpu.refuse(run.sd, config, run.resolution, run.device)
     finished = snapshots.is_model(folder)
     need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)
     require_space(folder, max(0, need - folder_size(folder, "*.safetensors")))
