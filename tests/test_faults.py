@@ -360,6 +360,22 @@ def test_warnings_of_a_program_are_one_line_each(monkeypatch, capsys, tmp_path):
     assert warned[0].startswith("minibooth.train: warning: the instance prompt 'a sks' does not")
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_warned_of(monkeypatch, capsys, tmp_path):
+    """And what lies among the photographs without being one is said, in a line with the count."""
+    folder = shutil.copytree(runs.photographs(), tmp_path / "photos")
+    for name in ("x.jxl", "y.DNG", "1.txt", ".hidden.jxl"):
+        (folder / name).touch()
+    (folder / "more").mkdir()
+    (folder / "z.jpg").symlink_to("nowhere")
+    settings = runs.settings(tmp_path / "out", lr_warmup_steps=4, max_train_steps=1)
+    given = runs.arguments(settings | {"instance_data_dir": folder})
+    status, out, err = runs.program(monkeypatch, capsys, train, *given)
+    assert status == 0 and "is longer than the run: the learning rate ends at 25% of what" in err
+    assert (
+        f"{folder}: 4 left out, which are no photographs here (more/, x.jxl, y.DNG, z.jpg)" in out
+    )
+
+
 # ---- sample and convert ------------------------------------------------------------------------
 
 

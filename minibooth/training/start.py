@@ -1,6 +1,7 @@
 """What is refused and decided before the first file is written."""
 
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -285,6 +286,16 @@ def announce(run: Run) -> None:
         noun = None if config.trains_word else subject.class_prompt  # the word stands alone
         print(report.describe_prompts(tokenizer, subject.instance_prompt, noun))
     report.check_captions(config.subjects, run.shown.tolist(), run.captions)
+    for subject in config.subjects:
+        if line := photos.left_out(subject.instance_data_dir):
+            print(line)
+    if config.lr_warmup_steps > config.max_train_steps:
+        share = config.max_train_steps / config.lr_warmup_steps
+        warnings.warn(
+            f"--lr_warmup_steps {config.lr_warmup_steps} is longer than the run: the learning rate "
+            f"ends at {share:.0%} of what it is to be",
+            stacklevel=2,
+        )
     if line := subjects.about_captions(run.photos.files, run.captions, config.reads_captions):
         print(line)
     if config.trains_word:
