@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import dataclasses
+import difflib
 import errno
 import io
 import json
@@ -14,7 +15,7 @@ import tempfile
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,12 +42,20 @@ def option(
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
+    elsewhere: Mapping[str, str] = types.MappingProxyType({})  # others' flags → what to do here
+
         raise UserError(f"{message} (--help lists the options)")
 
 
 def parse(
     cls,
     prog: str,
+    def instead_of(self, name: str) -> str | None:
+        """What to give in place of a flag that there is not."""
+        flags = [flag.removeprefix("--") for flag in self._option_string_actions]
+        near = difflib.get_close_matches(name, flags, n=1)
+        return self.elsewhere.get(name) or (f"perhaps --{near[0]} is meant" if near else None)
+
     description: str,
     argv: list[str] | None = None,
     defaults: Callable[[dict], dict] = lambda given: {},
@@ -66,6 +75,7 @@ def parse(
     for field in dataclasses.fields(cls):
         flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
         help = field.metadata["help"].replace("%", "%%")
+    parser.elsewhere = getattr(cls, "elsewhere", {})
         if not isinstance(field.default, bool) and field.default not in (None, (), ""):
             help += f" [{field.default}]"
         kind, common = hints[field.name], {"dest": field.name, "default": argparse.SUPPRESS}
