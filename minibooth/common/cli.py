@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -41,21 +42,24 @@ def option(
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
     elsewhere: Mapping[str, str] = types.MappingProxyType({})  # others' flags → what to do here
 
+    def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
+        if unknown and (instead := self.instead_of(unknown[1])):
+            message = f"there is no --{unknown[1]}: {instead}"
         raise UserError(f"{message} (--help lists the options)")
 
-
-def parse(
-    cls,
-    prog: str,
     def instead_of(self, name: str) -> str | None:
         """What to give in place of a flag that there is not."""
         flags = [flag.removeprefix("--") for flag in self._option_string_actions]
         near = difflib.get_close_matches(name, flags, n=1)
         return self.elsewhere.get(name) or (f"perhaps --{near[0]} is meant" if near else None)
 
+
+def parse(
+    cls,
+    prog: str,
     description: str,
     argv: list[str] | None = None,
     defaults: Callable[[dict], dict] = lambda given: {},
@@ -71,11 +75,11 @@ def parse(
         description=f"{description} Options take underscores or hyphens.",
         allow_abbrev=False,
     )
+    parser.elsewhere = getattr(cls, "elsewhere", {})
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
         help = field.metadata["help"].replace("%", "%%")
-    parser.elsewhere = getattr(cls, "elsewhere", {})
         if not isinstance(field.default, bool) and field.default not in (None, (), ""):
             help += f" [{field.default}]"
         kind, common = hints[field.name], {"dest": field.name, "default": argparse.SUPPRESS}
@@ -212,6 +216,23 @@ def check_folder(flag: str, folder: str | Path, file: str = "file") -> None:
         raise UserError(
             f"{flag} {folder}: {path} cannot be written to ({e.strerror}), give another folder"
         ) from None
+
+
+def pasted(text: str | Path) -> str:
+    """It as one word of a line to be pasted into this system's shell: on Windows PowerShell."""
+    text, windows = str(text), sys.platform == "win32"
+    if re.fullmatch(r"[\w@%+=:,./\\-]+" if windows else r"[\w@%+=:,./-]+", text):
+        return text
+    if not re.search(r'["$`“”„]' if windows else r'["$`\\!]', text):
+        return f'"{text}"'
+    return "'" + text.replace("'", "''") + "'" if windows else shlex.quote(text)
+
+
+def copying(file: str | Path, folder: str) -> str:
+    """A line for this system's shell that copies a file into a folder, wherever it is pasted."""
+    windows = sys.platform == "win32"
+    folder = folder.replace("/", "\\") if windows else folder
+    return f"{'copy' if windows else 'cp'} {pasted(os.path.abspath(file))} {folder}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,6 +27,12 @@ def shortened(name: str, most: int) -> str:
     return name.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
 
 
+def named_after(folder: str | Path) -> str:
+    """What a file is called that is a folder's result and may go elsewhere: by the folder's name,
+    with room for an ending."""
+    return shortened(os.path.basename(os.path.abspath(folder)), LONGEST_NAME - 55) or "model"
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; on success it becomes `path`, on failure it is removed.

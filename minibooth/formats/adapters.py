@@ -279,6 +279,12 @@ def write_kohya_lora(
         "ss_network_dim": str(len(a.A)),
         "ss_network_alpha": str(a.alpha),
         "ss_v2": str(sd2),
+        "ss_base_model_version": "sd_v2" if sd2 else "sd_v1",
+        "ss_output_name": Path(path).stem,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"stable-diffusion-{'v2-512' if sd2 else 'v1'}/lora",
+        "modelspec.implementation": "https://github.com/kohya-ss/sd-scripts",
+        "modelspec.title": Path(path).stem,
     }
     write_safetensors(path, tensors, dtype, about | (metadata or {}))
 

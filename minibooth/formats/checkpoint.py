@@ -384,6 +384,7 @@ def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]
     file = file_getter(source)
     found = file("vae/config.json", "config.json")
     config = read_config(found, str(source))
+    check_config("vae", config)
     return config, read_weights(file, "vae", prefix_of(found, source, "vae/"), str(source))
 
 

@@ -21,8 +21,8 @@ from . import (
     events,
     memory,
     methods,
-    photos,
     no_gpu,
+    photos,
     plan,
     ranks,
     report,
@@ -161,9 +161,9 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
     saved = resume.load(folder) if config.resume_from_checkpoint else None
     if config.resume_from_checkpoint and saved is None:
         print(f"no state in {folder} yet: starting at the first step")
+    memory.keep_to_what_is_free(device)
     if config.fit_memory and device.type == "cuda":
         config = fitted(config, sd, resolution, device, saved)
-    memory.keep_to_what_is_free(device)
     precision = Precision(config.mixed_precision, device, not config.gradient_checkpointing)
     if config.optimizer_in_backward and precision.name == "fp16":
         raise UserError(
@@ -276,8 +276,8 @@ def disk_needed(
 def announce(run: Run) -> None:
     """Take the folder: say and write what is about to run."""
     config, folder = run.config, run.folder
-    resume.remove_leftovers(folder)
     no_gpu.refuse(run.sd, config, run.resolution, run.device)
+    resume.remove_leftovers(folder)
     finished = snapshots.is_model(folder)
     need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)
     require_space(folder, max(0, need - folder_size(folder, "*.safetensors")))
