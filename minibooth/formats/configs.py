@@ -101,12 +101,13 @@ PIPELINES = {
     9: ("StableDiffusionInpaintPipeline", "a picture and a mask (inpainting)"),
 }
 # Other models, in plain words: by diffusers' name for them, and by a key in their files.
+A_VAE = "a VAE: give it as --vae, and as --model the model to draw with it"
 OTHER_CLASSES = (
     (r"StableDiffusionXL|SDXL", "SDXL"),
     (r"StableDiffusion3|SD3Transformer", "Stable Diffusion 3"),
     (r"^Flux", "Flux"),
-    (r"ControlNet", "a ControlNet"),
-    (r"^Autoencoder", "a VAE: give it as --vae, and as --model the model to draw with it"),
+    (r"^ControlNet", "a ControlNet"),
+    (r"^Autoencoder", A_VAE),
     (r"Upscale", "an upscaler"),
     (r"^UNet2DConditionModel", "a UNet alone: give the folder that it is in"),
     (r"Transformer2D|Transformer3D", "a network of another kind"),
@@ -116,7 +117,7 @@ OTHER_FILES = (
     (r"(^|\.)joint_blocks\.", "Stable Diffusion 3"),
     (r"(^|\.)double_blocks\.", "Flux"),
     (r"^(control_model|input_hint_block|controlnet_cond_embedding)\.", "a ControlNet"),
-    (r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.", OTHER_CLASSES[4][1]),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.", A_VAE),
     (r"^(model\.diffusion_model\.)?label_emb\.weight$", "an upscaler"),
     (
         r"^(input_blocks|down_blocks|time_embed|time_embedding)\.",

@@ -18,7 +18,7 @@ from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, named_after, write_text
 from ..formats import hub
-from ..formats.adapters import DIFFUSERS_LORA
+from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
@@ -247,7 +247,7 @@ def small_file(config: TrainConfig, step: int) -> str:
     name = named_after(config.output_dir)
     if config.trains_word:
         name = re.sub(r"[^\w-]", "", config.placeholder_token) or "word"
-    if f"{name}.safetensors" == DIFFUSERS_LORA:
+    if f"{name}.safetensors" in (DIFFUSERS_LORA, DIFFUSERS_EMBEDDING):
         name += "-a1111"
     return f"{name}{f'-{step}' if step < config.max_train_steps else ''}.safetensors"
 
