@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minibooth import toybox, train
 from minibooth.bench import models
+from minibooth.pipeline import to_device
 from minibooth.text_encoder import Layer
 from minibooth.training import ranks, start
-from minibooth.pipeline import to_device
 from minibooth.training.settings import TrainConfig
 from minibooth.unet import Transformer
 from minibooth.vae import ResnetBlock

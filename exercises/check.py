@@ -29,5 +29,6 @@ def results(module) -> dict[str, str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("which part? say: python exercises/check.py noise")
+    sys.stdout.reconfigure(errors="replace")  # consoles that lack a letter show "?"
     for name, verdict in results(importlib.import_module(sys.argv[1])).items():
         print(f"{name}: {verdict}")

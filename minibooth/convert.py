@@ -14,7 +14,7 @@ from .common import cli
 from .common.cli import option
 from .common.errors import UserError
 from .common.files import gigabytes, require_space
-from .formats import adapters
+from .formats import adapters, hub
 from .pipeline import StableDiffusion
 
 
@@ -60,13 +60,17 @@ def convert(config: ConvertConfig) -> Path:
         raise UserError("give --model (what to read) and --output (a folder or x.safetensors)")
     cli.check_choices(config)
     out = Path(config.output)
-    single = out.suffix == ".safetensors"
-    if not single and out.suffix in (".ckpt", ".bin", ".pt"):
+    single = out.suffix.lower() == ".safetensors"
+    if not single and out.suffix.lower() in hub.FILES:
         raise UserError(f"{out}: only .safetensors files are written")
     if single == out.is_dir() and out.exists():
         raise UserError(f"{out} is there already and is not a {'file' if single else 'folder'}")
-    cli.check_folder("--output", out.parent if single else out)
+    if single:
+        cli.check_folder("--output", out.parent, out.name)
+    else:
+        cli.check_folder("--output", out)
     check_lora(config)
+    adapters.check_there(config.merge_lora)
     sd = load(config, config.model, ema=config.ema == "yes")
     dtype = cli.DTYPES[config.dtype] if config.dtype else (torch.float16 if single else None)
     if config.extract_lora:
@@ -123,7 +127,7 @@ def extract(
         f"{sum(map(len, found.values()))} linear layers and 1×1 convolutions, {kept / of_all:.1%} "
         "of all that changed"
     )
-    if out.suffix == ".safetensors":
+    if out.suffix.lower() == ".safetensors":
         adapters.write_kohya_lora(out, base.networks, found, dtype)
         return out
     return adapters.write_diffusers_lora(out, base.networks, found, dtype)

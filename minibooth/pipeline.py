@@ -16,7 +16,7 @@ from . import schedule
 from .common.errors import UserError, first_line
 from .common.files import write_text
 from .formats import checkpoint, hub
-from .formats.configs import SD2_V, check_config
+from .formats.configs import SD2_V, check_config, what_else_it_sees
 from .schedule import Schedule
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
@@ -154,7 +154,7 @@ class StableDiffusion:
         """(4, h, w) for pictures of that size. Raises UserError for one that cannot be."""
         factor, channels = self.vae.factor, self.configs["unet"]["out_channels"]
         if self.configs["unet"]["in_channels"] != channels:
-            raise UserError("an inpainting model wants a picture and a mask: not supported here")
+            raise UserError(f"{what_else_it_sees(self.configs['unet'])}: it cannot draw here")
         given = latents is not None and latents.ndim == 4
         default = [n * factor for n in latents.shape[2:]] if given else [self.image_size] * 2
         height = default[0] if height is None else height
@@ -221,7 +221,7 @@ class StableDiffusion:
         readers of single files know CLIP's alone. Raises UserError if the disk is too full.
         """
         path = Path(path)
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() != ".safetensors":
             raise UserError(f"{path}: a single file is named .safetensors")
         configs, tensors = self.configs, self.tensors()
         if self.tokenizer.added:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from . import ops, pipeline, textual_inversion
 from .common import cli
 from .common.cli import option
 from .common.errors import UserError
-from .common.files import atomic
+from .common.files import atomic, shortened
 from .formats import adapters
-from .training import graphs, photos, settle
+from .formats.configs import is_public_size
+from .tokenizer import WordError
+from .training import graphs, no_gpu, photos, settle
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class SampleConfig:
         (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]", place="path"
     )
     embedding: tuple[str, ...] = option(
-        (), "Textual Inversion file, whose word prompts can then use; several as well", place="path"
+        (),
+        "Textual Inversion file, whose word prompts can then use, or FILE=WORD for another word; "
+        "several as well",
+        place="path",
     )
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead", place="source")
     tokenizer: str | None = option(
@@ -88,6 +94,7 @@ def sample(config: SampleConfig) -> list[Path]:
     """Draw and write the pictures; the paths of the single ones. Raises UserError."""
     config.check()
     cli.check_folder("--output_dir", config.output_dir)
+    adapters.check_there(config.lora, config.embedding)
     device = cli.pick_device(config.device)
     if config.kernels:
         ops.use(config.kernels)
@@ -101,10 +108,15 @@ def sample(config: SampleConfig) -> list[Path]:
         revision=config.revision,
         ema=config.ema == "yes",
     )
+    if config.device == "auto" and device.type == "cpu" and is_public_size(sd.configs):
+        warnings.warn(f"this takes long, as no GPU can be used: {no_gpu.why()}", stacklevel=2)
     adapters.merge_files(sd.networks, config.lora)
     for file in config.embedding:
         word, vectors = adapters.read_embedding(file)
-        textual_inversion.add_word(sd, word, vectors)
+        try:
+            textual_inversion.add_word(sd, word, vectors)
+        except WordError as e:
+            raise UserError(f"{e}, as --embedding FILE=WORD") from None
         print(f"{file}: {sd.tokenizer.spelled(word)} in a prompt is now {len(vectors)} vectors")
     sizes = settle.batches(config.num_images, config.batch_size, config.guidance_scale)
     size = (config.height or sd.image_size, config.width or sd.image_size)
@@ -145,14 +157,15 @@ def settings(config: SampleConfig, model: str, prompt: str, seed: int) -> dict[s
     settings |= {n: str(getattr(config, n)) for n in names}
     if config.ema == "yes":
         settings["ema"] = "yes"
-    for name in ("lora", "embedding"):
-        if given := getattr(config, name):
-            settings[name] = ", ".join(map(adapters.public_name, given))
+    if config.lora:
+        settings["lora"] = ", ".join(map(adapters.public_name, config.lora))
+    if config.embedding:
+        settings["embedding"] = ", ".join(map(adapters.public_word, config.embedding))
     return settings
 
 
 def slug(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "empty"
+    return shortened(re.sub(r"\W+", "-", prompt.lower()).strip("-"), 80) or "empty"
 
 
 def save_png(image: Image.Image, folder: Path, name: str, about: dict[str, str]) -> Path:

@@ -22,6 +22,10 @@ WORDS = (
 )
 
 
+class WordError(UserError):
+    """A word that cannot be added, where another one can."""
+
+
 class Tokenizer:
     """vocab: token → id; merges: pairs by rank; pad: the token that fills up to max_length.
 
@@ -107,13 +111,13 @@ class Tokenizer:
     def with_word(self, word: str, ids: list[int]) -> "Tokenizer":
         """A tokenizer that knows one word more, with an id for each of its vectors.
 
-        Raises UserError for a word that is known already, or cannot be found in a prompt.
+        Raises WordError for a word that is known already, or cannot be found in a prompt.
         """
         word = self.spelled(word)
         if not word or " " in word:
-            raise UserError(f"{word!r} is not one word: give one such as <sks>")
+            raise WordError(f"{word!r} is not one word: give one such as <sks>")
         if {word, word + "</w>"} & {*self.vocab, *self.added}:
-            raise UserError(
+            raise WordError(
                 f"the tokenizer knows {word!r} already: give another word, say <{word}>"
             )
         names = [word, *(f"{word}_{i}" for i in range(1, len(ids)))]

@@ -229,7 +229,7 @@ def write_result(run: Run, originals: dict[str, Tensor]) -> None:
     methods.write(sd, config, run.trained, config.max_train_steps, folder)
     for name, share in methods.moved(sd, run.trained, originals).items():
         print(f"{name} moved by {share:.3%} of their norm")
-    print(report.what_next(folder, config))
+    print(report.what_next(folder, config, sd))
 
 
 @ranks.joined()

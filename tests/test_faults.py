@@ -196,14 +196,48 @@ def test_a_config_file_that_cannot_work_is_refused(fails, tmp_path, settings, sa
     assert said in fails(config=path)
 
 
-def test_a_folder_to_write_into_that_cannot_be_one_is_refused(fails, tmp_path, monkeypatch):
+def test_a_folder_to_write_into_that_cannot_be_one_is_refused(fails, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "is a file" in fails(output_dir=tmp_path / "file")
     assert "is a file" in fails(output_dir=tmp_path / "file" / "below")
     assert "--class_data_dir" in fails(class_data_dir=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "cannot be written to" in fails(output_dir=tmp_path / "out")
+    assert "cannot be written to (File name too long)" in fails(output_dir=tmp_path / ("狗" * 86))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="no folder here that root cannot use")
+def test_folders_that_cannot_be_written_to_are_refused_before_anything_is_loaded(
+    fails, monkeypatch, tmp_path
+):
+    """The system's own; to ask for permission is not enough, as the permissions there are given."""
+    for program in (start.pipeline, sample.pipeline, convert.pipeline):
+        monkeypatch.setattr(program, "load", lambda *given, **more: pytest.fail("loaded"))
+    said = "/proc cannot be written to"
+    assert f"--output_dir /proc/x: {said}" in fails(output_dir="/proc/x")
+    assert f"--class_data_dir /proc/x: {said}" in fails(class_data_dir="/proc/x")
+    given = {"model": "m", "prompt": "a dog", "output_dir": "/proc/x"}
+    assert f"--output_dir /proc/x: {said}" in fails(sample, runs.arguments(given))
+    for out in ("/proc/x", "/proc/x.safetensors"):
+        given = {"model": "m", "output": out}
+        assert said in fails(convert, runs.arguments(given))
+    given = {"model": "m", "output": tmp_path / f"{'x' * 256}.safetensors"}
+    assert "File name too long" in fails(convert, runs.arguments(given))
+
+
+@pytest.mark.parametrize(
+    "module, given, said",
+    [
+        (sample, {"prompt": "x", "lora": "none.safetensors:0.5"}, "none.safetensors: there is no"),
+        (sample, {"prompt": "x", "embedding": "none.pt"}, "none.pt: there is no such file"),
+        (convert, {"output": "x", "merge_lora": "none.safetensors"}, "there is no such file"),
+    ],
+)
+def test_small_files_that_are_missing_are_said_before_a_model_is_loaded(
+    module, given, said, fails, monkeypatch
+):
+    monkeypatch.setattr(module.pipeline, "load", lambda *given, **more: pytest.fail("loaded"))
+    assert said in fails(module, runs.arguments({"model": "m"} | given))
 
 
 def test_two_folders_that_are_one_are_refused_by_whatever_names(fails, tmp_path):
@@ -454,6 +488,22 @@ def test_warnings_of_a_program_are_one_line_each(monkeypatch, capsys, tmp_path):
     assert warned[0].startswith("minibooth.train: warning: the instance prompt 'a sks' does not")
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_warned_of(monkeypatch, capsys, tmp_path):
+    """And what lies among the photographs without being one is said, in a line with the count."""
+    folder = shutil.copytree(runs.photographs(), tmp_path / "photos")
+    for name in ("x.jxl", "y.DNG", "1.txt", ".hidden.jxl"):
+        (folder / name).touch()
+    (folder / "more").mkdir()
+    (folder / "z.jpg").symlink_to("nowhere")
+    settings = runs.settings(tmp_path / "out", lr_warmup_steps=4, max_train_steps=1)
+    given = runs.arguments(settings | {"instance_data_dir": folder})
+    status, out, err = runs.program(monkeypatch, capsys, train, *given)
+    assert status == 0 and "is longer than the run: the learning rate ends at 25% of what" in err
+    assert (
+        f"{folder}: 4 left out, which are no photographs here (more/, x.jxl, y.DNG, z.jpg)" in out
+    )
+
+
 # ---- sample and convert ------------------------------------------------------------------------
 
 
@@ -490,6 +540,7 @@ def test_sample_refuses_an_output_that_is_a_file(fails, tmp_path):
         ({"output": None}, "--output"),
         ({"model": "/nowhere/at-all"}, "no such folder or file"),
         ({"output": "x.ckpt"}, "only .safetensors"),
+        ({"output": "x.GGUF"}, "only .safetensors"),
         ({"dtype": "int8"}, "--dtype"),
     ],
 )

@@ -22,12 +22,13 @@ from safetensors import safe_open
 
 import minibooth
 from minibooth import UserError, convert, load, ops, sample, train
-from minibooth.common import cli
+from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.explain import __main__ as explain
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
-from minibooth.training import report
+from minibooth.training import report, settings
+from minibooth.training.settings import METHODS
 
 PROGRAMS = {
     train: TrainConfig,
@@ -123,13 +124,102 @@ def test_what_is_not_text_in_the_terminals_encoding_is_said():
         parse("--instance_prompt", b"s\xfc\xdf".decode("ascii", "surrogateescape"))
 
 
-def test_the_commands_that_come_next_can_be_copied(tmp_path):
-    config = TrainConfig(model="my models/base", method="lora", instance_prompt="a sks dog")
-    said = report.what_next(tmp_path / "my dog", config)
-    draw, merge = re.findall(r"python -m minibooth\.(\w+ .*)", said)
-    given = ["--model", "my models/base"]
-    assert shlex.split(draw)[:5] == ["sample", *given, "--lora", str(tmp_path / "my dog")]
-    assert shlex.split(merge)[-1] == str(tmp_path / "my dog.safetensors")
+ODD = [
+    "my models/base",
+    'a "sks" dog',
+    "it's $HOME `x` \\ !",
+    "犬.png",
+    "~/x",
+    "a;b",
+    "plain-1.2/x",
+]
+
+
+def test_what_is_to_be_pasted_is_one_word_of_the_shell(monkeypatch):
+    done = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {' '.join(map(cli.pasted, ODD))}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == ODD
+    assert cli.pasted("a sks dog") == '"a sks dog"' and cli.pasted("x/y") == "x/y"
+    monkeypatch.setattr(sys, "platform", "win32")  # PowerShell: nothing is special in '…' but '
+    assert cli.pasted("C:\\x\\y.safetensors") == "C:\\x\\y.safetensors"
+    assert cli.pasted("C:\\my x") == '"C:\\my x"'
+    assert cli.pasted('it\'s $5 "a"') == "'it''s $5 \"a\"'"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_commands_that_come_next_can_be_pasted(method, tmp_path, monkeypatch):
+    """Into a shell; with a model of public size also those for other programs."""
+    run = tmp_path / "my dog"
+    given = {"model": "my models/base", "method": method, "output_dir": str(run)}
+    given |= {"placeholder_token": "<my-dog>", "instance_prompt": 'a $5 "sks" dog'}
+    config = TrainConfig(**given)
+    said = report.what_next(run, config)
+    assert "ComfyUI" not in said
+    monkeypatch.setattr(report, "is_public_size", lambda configs: True)
+    lines = report.what_next(run, config, runs.model()).splitlines()[1:]
+    lines = dict(re.fullmatch(r"  (.*?): +(.*)", line).groups() for line in lines)
+    words = {name: shlex.split(line) for name, line in lines.items()}
+    parsed = cli.parse(SampleConfig, "x", "", words["draw"][3:])
+    assert parsed.prompt == ('a $5 "sks" dog in the snow',)
+    base, result = "my models/base", str(run)
+    small = {"lora": run / "my dog.safetensors", "textual_inversion": run / "my-dog.safetensors"}
+    file = str(small.get(method, tmp_path / "my dog.safetensors"))
+    places = {
+        "dreambooth": ("models/checkpoints", "models/Stable-diffusion"),
+        "lora": ("models/loras", "models/Lora"),
+        "textual_inversion": ("models/embeddings", "embeddings"),
+    }[method]
+    assert words["ComfyUI"] == ["cp", file, f"ComfyUI/{places[0]}"]
+    assert words["A1111"] == ["cp", file, f"stable-diffusion-webui/{places[1]}"]
+    assert words["diffusers"][:2] == ["python", "-c"]
+    compile(words["diffusers"][2], "", "exec")
+    for name, method_ in (("lora", "load_lora_weights"), ("embedding", "load_textual_inversion")):
+        if given := getattr(parsed, name):
+            assert given == (result,) and parsed.model == base
+            assert f"from_pretrained({base!r}); p.{method_}({result!r})" in words["diffusers"][2]
+    if method == "dreambooth":
+        assert parsed.model == result and f"from_pretrained({result!r})" in words["diffusers"][2]
+    if method != "textual_inversion":
+        made = cli.parse(ConvertConfig, "x", "", words["one file"][3:])
+        assert made.output == str(tmp_path / "my dog.safetensors")
+        assert made.merge_lora == ((result,) if method == "lora" else ())
+
+
+def test_a_file_is_named_after_its_folder_also_where_that_is_a_dot(tmp_path, monkeypatch):
+    (tmp_path / "my-dog" / "below").mkdir(parents=True)
+    for where, run in (("my-dog", "."), ("my-dog/below", "..")):
+        monkeypatch.chdir(tmp_path / where)
+        said = report.what_next(Path(run), TrainConfig(model="m", instance_prompt="a sks dog"))
+        assert "--output my-dog.safetensors" in said
+        config = TrainConfig(output_dir=run, method="lora", max_train_steps=9)
+        assert report.small_file(config, 9) == "my-dog.safetensors"
+        assert report.small_file(config, 4) == "my-dog-4.safetensors"
+    config = TrainConfig(output_dir="狗" * 85, max_train_steps=9)
+    assert len(report.small_file(config, 4).encode()) < 255
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--with_prior_preservation", "the prior term is on with a --class_prompt"),
+        ("--lora-rank", "give --method lora and --rank"),
+        ("--train_steps", "perhaps --max_train_steps is meant"),
+        ("--instance_dir", "perhaps --instance_data_dir is meant"),
+        ("--output_name", "files are named after --output_dir"),
+        ("--qqqq", "unrecognized arguments: --qqqq"),
+    ],
+)
+def test_of_a_flag_that_is_another_programs_it_is_said_what_replaces_it(flag, said):
+    with pytest.raises(minibooth.UserError, match=re.escape(said)) as error:
+        parse(flag, "3")
+    assert flag.replace("-", "_").lstrip("_") in str(error.value)
+    for name in settings.ELSEWHERE:
+        assert f"--{name}" not in {f"--{field.name}" for field in dataclasses.fields(TrainConfig)}
+    given = set(re.findall(r"--(\w+)", " ".join(settings.ELSEWHERE.values())))
+    assert given <= TrainConfig.__dataclass_fields__.keys()
 
 
 def test_a_prompt_given_several_times_is_several_prompts(tmp_path):
@@ -250,7 +340,18 @@ def test_names_of_odd_prompts_are_names_of_files():
     assert sample.slug("../../etc/passwd") == "etc-passwd"
     assert sample.slug("Ein süßer Hund") == "ein-süßer-hund"
     assert sample.slug("") == sample.slug("???") == "empty"
-    assert len(sample.slug("dog " * 100)) <= 80
+    assert sample.slug("dog " * 100) == ("dog-" * 20)
+    assert sample.slug("狗" * 78) == "狗" * 26  # file systems count bytes: 3 each
+
+
+def test_a_long_prompt_of_other_letters_and_a_long_name_of_a_file_are_written(program, tmp_path):
+    """File systems hold names of 255 bytes, the temporary ones included."""
+    draw(program, tmp_path, "--prompt", "狗" * 78, "--num_images", 1)
+    assert runs.files(tmp_path) == {f"{'狗' * 26}-0.png", "grid.png"}
+    name = "犬" * 81 + ".safetensors"  # 255 bytes
+    files.write_text(tmp_path / name, "whole")
+    assert (tmp_path / name).read_text() == "whole"
+    assert runs.files(tmp_path) == {f"{'狗' * 26}-0.png", "grid.png", name}
 
 
 # ---- convert -----------------------------------------------------------------------------------
@@ -296,6 +397,12 @@ def test_a_file_holds_what_was_asked_for_fp16_unless_said(program, model, dtype,
     original, cast = state(model / "out"), state(file)
     kind = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[stored]
     assert all(torch.equal(original[k].to(kind).float(), cast[k]) for k in original)
+
+
+def test_an_ending_in_capitals_is_a_file_as_well(program, model):
+    file = model / "X.SAFETENSORS"
+    program(convert, "--model", model / "out", "--output", file)
+    assert file.is_file() and unet(file).shape == unet(model / "out").shape
 
 
 def test_folder_and_file_draw_the_same_picture(program, model, tmp_path):

@@ -27,8 +27,9 @@ INSIDE = {  # the same within a room
     ],
     "training": [
         *("ranks", "events", "photos", "subjects", "settings", "class_images", "data"),
-        *("optimizer", "plan", "memory", "graphs", "report", "methods", "resume", "snapshots"),
-        *("beside", "verdicts", "trial", "settle", "start", "stop", "loss", "grids", "finite"),
+        *("optimizer", "plan", "memory", "no_gpu", "graphs", "report", "methods", "resume"),
+        *("snapshots", "beside", "verdicts", "trial", "settle", "start", "stop", "loss", "grids"),
+        "finite",
     ],
     "bench": [
         *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),

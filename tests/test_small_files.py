@@ -1,5 +1,6 @@
 """train, sample and convert with the small files of LoRA and Textual Inversion, as a user does."""
 
+import json
 import re
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 import runs
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from minibooth import convert, load, lora, sample, train
 from minibooth.formats import adapters
-from minibooth.training import methods
 
 LORA = {"method": "lora", "rank": 2, "learning_rate": 0.05}
 WORD = {"method": "textual_inversion", "placeholder_token": "<sks>", "initializer_token": "dog"}
@@ -62,17 +63,14 @@ def test_a_run_leaves_grids_and_both_forms_and_no_model(trained):
     folder, _ = trained
     common = {"config.json", "README.md", "loss.csv", "loss.png", "before_after.png"}
     common |= {f"samples/{name}.png" for name in ("photographs", "step-00000", "step-00003")}
-    for name, tag, files in (
-        ("lora", "diffusion, lora]", {methods.LORA_FILE, adapters.DIFFUSERS_LORA}),
-        (
-            "word",
-            "diffusion, textual_inversion]",
-            {"sks.safetensors", adapters.DIFFUSERS_EMBEDDING},
-        ),
+    for name, tag, file, of_diffusers in (
+        ("lora", "diffusion, lora]", "lora", adapters.DIFFUSERS_LORA),
+        ("word", "diffusion, textual_inversion]", "sks", adapters.DIFFUSERS_EMBEDDING),
     ):
         found = {f for f in runs.files(folder / name) if not f.startswith("state/")}
-        snapshot = {f"checkpoint-2/{f}" for f in files | {"README.md"}}
-        assert found == common | files | snapshot
+        snapshot = {f"{file}-2.safetensors", of_diffusers, "README.md"}
+        snapshot = {f"checkpoint-2/{f}" for f in snapshot}
+        assert found == common | {f"{file}.safetensors", of_diffusers} | snapshot
         first, last = (
             (folder / name / "samples" / f"step-0000{i}.png").read_bytes() for i in (0, 3)
         )
@@ -81,9 +79,26 @@ def test_a_run_leaves_grids_and_both_forms_and_no_model(trained):
         assert "![before and after]" in card and tag in card
 
 
+def test_a_lora_says_what_it_is_where_other_programs_look(trained):
+    """A1111 shows its name, its base and its tags; modelspec is Stability's."""
+    folder, _ = trained
+    for file, step in (("lora.safetensors", 3), ("checkpoint-2/lora-2.safetensors", 2)):
+        with safe_open(folder / "lora" / file, "pt") as f:
+            about = f.metadata()
+        name = (folder / file).stem
+        assert about["ss_output_name"] == about["modelspec.title"] == name
+        assert about["ss_sd_model_name"] == peers.model()[0].name
+        assert json.loads(about["ss_tag_frequency"]) == {"photographs": {"a sks dog": 1}}
+        assert about["modelspec.trigger_phrase"] == "a sks dog"
+        assert about["modelspec.architecture"] == "stable-diffusion-v1/lora"
+        assert (about["ss_steps"], about["ss_max_train_steps"]) == (str(step), "3")
+        assert about["ss_learning_rate"] == "0.05" and about["modelspec.resolution"] == "32x32"
+        assert str(folder) not in str(about)
+
+
 def test_strengths_go_from_the_base_to_what_was_trained(trained, program, tmp_path):
     folder, drawn = trained
-    file = folder / "lora" / methods.LORA_FILE
+    file = folder / "lora" / "lora.safetensors"
     base, about = draw(program, tmp_path / "base")
     assert "lora" not in about
     none, _ = draw(program, tmp_path / "0", "--lora", f"{file}:0")
@@ -106,6 +121,10 @@ def test_a_word_is_drawn_with_either_of_its_files(trained, program, tmp_path):
     given = ["--embedding", tmp_path / "my-dog.safetensors"]
     same, _ = draw(program, tmp_path / "b", *given, prompt="a my-dog")
     assert far(same, picture) == 0
+    (tmp_path / "my-dog.safetensors").rename(tmp_path / "dog.safetensors")  # which CLIP knows
+    given = ["--embedding", f"{tmp_path / 'dog.safetensors'}=<my-dog>"]
+    same, about = draw(program, tmp_path / "c", *given, prompt="a <my-dog>")
+    assert far(same, picture) == 0 and about["embedding"] == "dog.safetensors=<my-dog>"
 
 
 def test_merged_is_what_it_is_drawn_with(trained, program, tmp_path):
@@ -156,6 +175,8 @@ def test_what_is_extracted_of_a_tuned_model_is_its_difference(trained, program, 
         (["--lora", "{lora}", "--model", "toybox"], "or 1×1 convolution for unet.down"),
         (["--embedding", "{wide}"], "is for another model: its vectors have 7 numbers"),
         (["--embedding", "{word}", "--embedding", "{word}"], "<sks>"),
+        (["--embedding", "{known}"], "knows 'dog' already: give another word, say <dog>, as --emb"),
+        (["--embedding", "{word}=my dog"], "such as <sks>, as --embedding FILE=WORD"),
         (["--model", "{lora}"], "is a LoRA: give it as --lora"),
         (["--model", "{lora}/lora.safetensors"], "is a LoRA: give it as --lora"),
         (["--model", "{word}"], "is a word: give it as --embedding"),
@@ -166,6 +187,8 @@ def test_what_sample_cannot_use_is_said_in_one_line(given, said, trained, progra
     adapters.write_embedding(tmp_path / "wide.safetensors", "<w>", torch.ones(1, 7))
     places = {"lora": folder / "lora", "word": folder / "word"}
     places["wide"] = tmp_path / "wide.safetensors"
+    places["known"] = tmp_path / "dog.safetensors"  # the file's name is the word
+    adapters.write_embedding(places["known"], "emb_params", torch.ones(1, 32))
     given = [g.format(**places) for g in given]
     command = ["--model", peers.model()[0], "--prompt", "x", "--output_dir", tmp_path / "out"]
     status, _, err = program(sample, *command, *given)

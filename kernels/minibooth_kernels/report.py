@@ -168,6 +168,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one representative of each kernel")
     parser.add_argument("--output", type=Path, help="a CSV file")
     args = parser.parse_args()
+    if args.output:
+        args.output.touch()  # what cannot be written is to fail now
     lines, bad = [], 0
     for capability, dtype in itertools.product(args.capability, args.dtype):
         for line in report(capability, dtype, QUICK if args.quick else FULL):

@@ -3,16 +3,20 @@
 import argparse
 import ctypes
 import dataclasses
+import difflib
 import errno
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,8 +45,19 @@ def option(
 
 
 class Parser(argparse.ArgumentParser):
+    elsewhere: Mapping[str, str] = types.MappingProxyType({})  # others' flags → what to do here
+
     def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
+        if unknown and (instead := self.instead_of(unknown[1])):
+            message = f"there is no --{unknown[1]}: {instead}"
         raise UserError(f"{message} (--help lists the options)")
+
+    def instead_of(self, name: str) -> str | None:
+        """What to give in place of a flag that there is not."""
+        flags = [flag.removeprefix("--") for flag in self._option_string_actions]
+        near = difflib.get_close_matches(name, flags, n=1)
+        return self.elsewhere.get(name) or (f"perhaps --{near[0]} is meant" if near else None)
 
 
 def parse(
@@ -63,6 +78,7 @@ def parse(
         description=f"{description} Options take underscores or hyphens.",
         allow_abbrev=False,
     )
+    parser.elsewhere = getattr(cls, "elsewhere", {})
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
@@ -216,15 +232,42 @@ def check_at_least_one(config, names: Iterable[str]) -> None:
             raise UserError(f"--{name} must be at least 1")
 
 
-def check_folder(flag: str, folder: str | Path) -> None:
-    """Raise UserError unless `folder` can be made or written into. It is not made yet."""
-    path = Path(folder).absolute()
-    while not path.exists():
-        path = path.parent
-    if not path.is_dir():
-        raise UserError(f"{flag} {folder}: {path} is a file, give a folder")
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {folder}: {path} cannot be written to, give another folder")
+def check_folder(flag: str, folder: str | Path, file: str = "file") -> None:
+    """Raise UserError unless `folder` can be made and `file` written into it. It is not made yet:
+    what is missing is tried in a folder beside it, which is removed again."""
+    path, missing = os.path.abspath(folder), []
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path, name = os.path.split(path)
+        missing.insert(0, name)
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{flag} {folder}: {path} {what}, give a folder")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=path) as trial:
+            tried = Path(trial, *missing)
+            tried.mkdir(parents=True, exist_ok=True)
+            (tried / file).touch()
+    except OSError as e:
+        raise UserError(
+            f"{flag} {folder}: {path} cannot be written to ({e.strerror}), give another folder"
+        ) from None
+
+
+def pasted(text: str | Path) -> str:
+    """It as one word of a line to be pasted into this system's shell: on Windows PowerShell."""
+    text, windows = str(text), sys.platform == "win32"
+    if re.fullmatch(r"[\w@%+=:,./\\-]+" if windows else r"[\w@%+=:,./-]+", text):
+        return text
+    if not re.search(r'["$`“”„]' if windows else r'["$`\\!]', text):
+        return f'"{text}"'
+    return "'" + text.replace("'", "''") + "'" if windows else shlex.quote(text)
+
+
+def copying(file: str | Path, folder: str) -> str:
+    """A line for this system's shell that copies a file into a folder, wherever it is pasted."""
+    windows = sys.platform == "win32"
+    folder = folder.replace("/", "\\") if windows else folder
+    return f"{'copy' if windows else 'cp'} {pasted(os.path.abspath(file))} {folder}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -247,6 +290,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
 
 
+def replace_what_cannot_be_shown() -> None:
+    """A letter that the console's encoding lacks is printed as "?", as stderr has its own way to: a
+    run must not end in the middle for it. Windows has 256 letters where stdout is a pipe."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run(prog: str, main: Callable[[], None], stopped: str | None = None) -> None:
     """Call `main`; a mistake that the user can mend becomes one line and exit status 2, Ctrl-C and
     SIGTERM one line and 130 or 143: `stopped`, or what the exception says."""
@@ -260,6 +310,7 @@ def run(prog: str, main: Callable[[], None], stopped: str | None = None) -> None
     warnings.showwarning = warn
     signal.signal(signal.SIGTERM, terminate)
     keep_freed_memory()
+    replace_what_cannot_be_shown()
     try:
         main()
         return

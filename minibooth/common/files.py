@@ -20,6 +20,20 @@ else:
     import fcntl
 
 
+LONGEST_NAME = 255  # bytes of UTF-8 in the name of a file or folder
+
+
+def shortened(name: str, most: int) -> str:
+    """The first letters of a name, as many as fit into so many bytes of UTF-8."""
+    return name.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
+
+
+def named_after(folder: str | Path) -> str:
+    """What a file is called that is a folder's result and may go elsewhere: by the folder's name,
+    with room for an ending."""
+    return shortened(os.path.basename(os.path.abspath(folder)), LONGEST_NAME - 55) or "model"
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; on success it becomes `path`, on failure it is removed.
@@ -29,7 +43,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     # In containers that share a folder, processes can have one number.
-    part = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**6):06}.tmp")
+    own = f".{os.getpid()}{secrets.randbelow(10**6):06}.tmp"
+    part = path.with_name(f".{shortened(path.name, LONGEST_NAME - 1 - len(own))}{own}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

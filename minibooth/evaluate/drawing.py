@@ -56,7 +56,12 @@ def load_model(source: str | Path, options: Options, base: str | None = None) ->
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     if (folder / "model_index.json").exists() or not snapshots.is_model(folder):
         return pipeline.load(source, device=device, dtype=dtype)
-    sd = pipeline.load(base or read_run(folder).model, device=device, dtype=dtype)
+    of_run = {}
+    if base is None:
+        run = read_run(folder)
+        base, of_run = run.model, {"vae": run.vae, "prediction_type": run.prediction_type}
+        of_run |= {"revision": run.revision, "tokenizer": run.tokenizer, "ema": run.ema == "yes"}
+    sd = pipeline.load(base, device=device, dtype=dtype, **of_run)
     if (folder / adapters.DIFFUSERS_LORA).exists():
         adapters.merge_files(sd.networks, [str(folder)])
     else:

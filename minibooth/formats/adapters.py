@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import lora
 from ..common.errors import UserError
+from ..common.files import read_text
 from . import hub
 from .tensor_files import read_tensors, require_range, write_safetensors
 
@@ -23,18 +24,31 @@ DIFFUSERS_LORA, DIFFUSERS_EMBEDDING = (
     "pytorch_lora_weights.safetensors",
     "learned_embeds.safetensors",
 )
+# What is looked for in a folder: diffusers' files of today and of before, and peft's own.
+LORA_FILES = (DIFFUSERS_LORA, "pytorch_lora_weights.bin", "adapter_model.safetensors")
+EMBEDDING_FILES = (DIFFUSERS_EMBEDDING, "learned_embeds.bin")
+A_LORA = (
+    "is a LoRA: give it as --lora to sample, as --merge_lora to convert, and as --model the model "
+    "that it was trained from"
+)
+A_WORD = (
+    "is a word: give it as --embedding to sample, and as --model the model that it was trained with"
+)
 NO_MODEL = {  # what to say where one of these is given as a model
-    DIFFUSERS_LORA: "is a LoRA: give it as --lora to sample, as --merge_lora to convert, and as "
-    "--model the model that it was trained from",
-    DIFFUSERS_EMBEDDING: "is a word: give it as --embedding to sample, and as --model the model "
-    "that it was trained with",
+    **dict.fromkeys(LORA_FILES, A_LORA),
+    **dict.fromkeys(EMBEDDING_FILES, A_WORD),
 }
 DIFFUSERS = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 A1111_EMBEDDING = ("emb_params", "*")  # the tensor's name where the file's name is the word
 MOST_RANK = 4096  # of a LoRA; those that are passed on have 4 to 512
 MOST_VECTORS = 10**6  # numbers in a word's vectors: a prompt holds 75 of SD 2.x's 1024
+PEFT = "base_model.model."  # with which all names in peft's own files begin
 SPELLINGS = (  # older and other ones → peft's, which diffusers has today
+    (r"^base_model\.model\.", ""),
+    (r"\.lora_([AB])\.default\.", r".lora_\1."),
+    (r"^(?=(?:down_blocks|mid_block|up_blocks)\.)", "unet."),
+    (r"^(?=(?:text_model|encoder\.layers)\.)", "text_encoder."),
     (r"\.processor\.", "."),
     (r"\.self_attn\.to_(q|k|v|out)_lora\.", r".self_attn.\1_proj.lora."),
     (r"\.to_([qkv])_lora\.", r".to_\1.lora."),
@@ -42,7 +56,19 @@ SPELLINGS = (  # older and other ones → peft's, which diffusers has today
     (r"\.lora(_linear_layer)?[._]down\.", ".lora_A."),
     (r"\.lora(_linear_layer)?[._]up\.", ".lora_B."),
     (r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model."),
-    (r"^lora_te1_", "lora_te_"),
+    (r"^lora_te1_(?=text_model_)", "lora_te_"),
+)
+OTHER_KINDS = (  # of LoRA: what a key of one has
+    (r"\.hada_", "LoHa"),
+    (r"\.lokr_", "LoKr"),
+    (r"\.(dora_scale|lora_magnitude_vector)", "DoRA"),
+    (r"\.lora_mid\.", "LoCon"),
+    (r"\.oft_", "OFT"),
+    (r"\.diff(_b)?$", "set of whole differences"),
+)
+OTHER_MODELS = (
+    (r"^(lora_te2_|lora_unet_(input|middle|output)_block|text_encoder_2\.)", "SDXL"),
+    (r"^transformer\.|_(double|single|joint)_(transformer_)?blocks_", "Flux or SD 3"),
 )
 
 # ---- LoRA in -----------------------------------------------------------------------------------
@@ -53,7 +79,7 @@ def read_lora(path: str | Path, networks: dict[str, nn.Module]) -> dict[str, nn.
 
     They are fp32, not attached. Raises UserError naming the first key or shape that does not fit.
     """
-    path = inside(path, DIFFUSERS_LORA)
+    path = inside(path, *LORA_FILES)
     tensors, metadata = read_tensors(path)
     known = {}  # a layer's name in either form → its network and its own name
     for network in KOHYA:
@@ -66,23 +92,39 @@ def read_lora(path: str | Path, networks: dict[str, nn.Module]) -> dict[str, nn.
         for pattern, replacement in SPELLINGS:
             spelled = re.sub(pattern, replacement, spelled)
         part = re.fullmatch(r"(.+)\.(?:(lora_[AB])\.weight|(alpha))", spelled)
-        if part is None:
-            raise UserError(f"{path}: {key} is of no LoRA, or of a kind that is not read here")
-        if part[1] not in known:
-            raise UserError(
-                f"{path} is for another model: this one has no linear layer or 1×1 convolution "
-                f"for {key}"
-            )
+        if part is None or part[1] not in known:
+            raise UserError(f"{path} {why_not(key, part and part[1], networks)}")
         found.setdefault(known[part[1]], {})[part[2] or part[3]] = tensor
     if not found:
         raise UserError(f"{path} holds no LoRA")
-    stated = stated_alphas(path, metadata)
+    stated = stated_alphas(path, metadata, of_peft=any(key.startswith(PEFT) for key in tensors))
     adapters: dict[str, list[lora.Adapter]] = {}
     for (network, layer), parts in found.items():
         A, B = check_parts(path, layer, parts, networks[network].get_submodule(layer))
         alpha = parts.get("alpha", stated.get(network, torch.tensor(len(A))))
         adapters.setdefault(network, []).append(lora.Adapter(layer, A, B, float(alpha)))
     return {network: lora.collect(of_it) for network, of_it in adapters.items()}
+
+
+def why_not(key: str, layer: str | None, networks: dict[str, nn.Module]) -> str:
+    """What is wrong with a file that has this key; of the `layer`, if it names one."""
+    convolutions = {
+        spelled
+        for network in KOHYA
+        for name, module in networks[network].named_modules()
+        if isinstance(module, nn.Conv2d)
+        for spelled in (DIFFUSERS[network] + name, KOHYA[network] + name.replace(".", "_"))
+    }
+    kinds = [kind for pattern, kind in OTHER_KINDS if re.search(pattern, key)]
+    kinds += ["LoCon"] * (layer in convolutions)  # of 3×3 ones: the others are read
+    if kinds:
+        return f"is a {kinds[0]}, a kind that is not read here ({key}): get a plain LoRA"
+    for pattern, model in OTHER_MODELS:
+        if re.search(pattern, key):
+            return f"is for another model, as it seems for {model} ({key})"
+    if layer is None:
+        return f"is none that is read here: {key} is of no LoRA"
+    return f"is for another model: this one has no linear layer or 1×1 convolution for {key}"
 
 
 def check_parts(
@@ -105,10 +147,15 @@ def check_parts(
     return A.reshape(r, c_in).float(), B.reshape(c_out, r).float()
 
 
-def stated_alphas(path: Path, metadata: dict[str, str]) -> dict[str, float]:
-    """α per network, from the peft settings that diffusers since 0.35 puts into the metadata."""
+def stated_alphas(path: Path, metadata: dict[str, str], of_peft: bool) -> dict[str, float]:
+    """α per network, from the peft settings that diffusers since 0.35 puts into the metadata, and
+    peft into a file beside its own. Raises UserError for settings that are not followed here."""
+    beside = path.with_name("adapter_config.json")
     try:
         stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if of_peft:
+            of_all = json.loads(read_text(beside))
+            stated = {f"{n}.{setting}": of_all[setting] for n in DIFFUSERS for setting in of_all}
         for network in DIFFUSERS:
             for setting in ("alpha_pattern", "use_rslora", "use_dora"):
                 if stated.get(f"{network}.{setting}"):
@@ -116,16 +163,34 @@ def stated_alphas(path: Path, metadata: dict[str, str]) -> dict[str, float]:
         return {
             n: float(stated[f"{n}.lora_alpha"]) for n in DIFFUSERS if f"{n}.lora_alpha" in stated
         }
+    except OSError:
+        raise UserError(
+            f"{path} is peft's, which keeps α in {beside.name}, and that is not there: put that "
+            "beside it"
+        ) from None
     except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} has damaged metadata (lora_adapter_metadata)") from None
+        where = beside.name if of_peft else "lora_adapter_metadata"
+        raise UserError(f"{path} has damaged metadata ({where})") from None
 
 
-def inside(path: str | Path, name: str) -> Path:
-    """The file itself, or the one of that name if `path` is a folder. Raises UserError."""
-    path = Path(path) / name if Path(path).is_dir() else Path(path)
+def inside(path: str | Path, *names: str) -> Path:
+    """The file itself, or the first of these names if `path` is a folder. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
+        path = (found or [path / names[0]])[0]
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     return path
+
+
+def check_there(loras: Iterable[str], embeddings: Iterable[str] = ()) -> None:
+    """Raise UserError unless these files are there, as a model may have to be downloaded first.
+    LoRAs are FILE or FILE:STRENGTH, words FILE or FILE=WORD."""
+    for file, _ in map(file_and_strength, loras):
+        inside(file, *LORA_FILES)
+    for file, _ in map(file_and_word, embeddings):
+        inside(file, *EMBEDDING_FILES)
 
 
 def file_and_strength(given: str) -> tuple[str, float]:
@@ -146,6 +211,18 @@ def public_name(given: str) -> str:
     """FILE or FILE:STRENGTH without the folder that the file is in."""
     file, strength = file_and_strength(given)
     return hub.public_name(file) + (f":{strength:g}" if strength != 1 else "")
+
+
+def file_and_word(given: str) -> tuple[str, str | None]:
+    """ "x.pt=<dog>" → its two parts; without an equals sign the word is the file's own."""
+    file, equals, word = given.rpartition("=")
+    return (given, None) if not equals or Path(given).exists() else (file, word)
+
+
+def public_word(given: str) -> str:
+    """FILE or FILE=WORD without the folder that the file is in."""
+    file, word = file_and_word(given)
+    return hub.public_name(file) + (f"={word}" if word else "")
 
 
 def merge_files(networks: dict[str, nn.Module], given: Iterable[str]) -> None:
@@ -203,6 +280,12 @@ def write_kohya_lora(
         "ss_network_dim": str(len(a.A)),
         "ss_network_alpha": str(a.alpha),
         "ss_v2": str(sd2),
+        "ss_base_model_version": "sd_v2" if sd2 else "sd_v1",
+        "ss_output_name": Path(path).stem,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"stable-diffusion-{'v2-512' if sd2 else 'v1'}/lora",
+        "modelspec.implementation": "https://github.com/kohya-ss/sd-scripts",
+        "modelspec.title": Path(path).stem,
     }
     require_range(path, tensors, dtype)
     write_safetensors(path, tensors, dtype, about | (metadata or {}))
@@ -211,16 +294,19 @@ def write_kohya_lora(
 # ---- Textual Inversion -------------------------------------------------------------------------
 
 
-def read_embedding(path: str | Path) -> tuple[str, Tensor]:
+def read_embedding(given: str | Path) -> tuple[str, Tensor]:
     """A word and its vectors, (n, D) fp32: of a file in diffusers' form or A1111's, of which the
-    file's name is the word, or of a folder with learned_embeds.safetensors. Raises UserError."""
-    path = inside(path, DIFFUSERS_EMBEDDING)
+    file's name is the word, or of a folder with learned_embeds.safetensors; FILE=WORD chooses
+    another word. Raises UserError."""
+    file, chosen = file_and_word(str(given))
+    path = inside(file, *EMBEDDING_FILES)
     tensors, _ = read_tensors(path)
     word, vectors = next(iter(tensors.items()), ("", torch.empty(0)))
     vectors = torch.atleast_2d(vectors)
     if len(tensors) != 1 or vectors.ndim != 2 or not 1 <= vectors.numel() <= MOST_VECTORS:
         raise UserError(f"{path} does not hold the vectors of one word, and nothing else")
-    return path.stem if word in A1111_EMBEDDING else word, vectors.float()
+    word = path.stem if word in A1111_EMBEDDING else word
+    return chosen or word, vectors.detach().float()
 
 
 def write_embedding(path: str | Path, word: str, vectors: Tensor) -> None:

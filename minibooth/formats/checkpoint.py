@@ -18,7 +18,15 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from . import adapters, hub, ldm, vocabulary
-from .configs import SD2_V, SINGLE_FILE, check_config, settle
+from .configs import (
+    PIPELINES,
+    SD2_V,
+    SINGLE_FILE,
+    check_config,
+    other_class,
+    other_file,
+    settle,
+)
 from .tensor_files import json_metadata, read_tensors, require_range, write_safetensors
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
@@ -139,18 +147,48 @@ def read(
         raise UserError(f"{source}: only a single file has an EMA beside its weights: no --ema")
     else:
         file = file_getter(source, revision)
-        if file("model_index.json") is None:
-            for name, what in adapters.NO_MODEL.items():
-                if file(name):
-                    raise UserError(f"{source} {what}")
-            raise UserError(f"{source} is not a model: it has no model_index.json")
-        checkpoint = read_folder(file, str(source), tokenizer, with_vae=vae is None)
+        require_kind(file, source)
+        checkpoint = read_folder(file, str(source), tokenizer, vae)
         checkpoint.licence = hub.LICENCES.get(str(source), checkpoint.licence)
-    if vae is not None:
+    if vae is not None and path.is_file():
         config = checkpoint.configs["vae"]
         checkpoint.configs["vae"], checkpoint.tensors["vae"] = read_vae(vae, config)
+    for name, what in NOT_IN_IT.items():
+        if not checkpoint.tensors[name]:
+            raise UserError(f"{source} {what}")
     settle(checkpoint.configs)
     return checkpoint
+
+
+NOT_IN_IT = {  # single files that are not whole
+    "unet": "holds no UNet",
+    "vae": "holds no VAE: give one with --vae, such as stabilityai/sd-vae-ft-mse",
+    "text_encoder": "holds no text encoder, as files of a UNet alone: get the whole model",
+}
+
+
+def require_kind(file: Callable[..., Path | None], source: str | Path) -> None:
+    """Raise UserError for a folder or hub model that is none, or one of another kind."""
+    index = file("model_index.json")
+    if index is None:
+        for name, what in adapters.NO_MODEL.items():
+            if file(name):
+                raise UserError(f"{source} {what}")
+        if Path(source).is_dir() and (held := list(map(str, single_files(Path(source))))):
+            raise UserError(f"{source} is no folder of diffusers': give a file in it, {held[0]}")
+    told = index or file("config.json")
+    name = str(read_config(told, str(source)).get("_class_name", "")) if told else ""
+    if kind := other_class(name):
+        raise UserError(f"{source} is {kind}{ONLY if ':' not in kind else ''}")
+    if index is None:
+        raise UserError(f"{source} is not a model: it has no model_index.json")
+
+
+ONLY = ": only Stable Diffusion 1.x and 2.x can be used here"
+
+
+def single_files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in hub.FILES)
 
 
 def file_getter(source: str | Path, revision: str | None = None) -> Callable[..., Path | None]:
@@ -178,17 +216,24 @@ def read_folder(
     file: Callable[..., Path | None],
     source: str,
     tokenizer: str | Path | Tokenizer | None,
-    with_vae: bool,
+    vae: str | Path | None,
 ) -> Checkpoint:
+    """Weights last: they may have to be downloaded, and what is small can be refused before."""
     checkpoint = Checkpoint({}, {})
     for name in NETWORKS:
         checkpoint.configs[name] = read_config(file(f"{name}/config.json"), f"{source}/{name}")
-        if name != "vae" or with_vae:
-            checkpoint.tensors[name] = read_weights(file, name, f"{name}/", source)
     scheduler = file("scheduler/scheduler_config.json")
     checkpoint.configs["scheduler"] = read_config(scheduler, f"{source}/scheduler")
+    for name, config in checkpoint.configs.items():
+        check_config(name, config)
     tokenizer = tokenizer or tokenizer_folder(file, ("tokenizer/",), source)
     checkpoint.tokenizer = read_tokenizer(tokenizer, checkpoint.configs["text_encoder"])
+    if vae is not None:
+        config = checkpoint.configs["vae"]
+        checkpoint.configs["vae"], checkpoint.tensors["vae"] = read_vae(vae, config)
+    for name in NETWORKS:
+        if name not in checkpoint.tensors:
+            checkpoint.tensors[name] = read_weights(file, name, f"{name}/", source)
     if card := file("README.md", optional=True):
         licence = re.search(r"^license: *(\S+)", read_text(card, "replace"), re.MULTILINE)
         checkpoint.licence = licence and licence[1].strip("\"'")
@@ -215,10 +260,26 @@ def read_weights(file, name: str, prefix: str, source: str) -> dict[str, Tensor]
     stems = STEMS[name]
     names = [f"{stems[0]}{variant}.safetensors" for variant in VARIANTS]
     names += [f"{stems[-1]}{variant}.bin" for variant in VARIANTS]
-    path = file(*(prefix + n for n in names))
+    indices = [f"{stem}.index.json" for stem in (names[0], names[-len(VARIANTS)])]
+    path = file(*(prefix + n for n in names + indices))
     if path is None:
         raise UserError(f"{source} has no weights for the {name} ({prefix}{names[0]})")
+    if path.suffix == ".json":
+        return legacy_names(name, read_parts(file, path, prefix))
     return legacy_names(name, read_tensors(path)[0])
+
+
+def read_parts(file, index: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of several files, which an index names. Raises UserError where one is missing."""
+    named, tensors = read_config(index, str(index)).get("weight_map"), {}
+    parts = sorted(map(str, named.values())) if isinstance(named, dict) else []
+    if not parts or not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts):
+        raise UserError(f"{index} is damaged: it does not say which files the weights are in")
+    for part in dict.fromkeys(parts):
+        if (path := file(prefix + part)) is None:
+            raise UserError(f"{index} names {part}, which is missing: download it again")
+        tensors |= read_tensors(path)[0]
+    return tensors
 
 
 def tokenizer_folder(
@@ -321,8 +382,12 @@ def guess_configs(
     if text is None or text.ndim != 2 or conv_in is None or conv_in.ndim != 4:
         if any("lora" in key for key in tensors):
             raise UserError(f"{path} {adapters.NO_MODEL[adapters.DIFFUSERS_LORA]}")
+        if kind := other_file(tensors):
+            raise UserError(f"{path} is {kind}{ONLY if ':' not in kind else ''}")
         raise UserError(f"{path} holds no UNet of Stable Diffusion 1.x or 2.x ({ldm.UNET}…)")
-    if text.shape[1] not in SINGLE_FILE:
+    if text.shape[1] not in SINGLE_FILE or conv_in.shape[1] == 7:
+        if kind := other_file(tensors):
+            raise UserError(f"{path} is {kind}{ONLY}")
         raise UserError(
             f"{path} is not Stable Diffusion 1.x or 2.x: its text conditioning is "
             f"{text.shape[1]} wide"
@@ -395,6 +460,7 @@ def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]
     file = file_getter(source)
     found = file("vae/config.json", "config.json")
     config = read_config(found, str(source))
+    check_config("vae", config)
     return config, read_weights(file, "vae", prefix_of(found, source, "vae/"), str(source))
 
 
@@ -414,10 +480,10 @@ def write_folder(
     """
     for name in NETWORKS:
         require_range(folder / name, tensors[name], dtype)
-    inpainting = configs["unet"]["in_channels"] == 9
-    scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler")
+    # A model that was made for Flax has its name for the scheduler, which torch has not.
+    scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler").removeprefix("Flax")
     index = {
-        "_class_name": f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
+        "_class_name": PIPELINES.get(configs["unet"]["in_channels"], PIPELINES[4])[0],
         "_diffusers_version": "0.30.0",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
@@ -441,7 +507,7 @@ def write_folder(
         write_json(folder / name / "config.json", configs[name])
     write_json(
         folder / "scheduler" / "scheduler_config.json",
-        {"_class_name": scheduler, **configs["scheduler"]},
+        {"_class_name": None} | configs["scheduler"] | {"_class_name": scheduler},
     )
     tokenizer.save(folder / "tokenizer")
     write_json(folder / "model_index.json", index)

@@ -6,6 +6,7 @@ the public models' are written down here.
 
 import re
 import warnings
+from collections.abc import Iterable
 
 from ..common.errors import UserError
 
@@ -114,6 +115,68 @@ UNSAID_BY = {
     "TCDScheduler": LIKE_LCM,
 }
 
+
+def is_public_size(configs: dict[str, dict]) -> bool:
+    """Whether a model has the sizes of a public one, so that other programs take it."""
+    public = SINGLE_FILE.get(configs["text_encoder"]["hidden_size"])
+    name = "block_out_channels"
+    return public is not None and list(configs["unet"][name]) == public["unet"][name]
+
+
+# By the channels that its UNet is given: diffusers' class for a model, and what is in the channels
+# beside the 4 of the latents that it cleans.
+PIPELINES = {
+    4: ("StableDiffusionPipeline", "nothing else"),
+    5: ("StableDiffusionDepth2ImgPipeline", "a depth map"),
+    8: ("StableDiffusionInstructPix2PixPipeline", "the picture that it edits (InstructPix2Pix)"),
+    9: ("StableDiffusionInpaintPipeline", "a picture and a mask (inpainting)"),
+}
+# Other models, in plain words: by diffusers' name for them, and by a key in their files.
+A_VAE = "a VAE: give it as --vae, and as --model the model to draw with it"
+OTHER_CLASSES = (
+    (r"StableDiffusionXL|SDXL", "SDXL"),
+    (r"StableDiffusion3|SD3Transformer", "Stable Diffusion 3"),
+    (r"^Flux", "Flux"),
+    (r"^ControlNet", "a ControlNet"),
+    (r"^Autoencoder", A_VAE),
+    (r"Upscale", "an upscaler"),
+    (r"^UNet2DConditionModel", "a UNet alone: give the folder that it is in"),
+    (r"Transformer2D|Transformer3D", "a network of another kind"),
+)
+OTHER_FILES = (
+    (r"(^|\.)(conditioner\.embedders\.1|label_emb\.0)\.", "SDXL"),
+    (r"(^|\.)joint_blocks\.", "Stable Diffusion 3"),
+    (r"(^|\.)double_blocks\.", "Flux"),
+    (r"^(control_model|input_hint_block|controlnet_cond_embedding)\.", "a ControlNet"),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.", A_VAE),
+    (r"^(model\.diffusion_model\.)?label_emb\.weight$", "an upscaler"),
+    (
+        r"^(input_blocks|down_blocks|time_embed|time_embedding)\.",
+        "a UNet alone: get the whole model",
+    ),
+    (r"^(emb_params|\*)$", "a word: give it as --embedding to sample"),
+)
+
+
+def other_class(name: str) -> str | None:
+    """What a model is that diffusers calls so; None where it can be Stable Diffusion 1.x or 2.x."""
+    return next((words for pattern, words in OTHER_CLASSES if re.search(pattern, name)), None)
+
+
+def other_file(keys: Iterable[str]) -> str | None:
+    """What a single file with these keys is; None where nothing tells."""
+    keys = list(keys)
+    found = (what for pattern, what in OTHER_FILES if any(re.search(pattern, k) for k in keys))
+    return next(found, None)
+
+
+def what_else_it_sees(unet: dict) -> str:
+    """Of a UNet that is given more than the latents that it cleans, in words."""
+    channels = unet["in_channels"]
+    what = PIPELINES.get(channels, ("", f"{channels} channels"))[1]
+    return f"this model's UNet wants more than noise and a prompt, {what}"
+
+
 # What the networks do is written in their code; a config that wants something else is refused.
 ACCEPTED: dict[str, dict[str, tuple]] = {
     "unet": {
@@ -184,7 +247,7 @@ def settle(configs: dict[str, dict]) -> None:
     diffusers 0.9 was trained on less than 512² pixels: 64² latents.
     """
     scheduler, unet = configs["scheduler"], configs["unet"]
-    kind = str(scheduler.get("_class_name", "DDIMScheduler"))
+    kind = str(scheduler.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
     for key, value in (UNSAID | UNSAID_BY.get(kind, LIKE_EULER)).items():
         scheduler.setdefault(key, value)
     outdated = []

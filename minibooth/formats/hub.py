@@ -23,6 +23,9 @@ LICENCES = {
 }
 
 
+FILES = (".safetensors", ".sft", ".ckpt", ".bin", ".pt", ".pth", ".gguf")  # endings of weights
+
+
 def toybox() -> Path:
     """The folder of the small model that is shipped: beside the package in a checkout, in it where
     it was installed from a wheel. Raises UserError if it is missing.
@@ -38,7 +41,7 @@ def toybox() -> Path:
 def is_repo_id(source: str) -> bool:
     """Whether it can be one: a missing file, models/dog.safetensors, is nothing to ask the hub."""
     names = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)
-    return names is not None and Path(source).suffix not in (".safetensors", ".ckpt", ".bin", ".pt")
+    return names is not None and Path(source).suffix.lower() not in FILES
 
 
 def public_name(source: str | Path) -> str:

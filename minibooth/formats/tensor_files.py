@@ -26,6 +26,9 @@ DTYPES = {
 }
 
 
+SAFETENSORS = (".safetensors", ".sft")  # endings, in any case
+
+
 def write_safetensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -83,11 +86,19 @@ def require_range(
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a weight file, memory-mapped, and a safetensors file's metadata.
 
-    Pickles (.ckpt, .bin, .pt) are read by torch's restricted unpickler: no code in them runs.
-    Raises UserError for a file that is damaged or wants to run code.
+    What kind it is says its content: files go round under every ending. Pickles (.ckpt, .bin, .pt)
+    are read by torch's restricted unpickler: no code in them runs. Raises UserError for a file that
+    is damaged, wants to run code or is GGUF.
     """
     try:
-        if path.suffix == ".safetensors":
+        with open(path, "rb") as f:
+            head = f.read(9)
+        if head.startswith(b"GGUF"):
+            raise UserError(
+                f"{path} is GGUF, rounded weights for drawing alone: get the model as .safetensors"
+            )
+        named = path.suffix.lower() in SAFETENSORS and not head.startswith((b"PK", b"\x80"))
+        if named or head[8:] == b"{":  # the header, after its length in 8 bytes
             return read_safetensors(path)
         return read_pickle(path), {}
     except UserError:
@@ -182,10 +193,14 @@ def read_zip(path: Path, file: BinaryIO):
                 file.seek(name_length + extra_length, os.SEEK_CUR)
                 check_pickled(path, file.read(member.file_size))
     foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    if refused := [name for name in foreign if not INERT.fullmatch(name)]:
+    if refused := [n for n in foreign if n != PARAMETERS and not INERT.fullmatch(n)]:
         raise wants_to_run_code(path, refused)
-    shells = [(type(name.rpartition(".")[2], (Shell,), {}), name) for name in foreign]
-    with torch.serialization.safe_globals(shells):
+    shells = {name: type(name.rpartition(".")[2], (Shell,), {}) for name in foreign}
+    shells[PARAMETERS] = Parameters
+    with torch.serialization.safe_globals([(shell, name) for name, shell in shells.items()]):
+        if path.suffix == ".safetensors":  # torch goes by the name: this one it must not see
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -218,6 +233,16 @@ class Frugal:
 def wants_to_run_code(path: Path, names: list[str]) -> UserError:
     shown = ", ".join(names[:5])
     return UserError(f"{path} wants to run code ({shown:.200}): not loaded; use safetensors")
+
+
+PARAMETERS = "torch.nn.modules.container.ParameterDict"  # in A1111's first embeddings
+
+
+class Parameters(dict):
+    """Stands for torch's own container: the tensors in it, by name."""
+
+    def __setstate__(self, state):
+        self.update(state["_parameters"])
 
 
 class Shell:

@@ -15,6 +15,7 @@ from PIL import PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic
 from ..pipeline import StableDiffusion
@@ -59,6 +60,20 @@ def missing_of_run(
     subjects = (settings_of(config, s, resolution, fingerprint) for s in config.subjects)
     found = [find(sd, **settings) for settings in subjects]
     return [len(images.batch(first)) for images in found for first in images.missing]
+
+
+def there(folder: str | Path) -> list[Path]:
+    """The pictures in it; none where it is not there yet."""
+    try:
+        return photos.image_files(folder)
+    except UserError:
+        return []
+
+
+def check_folder(folder: str | Path, count: int) -> None:
+    """Raise UserError where class images are to be drawn into a folder that cannot hold them."""
+    if len(there(folder)) < count:
+        cli.check_folder("--class_data_dir", folder)
 
 
 def settings_of(config: TrainConfig, subject: Subject, resolution: int, fingerprint: str) -> dict:
@@ -123,6 +138,8 @@ def ensure(sd: StableDiffusion, folder: Path, *, begin: int = 0, **settings) -> 
     own, wanted, todo = images.own, images.drawn, images.missing
     first = begin % max(1, len(todo))
     todo = todo[first:] + todo[:first]
+    if todo:
+        cli.check_folder("--class_data_dir", folder)
     if own:
         print(f"class images: {len(own)} of your own in {folder}, {len(wanted)} drawn")
     info = PngImagePlugin.PngInfo()

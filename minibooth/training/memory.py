@@ -1,5 +1,6 @@
 """How much memory there is, the modes that make a run fit it, and what they do."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,6 +49,21 @@ def available(device: torch.device) -> int | None:
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     return None
+
+
+def keep_to_what_is_free(device: torch.device) -> None:
+    """On Windows, have this process run out of the card's memory where that ends.
+
+    The driver there goes on in the host's memory, at a hundredth of the speed and without a word,
+    so that neither the plan is kept nor the advice given. Does nothing elsewhere.
+    """
+    if sys.platform == "win32" and device.type == "cuda":
+        # A device without an index is the current one; set_per_process_memory_fraction wants it.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        free, total = torch.cuda.mem_get_info(index)
+        share = (free + torch.cuda.memory_reserved(index)) / total
+        set_before = torch.cuda.get_per_process_memory_fraction(index)
+        torch.cuda.set_per_process_memory_fraction(min(share, set_before), index)
 
 
 def room(sd: StableDiffusion, device: torch.device) -> int | None:

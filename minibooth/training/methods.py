@@ -3,33 +3,55 @@
 One loss and one run for all three: what the optimizer is given for each network differs.
 """
 
+import json
 import math
-import re
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import lora, textual_inversion
+from ..common import cli
 from ..common.files import write_text
 from ..formats import adapters
 from ..pipeline import StableDiffusion
-from . import optimizer, report
+from . import optimizer, ranks, report
 from .settings import TrainConfig
 
-LORA_FILE = "lora.safetensors"  # kohya's form, for A1111 and ComfyUI
 # What is usual for LoRA: B starts at zero, and steps that suit whole weights would hardly move it.
 LORA_RATES = {"learning_rate": 1e-4, "text_encoder_learning_rate": 5e-5}
 # As diffusers' script has them; no network trains.
 WORD = {"learning_rate": 5e-4, "max_train_steps": 3000, "train_text_encoder": False}
+USUAL = {  # learning rates on public models
+    "dreambooth": TrainConfig.learning_rate,
+    "lora": LORA_RATES["learning_rate"],
+    "textual_inversion": WORD["learning_rate"],
+}
 
 
 def defaults(given: dict) -> dict:
-    """The settings that suit the method, where nothing else is said."""
+    """The settings that suit the method, where nothing else is said. Warns of a config's learning
+    rate that is another method's."""
+    if "config" in given:
+        warn_of_other_method(given)
     method = None if "config" in given else given.get("method")
     if method == "textual_inversion":
         return WORD | {"instance_prompt": f"a {given.get('placeholder_token')}"}
     return LORA_RATES if method == "lora" else {}
+
+
+def warn_of_other_method(given: dict) -> None:
+    """`given` are the settings of a config file and the flags that replace some of them."""
+    in_config = vars(TrainConfig()) | cli.read_config(Path(given["config"]), TrainConfig)
+    before, now, rate = in_config["method"], given.get("method"), given.get("learning_rate")
+    if now in USUAL and now != before and rate == in_config["learning_rate"]:
+        usual = "" if given.get("model") == "toybox" else f" ({USUAL[now]:g} is usual)"
+        warnings.warn(
+            f"the learning rate {rate:g} is that of a config for --method {before}: for --method "
+            f"{now} give a --learning_rate{usual}",
+            stacklevel=2,
+        )
 
 
 def to_train(sd: StableDiffusion, config: TrainConfig) -> dict[str, nn.Module]:
@@ -113,16 +135,41 @@ def write(
         [word], token = trained.values(), config.placeholder_token
         textual_inversion.store(sd, word)
         adapters.write_embedding(folder / adapters.DIFFUSERS_EMBEDDING, token, word.vectors)
-        adapters.write_embedding(folder / a1111_name(token), "emb_params", word.vectors)
+        file = folder / report.small_file(config, step)
+        adapters.write_embedding(file, "emb_params", word.vectors)
     else:
-        adapters.write_kohya_lora(folder / LORA_FILE, sd.networks, trained, dtype)
+        file, about = folder / report.small_file(config, step), header(sd, config, step)
+        adapters.write_kohya_lora(file, sd.networks, trained, dtype, about)
         adapters.write_diffusers_lora(folder, sd.networks, trained, dtype)
     write_text(folder / "README.md", report.model_card(sd, config, step))
 
 
-def a1111_name(token: str) -> str:
-    """The file whose name is the word in A1111 and ComfyUI: <my-dog> is my-dog there."""
-    return (re.sub(r"[^\w-]", "", token) or "word") + ".safetensors"
+def header(sd: StableDiffusion, config: TrainConfig, step: int) -> dict[str, str]:
+    """What A1111 and ComfyUI show of a LoRA: what it was trained from, on and with."""
+    prompts = dict.fromkeys(subject.instance_prompt for subject in config.subjects)
+    side, alpha = config.resolution or sd.image_size, config.lora_alpha or config.rank
+    v = sd.schedule.prediction_type == "v_prediction"
+    return {
+        "ss_sd_model_name": sd.source,
+        "ss_tag_frequency": json.dumps({"photographs": {p: 1 for p in prompts}}),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_unet_lr": str(config.learning_rate),
+        "ss_text_encoder_lr": str(config.text_encoder_learning_rate)
+        if config.train_text_encoder
+        else "None",
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_steps": str(step),
+        "ss_max_train_steps": str(config.max_train_steps),
+        "ss_total_batch_size": str(config.train_batch_size * ranks.count()),
+        "ss_prior_loss_weight": str(config.prior_loss_weight if config.uses_prior else 0.0),
+        "ss_resolution": f"({side}, {side})",
+        "ss_seed": str(config.seed),
+        "ss_training_comment": f"minibooth: {config.lora_targets}, rank {config.rank}, α {alpha:g}",
+        "modelspec.trigger_phrase": ", ".join(prompts),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "modelspec.license": sd.licence or "unknown",
+    }
 
 
 @torch.no_grad()

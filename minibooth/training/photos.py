@@ -8,7 +8,8 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -34,6 +35,12 @@ DRAWN = re.compile(
     r"[0-9a-f]{12}-\d{5}\.png|step-\d{5}\.png|(before_after|curve|grid|loss|photographs)\.png"
 )
 SAID = {"prompt", "seed", "steps", "guidance_scale"}
+
+# Pictures and films that lie among photographs and are not read.
+UNREAD = (".jxl", ".jp2", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
+UNREAD += (".psd", ".xcf", ".svg", ".pdf", ".mov", ".mp4")
+
+MOST_PIXELS = 300_000_000  # of a picture; telephones take 200 million. In RGB they are 900 MB
 
 NEARLY_SQUARE = 1.05  # long side / short side up to which one crop is enough
 
@@ -99,12 +106,21 @@ def load_photos(
     if not files:
         raise UserError("the list of photographs is empty: give at least one")
 
-    crops, photo = [], []
+    crops, photo, small = [], [], []
     for index, file in enumerate(files):
         # Twice the resolution leaves Lanczos enough to work on, as in Pillow's own thumbnail().
-        for crop in _square_crops(read_image(file, 2 * resolution), resolution, center_crop):
+        image = read_image(file, 2 * resolution)
+        if 2 * min(image.size) <= resolution:
+            small.append("{} is {}×{}".format(file.name, *image.size))
+        for crop in _square_crops(image, resolution, center_crop):
             crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))  # (3, R, R)
             photo.append(index)
+    if small:
+        warnings.warn(
+            f"{len(small)} of {len(files)} photographs are enlarged to twice their size and more, "
+            f"and what is learned is as blurred ({small[0]}, wanted are {resolution}²)",
+            stacklevel=2,
+        )
     return Photos(torch.stack(crops), torch.tensor(photo), files)
 
 
@@ -177,6 +193,21 @@ def says_drawn(file: Path) -> bool:
         return False
 
 
+def left_out(folder: str | Path) -> str | None:
+    """A line on what lies among the photographs and is none that is read: folders, kinds of picture
+    that are not known, links that lead nowhere. None where there is nothing."""
+    names = [
+        path.name + "/" * path.is_dir()
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name)
+        if not path.name.startswith(".")
+        if path.is_dir() or not path.exists() or path.suffix.lower() in UNREAD
+    ]
+    if not names:
+        return None
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"{folder}: {len(names)} left out, which are no photographs here ({shown})"
+
+
 def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:
     """One upright 8-bit RGB image from a file of FORMATS, the first frame if it has several.
 
@@ -195,7 +226,9 @@ def _decode(path: Path, min_side: int | None) -> Image.Image:
         if _is_heif(path):
             _register_heif(path)
         Image.init()
-        with Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
+        with _without_pillows_limit(), Image.open(path, formats=_formats()) as image:
+            if math.prod(image.size) > MOST_PIXELS:
+                raise UserError(f"{path} has too many pixels to be opened: scale it down")
             if min_side is not None:
                 image.draft(None, (min_side, min_side))  # does something for JPEG only
             image.load()
@@ -204,12 +237,24 @@ def _decode(path: Path, min_side: int | None) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise UserError(f"{path} does not hold an image: remove or export it again") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} has too many pixels to be opened: scale it down") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, …
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(f"{path} cannot be read ({reason}): remove or export it again") from error
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _formats() -> list[str]:
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Pillow takes 90 million pixels for an attack and says so; here there is MOST_PIXELS."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _is_heif(path: Path) -> bool:
@@ -292,8 +337,11 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """Modes I;16, I and F, which Pillow's own convert() would clip at 255."""
     values = np.asarray(image).astype(np.float64)  # (H, W)
     values = np.where(np.isfinite(values), values, 0)
-    # White is 1 for floats and 65535 for integers, or what is brightest if that is beyond it.
+    # White is 1 for floats and 65535 for integers, or what is brightest if that is beyond it; 255
+    # in 32 bits that hold no more, as programs for measuring write them.
     white = max(values.max(), 1 if image.mode == "F" else 65535)
+    if image.mode == "I" and values.max() <= 255:
+        white = 255
     return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
 
 

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import re
 import warnings
 from collections.abc import Iterable
 from itertools import pairwise
@@ -13,9 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from ..common import cli
 from ..common.errors import UserError
-from ..common.files import atomic, folder_size, gigabytes, write_text
+from ..common.files import atomic, folder_size, gigabytes, named_after, write_text
 from ..formats import hub
+from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
+from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
 from . import ranks
@@ -269,27 +274,76 @@ def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
 # ---- after the run -----------------------------------------------------------------------------
 
 
-def what_next(run: Path, config: TrainConfig) -> str:
-    """The last lines of a run."""
-    places = (config.model, run, f"{run}.safetensors")
-    model, result, file = (f'"{x}"' if " " in str(x) else str(x) for x in places)
-    if config.ema == "yes":
-        model += " --ema yes"
-    what, draw, merged = "the model", f"--model {result}", f"--model {result}"
-    if config.method == "lora":
-        what, draw = "a LoRA", f"--model {model} --lora {result}"
-        merged = f"--model {model} --merge_lora {result}"
+def small_file(config: TrainConfig, step: int) -> str:
+    """What A1111's and ComfyUI's form of a LoRA or a word is called after `step` updates: all of
+    them go into one folder there. A LoRA is named after the run's folder; of a word the file's name
+    is what stands in prompts, <my-dog> as my-dog. Those of snapshots also have their step."""
+    name = named_after(config.output_dir)
     if config.trains_word:
-        what, draw = "a word", f"--model {model} --embedding {result}"
-    draw += f' --prompt "{config.subjects[0].instance_prompt} in the snow"'
+        name = re.sub(r"[^\w-]", "", config.placeholder_token) or "word"
+    if f"{name}.safetensors" in (DIFFUSERS_LORA, DIFFUSERS_EMBEDDING):
+        name += "-a1111"
+    return f"{name}{f'-{step}' if step < config.max_train_steps else ''}.safetensors"
+
+
+# Where each kind of file goes in other programs.
+COMFYUI = {"dreambooth": "checkpoints", "lora": "loras", "textual_inversion": "embeddings"}
+A1111 = {
+    "dreambooth": "models/Stable-diffusion",
+    "lora": "models/Lora",
+    "textual_inversion": "embeddings",
+}
+
+
+def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None) -> str:
+    """The last lines of a run, each to be pasted into a shell; where `sd` is a model that other
+    programs take, what brings the result there, too."""
+    file = os.path.join(os.path.dirname(run), f"{named_after(run)}.safetensors")
+    result, prompt = str(run), config.subjects[0].instance_prompt
+    base = ["--model", config.model] + ["--ema", "yes"] * (config.ema == "yes")
+    what, draw, merged = "the model", ["--model", result], ["--model", result]
+    if config.method == "lora":
+        what, draw, merged = "a LoRA", [*base, "--lora", result], [*base, "--merge_lora", result]
+    if config.trains_word:
+        what, draw = "a word", [*base, "--embedding", result]
+    draw += ["--prompt", f"{prompt} in the snow"]
     if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
-        draw += f" --guidance_scale {config.validation_guidance_scale:g}"
-    lines = f"done: {run} is {what}\n  draw:     python -m minibooth.sample {draw}"
+        draw += ["--guidance_scale", f"{config.validation_guidance_scale:g}"]
+    lines = {"draw": command("minibooth.sample", *draw)}
     if not config.trains_word:
-        lines += f"\n  one file: python -m minibooth.convert {merged} --output {file}"
+        lines["one file"] = command("minibooth.convert", *merged, "--output", file)
+    if sd and is_public_size(sd.configs):
+        if config.method != "dreambooth":
+            file = os.path.join(run, small_file(config, config.max_train_steps))
+        lines["ComfyUI"] = cli.copying(file, f"ComfyUI/models/{COMFYUI[config.method]}")
+        webui = f"stable-diffusion-webui/{A1111[config.method]}"
+        lines["A1111"] = cli.copying(file, webui)
+        lines["diffusers"] = f"python -c {cli.pasted(for_diffusers(run, config))}"
+    said = [f"done: {run} is {what}"]
+    said += [f"  {name + ':':10} {line}" for name, line in lines.items()]
     if (state := run / "state").exists():
-        lines += f"\n  {state} ({gigabytes(folder_size(state))}) is only needed for more steps"
-    return lines
+        said.append(f"  {state} ({gigabytes(folder_size(state))}) is only needed for more steps")
+    return "\n".join(said)
+
+
+def command(program: str, *given: str) -> str:
+    return f"python -m {program} {' '.join(map(cli.pasted, map(str, given)))}"
+
+
+def for_diffusers(run: Path, config: TrainConfig) -> str:
+    """Python in one line that draws with the result."""
+    base, small, folder = str(config.model), "", str(run)
+    if config.method == "dreambooth":
+        base = folder
+    elif config.method == "lora":
+        small = f"p.load_lora_weights({folder!r}); "
+    else:
+        small = f"p.load_textual_inversion({folder!r}); "
+    load = "from_single_file" if Path(base).is_file() else "from_pretrained"
+    return (
+        f"from diffusers import StableDiffusionPipeline as S; p = S.{load}({base!r}); "
+        f"{small}p({config.subjects[0].instance_prompt!r}).images[0].save('drawn.png')"
+    )
 
 
 def model_card(sd: StableDiffusion, config, steps: int) -> str:

@@ -1,6 +1,7 @@
 """What is refused and decided before the first file is written."""
 
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from .. import ops, pipeline, schedule
 from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
+from ..formats.configs import what_else_it_sees
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
 from . import (
@@ -20,6 +22,7 @@ from . import (
     events,
     memory,
     methods,
+    no_gpu,
     photos,
     plan,
     ranks,
@@ -82,8 +85,8 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
         )
     for subject in config.subjects:
         photos.photographs(subject.instance_data_dir)
-        if subject.class_data_dir and Path(subject.class_data_dir).is_file():
-            raise UserError(f"--class_data_dir {subject.class_data_dir} is a file: give a folder")
+        if config.uses_prior and subject.class_data_dir:
+            class_images.check_folder(subject.class_data_dir, config.num_class_images)
     cli.check_folder("--output_dir", config.output_dir)
     subjects.check_folders(config.subjects, config.output_dir)
     return device
@@ -161,6 +164,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
     saved = resume.load(folder) if config.resume_from_checkpoint else None
     if config.resume_from_checkpoint and saved is None:
         print(f"no state in {folder} yet: starting at the first step")
+    memory.keep_to_what_is_free(device)
     if config.fit_memory and device.type == "cuda":
         config = fitted(config, sd, resolution, device, saved)
     precision = Precision(config.mixed_precision, device, not config.gradient_checkpointing)
@@ -217,7 +221,8 @@ def spelled(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 def check_model(sd: StableDiffusion, resolution: int, sampler_steps: tuple[int, ...]) -> None:
     if sd.configs["unet"]["in_channels"] != sd.configs["unet"]["out_channels"]:
-        raise UserError("an inpainting model cannot be trained here: give its base model")
+        sees = what_else_it_sees(sd.configs["unet"])
+        raise UserError(f"{sees}: it cannot be trained here, give its base model")
     if resolution % sd.vae.factor:
         raise UserError(f"--resolution must be a multiple of {sd.vae.factor}")
     for steps in sampler_steps:
@@ -303,6 +308,7 @@ def disk_needed(
 def announce(run: Run) -> None:
     """Take the folder: say and write what is about to run."""
     config, folder = run.config, run.folder
+    no_gpu.refuse(run.sd, config, run.resolution, run.device)
     resume.remove_leftovers(folder)
     finished = snapshots.is_model(folder)
     need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)
@@ -316,6 +322,17 @@ def announce(run: Run) -> None:
     report.check_captions(config.subjects, run.shown.tolist(), counts)
     if config.trains_word:
         subjects.require_word(run.photos.files, counts, config.placeholder_token)
+    report.check_captions(config.subjects, run.shown.tolist(), run.captions)
+    for subject in config.subjects:
+        if line := photos.left_out(subject.instance_data_dir):
+            print(line)
+    if config.lr_warmup_steps > config.max_train_steps:
+        share = config.max_train_steps / config.lr_warmup_steps
+        warnings.warn(
+            f"--lr_warmup_steps {config.lr_warmup_steps} is longer than the run: the learning rate "
+            f"ends at {share:.0%} of what it is to be",
+            stacklevel=2,
+        )
     if line := subjects.about_captions(run.photos.files, run.captions, config.reads_captions):
         print(line)
     if config.trains_word:

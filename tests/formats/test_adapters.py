@@ -5,7 +5,7 @@ import peers
 import pytest
 import tiny
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -203,15 +203,42 @@ def test_old_spellings_are_read(tmp_path):
             key = key.replace(".lora.", ".lora_linear_layer.").replace("text_model.", "")
         old[key] = value
     save_file(old, tmp_path / "old.safetensors")
+    bare = {k.removeprefix("unet.").removeprefix("text_encoder."): v for k, v in old.items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    (tmp_path / "folder").mkdir()
+    torch.save(old, tmp_path / "folder" / "pytorch_lora_weights.bin")
     kohya = load_file(write("kohya", tmp_path, sd, found))
     save_file({k.replace("lora_te_", "lora_te1_"): v for k, v in kohya.items()}, tmp_path / "k.bin")
     (tmp_path / "k.bin").rename(tmp_path / "te1.safetensors")
-    for name in ("old.safetensors", "te1.safetensors"):
+    for name in ("old.safetensors", "te1.safetensors", "bare.safetensors", "folder"):
         again = adapters.read_lora(tmp_path / name, sd.networks)
         for network, of_it in found.items():
             assert again[network].keys() == of_it.keys()
             for key, a in of_it.items():
                 assert torch.allclose(again[network][key].delta(), a.delta(), atol=1e-5)
+
+
+def test_what_peft_saves_by_itself_we_draw_with(tmp_path):
+    """A folder for each network; α stands in adapter_config.json alone."""
+    pipe = theirs("sd1")
+    targets = {"unet": ["to_q", "to_out.0"], "text_encoder": ["q_proj", "out_proj"]}
+    for name, layers in targets.items():
+        config = LoraConfig(r=3, lora_alpha=6, target_modules=layers)
+        network = get_peft_model(getattr(pipe, name), config)
+        for i, (key, p) in enumerate(network.named_parameters()):
+            if "lora_B" in key:
+                p.data = 0.3 * tiny.randn(*p.shape, seed=i)
+        network.save_pretrained(tmp_path / name)
+    sd = load(peers.model()[0])
+    adapters.merge_files(sd.networks, [str(tmp_path / name) for name in targets])
+    assert tiny.rel(draw(sd), draw_theirs(pipe)) < 1e-4
+    config = tmp_path / "unet" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_rslora": false', '"use_rslora": true'))
+    with pytest.raises(UserError, match="use_rslora"):
+        adapters.read_lora(tmp_path / "unet", sd.networks)
+    config.unlink()
+    with pytest.raises(UserError, match=r"adapter_config.json, .* put that beside it"):
+        adapters.read_lora(tmp_path / "unet", sd.networks)
 
 
 def test_without_alpha_it_is_the_rank(tmp_path):
@@ -242,6 +269,12 @@ def broken(tmp_path, change):
     return tmp_path / "x.safetensors", sd.networks
 
 
+def conv(name, channels):
+    """Of a 3×3 convolution, as LoCon has them."""
+    down, up = torch.ones(2, channels, 3, 3), torch.ones(64, 2, 1, 1)
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+
+
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
@@ -250,8 +283,15 @@ Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     [
         (lambda t: {}, "holds no LoRA"),
         (lambda t: {"conv_in.weight": t[f"{Q}.alpha"]}, "conv_in.weight is of no LoRA"),
-        (lambda t: {f"{Q}.hada_w1_a": t[f"{Q}.alpha"]}, "hada_w1_a is of no LoRA"),
-        (lambda t: {k.replace("lora_te_", "lora_te2_"): v for k, v in t.items()}, "lora_te2_text"),
+        (lambda t: {f"{Q}.hada_w1_a": t[f"{Q}.alpha"]}, "is a LoHa, .* not read here .*hada_w1_a"),
+        (lambda t: {f"{Q}.lokr_w1": t[f"{Q}.alpha"]}, "is a LoKr, a kind that is not read here"),
+        (lambda t: t | {f"{Q}.dora_scale": torch.ones(2)}, "is a DoRA, a kind that is not read"),
+        (lambda t: t | {f"{Q}.lora_mid.weight": torch.ones(2)}, "is a LoCon, a kind that is not"),
+        (lambda t: t | conv("lora_unet_mid_block_resnets_0_conv1", 64), "is a LoCon, .*not read"),
+        (lambda t: t | conv("lora_unet_conv_in", 4), "is a LoCon, a kind that is not read here"),
+        (lambda t: {k.replace("lora_te_", "lora_te2_"): v for k, v in t.items()}, "for SDXL"),
+        (lambda t: {k.replace("down_blocks_0", "input_blocks_4"): v for k, v in t.items()}, "SDXL"),
+        (lambda t: {f"transformer.{k}": v for k, v in t.items()}, "for another .* Flux or SD 3"),
         (lambda t: {k.replace("blocks_0", "blocks_7"): v for k, v in t.items()}, "another model"),
         (lambda t: {k.replace("to_q", "norm"): v for k, v in t.items()}, "linear layer"),
         (lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_up.weight"}, "lacks one"),
@@ -326,15 +366,26 @@ def test_every_form_of_an_embedding_is_read(n, tmp_path):
     torch.save({"<toy>": v[0] if n == 1 else v}, tmp_path / "learned_embeds.bin")
     a1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": v}, "name": "x", "step": 9}
     torch.save(a1111 | {"sd_checkpoint": None}, tmp_path / "old.pt")
+    early = {"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(v)})}
+    torch.save(early, tmp_path / "early.pt")
+    (tmp_path / "folder").mkdir()
+    torch.save({"<toy>": v}, tmp_path / "folder" / "learned_embeds.bin")
     for name, word in {
         "learned_embeds.safetensors": "<toy>",
         "": "<toy>",  # the folder: the first of these in it
         "toy.safetensors": "toy",
         "learned_embeds.bin": "<toy>",
         "old.pt": "old",
+        "early.pt": "early",
+        "early.pt=<cat>": "<cat>",
+        "folder": "<toy>",
     }.items():
         said, vectors = adapters.read_embedding(tmp_path / name)
         assert said == word and torch.equal(vectors, v), name
+        assert not vectors.requires_grad
+    assert adapters.public_word(f"{tmp_path}/early.pt=<cat>") == "early.pt=<cat>"
+    (tmp_path / "a=b.pt").write_bytes((tmp_path / "early.pt").read_bytes())
+    assert adapters.read_embedding(tmp_path / "a=b.pt")[0] == "a=b"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import diffusers
 import peers
 import pytest
 import torch
@@ -26,6 +27,8 @@ from weight_files import (
 )
 
 import minibooth
+from minibooth.common.errors import UserError
+from minibooth.training import start
 
 # ---- folders -------------------------------------------------------------------------------------
 
@@ -136,6 +139,76 @@ def test_bin_files_in_a_folder(write, tmp_path, no_warnings):
     write(text, folder / "text_encoder" / "pytorch_model.fp16.bin")
     (folder / TEXT_FILE).unlink()
     assert_same(minibooth.load(folder), pipe)
+
+
+def test_weights_in_several_files_with_an_index(tmp_path, no_warnings):
+    """As save_pretrained writes what is larger than 10 GB, or than it is told."""
+    folder, pipe = copy("sd1", tmp_path)
+    (folder / UNET_FILE).unlink()
+    pipe.unet.save_pretrained(folder / "unet", max_shard_size="500KB")
+    parts = list((folder / "unet").glob("*.safetensors"))
+    assert len(parts) > 1 and not (folder / UNET_FILE).exists()
+    text = load_file(folder / TEXT_FILE)
+    (folder / TEXT_FILE).unlink()
+    for name in ("model", "pytorch_model"):  # as transformers calls them, and did
+        ending = "safetensors" if name == "model" else "bin"
+        keys = sorted(text)
+        half = {f"{name}-1-of-2.{ending}": keys[::2], f"{name}-2-of-2.{ending}": keys[1::2]}
+        for part, own in half.items():
+            write, held = save_file if name == "model" else torch.save, {k: text[k] for k in own}
+            write(held, folder / "text_encoder" / part)
+        index = folder / "text_encoder" / f"{name}.{ending}.index.json"
+        index.write_text(json.dumps({"weight_map": {k: f for f in half for k in half[f]}}))
+        assert_same(minibooth.load(folder), pipe)
+        index.unlink()
+    parts[0].unlink()
+    with pytest.raises(UserError, match=f"names {parts[0].name}, which is missing"):
+        minibooth.load(folder)
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    for wrong in ({}, {"weight_map": {"a": "../../secret"}}, {"weight_map": {"a": "/etc/passwd"}}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="does not say which files the weights are in"):
+            minibooth.load(folder)
+
+
+def test_a_folder_with_a_single_file_names_it(tmp_path):
+    (tmp_path / "dog.ckpt").touch()
+    with pytest.raises(UserError, match=f"give a file in it, {tmp_path / 'dog.ckpt'}"):
+        minibooth.load(tmp_path)
+
+
+CLASSES = {5: "StableDiffusionDepth2Img", 8: "StableDiffusionInstructPix2Pix"}
+
+
+@pytest.mark.parametrize("channels", CLASSES)
+def test_a_unet_that_sees_more_is_written_under_its_own_class_and_not_drawn_with(
+    channels, tmp_path
+):
+    folder, _ = copy("sd1", tmp_path)
+    config = json.loads((folder / "unet/config.json").read_text()) | {"in_channels": channels}
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    wide = torch.zeros(32, channels, 3, 3)
+    rewrite(folder / UNET_FILE, lambda t: t | {"conv_in.weight": wide})
+    sd = minibooth.load(folder)
+    with pytest.raises(UserError, match=r"wants more than noise and a prompt, (a depth|the pict)"):
+        sd.generate("a dog", steps=1)
+    with pytest.raises(UserError, match=r"wants more than .*cannot be trained here"):
+        start.check_model(sd, 32, ())
+    sd.save(tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == f"{CLASSES[channels]}Pipeline"
+    assert hasattr(diffusers, index["_class_name"])
+
+
+def test_a_scheduler_of_flax_is_written_under_torchs_name(tmp_path):
+    folder, _ = copy("sd1", tmp_path)
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace('"DDIMScheduler"', '"FlaxDDIMScheduler"'))
+    minibooth.load(folder).save(tmp_path / "out")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler
+    written = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert written["_class_name"] == "DDIMScheduler" == next(iter(written.values()))
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The hub: exact names, its cache, and what can be wrong."""
 
+import json
 import os
 import shutil
 import socket
@@ -26,19 +27,22 @@ from weight_files import (
 import minibooth
 from minibooth.common.errors import UserError
 
-FETCHED = [
+CONFIGS = [
     "model_index.json",
     "unet/config.json",
-    UNET_FILE,
     "vae/config.json",
-    VAE_FILE,
     "text_encoder/config.json",
-    TEXT_FILE,
     "scheduler/scheduler_config.json",
+]
+FETCHED = [
+    *CONFIGS,
     "tokenizer/vocab.json",
     "tokenizer/merges.txt",
     "tokenizer/special_tokens_map.json",
     "tokenizer/tokenizer_config.json",
+    UNET_FILE,
+    VAE_FILE,
+    TEXT_FILE,
     "README.md",
 ]
 
@@ -84,6 +88,65 @@ def test_a_model_is_downloaded_by_exact_names(tmp_path, monkeypatch):
     assert sd.licence == "openrail"
 
 
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        (
+            "StableDiffusionXLPipeline",
+            "is SDXL: only Stable Diffusion 1.x and 2.x can be used here",
+        ),
+        ("StableDiffusion3Pipeline", "is Stable Diffusion 3: only"),
+        ("FluxPipeline", "is Flux: only"),
+        ("StableDiffusionUpscalePipeline", "is an upscaler: only"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_by_its_first_file(name, said, tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    fake = FakeHub(monkeypatch, tmp_path, tmp_path)
+    for source in ("someone/some-model", tmp_path):
+        with pytest.raises(UserError, match=said) as error:
+            minibooth.load(source)
+        one_line(error)
+    assert fake.asked == ["model_index.json"]
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("ControlNetModel", "is a ControlNet: only"),
+        ("AutoencoderKL", "is a VAE: give it as --vae"),
+        ("UNet2DConditionModel", "is a UNet alone: give the folder that it is in"),
+        ("FluxTransformer2DModel", "is Flux: only"),
+    ],
+)
+def test_a_part_that_is_given_as_a_model_is_named(name, said, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+    FakeHub(monkeypatch, tmp_path, tmp_path)
+    for source in ("someone/some-model", tmp_path):
+        with pytest.raises(UserError, match=said):
+            minibooth.load(source)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_no_weights_are_downloaded_of_a_model_that_a_config_rules_out(part, tmp_path, monkeypatch):
+    folder, _ = copy("sd1", tmp_path)
+    path = folder / part / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"act_fn": "mish", "hidden_act": "relu"}))
+    fake = FakeHub(monkeypatch, tmp_path, folder)
+    with pytest.raises(UserError, match=f"the {part}'s config says .* another kind of model"):
+        minibooth.load("someone/some-model")
+    assert fake.asked == CONFIGS
+
+
+def test_nor_where_the_vae_that_is_to_replace_its_own_is_missing(tmp_path, monkeypatch):
+    folder, _ = copy("sd1", tmp_path)
+    fake = FakeHub(monkeypatch, tmp_path, folder)
+    with pytest.raises(UserError, match="no such folder or file"):
+        minibooth.load("someone/some-model", vae=tmp_path / "none.safetensors")
+    assert not set(fake.asked) & {UNET_FILE, VAE_FILE, TEXT_FILE}
+
+
 def test_older_repositories_with_bin_files_only(tmp_path, monkeypatch):
     folder, pipe = copy("sd1", tmp_path)
     zipped(load_file(folder / TEXT_FILE), folder / "text_encoder/pytorch_model.bin")
@@ -111,7 +174,7 @@ def test_a_vae_given_instead_is_downloaded_instead(tmp_path, monkeypatch, other_
     assert [n for n in fake.asked if n.startswith("vae/")] == ["vae/config.json"]
 
 
-@pytest.mark.parametrize("name", ["dog.safetensors", "dog.ckpt", "dog.bin", "dog.pt"])
+@pytest.mark.parametrize("name", ["dog.safetensors", "dog.SafeTensors", "dog.sft", "dog.ckpt"])
 def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(name):
     """The fixture no_network refuses every download."""
     with pytest.raises(UserError, match="no such folder or file") as error:

@@ -5,12 +5,12 @@ import peers
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from weight_files import KINDS, assert_same, assert_same_state, legacy, single, zipped
+from safetensors.torch import load_file, save_file
+from weight_files import KINDS, assert_same, assert_same_state, legacy, one_line, single, zipped
 
 import minibooth
 from minibooth.common.errors import UserError
-from minibooth.formats import checkpoint
+from minibooth.formats import checkpoint, tensor_files
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,3 +246,76 @@ def test_prediction_type_overrides_what_a_folder_says():
     assert sd.schedule.prediction_type == "v_prediction"
     with pytest.raises(UserError, match="sample"):
         minibooth.load(folder, prediction_type="sample")
+
+
+# ---- what else goes round ------------------------------------------------------------------------
+
+
+WRITERS = {"safetensors": save_file, "zipped": zipped, "legacy": legacy}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_files_are_known_by_their_content(form, tmp_path):
+    tensors = {"a.weight": torch.rand(3, 2), "b": torch.arange(4.0)}
+    for name in ("X.SAFETENSORS", "x.safetensors", "x.sft", "x.ckpt", "x.pt", "x"):
+        WRITERS[form](tensors, tmp_path / name)
+        found, _ = tensor_files.read_tensors(tmp_path / name)
+        assert found.keys() == tensors.keys(), name
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors), name
+
+
+ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+CONV = "model.diffusion_model.input_blocks.0.0.weight"
+# A few of the keys, and their shapes, of what is published.
+KINDS_OF_FILES = {
+    "is SDXL: only": {
+        "conditioner.embedders.1.model.ln_final.weight": (1280,),
+        "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
+        CONV: (320, 4, 3, 3),
+    },
+    "is Stable Diffusion 3: only": {
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (9, 3)
+    },
+    "is Flux: only": {"double_blocks.0.img_attn.qkv.weight": (9, 3)},
+    "is a ControlNet: only": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
+    "is a VAE: give it as --vae": {"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)},
+    "is a UNet alone: get the whole": {"down_blocks.0.resnets.0.conv1.weight": (8, 8, 3, 3)},
+    "is an upscaler: only": {
+        "model.diffusion_model.label_emb.weight": (1000, 1024),
+        ATTENTION: (320, 1024),
+        CONV: (320, 7, 3, 3),
+    },
+    "is a word: give it as --embedding": {"emb_params": (2, 8)},
+    "holds no UNet of Stable Diffusion": {"a": (2, 8)},
+}
+
+
+@pytest.mark.parametrize("said", KINDS_OF_FILES)
+def test_single_files_of_other_kinds_are_named(said, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({k: torch.zeros(shape) for k, shape in KINDS_OF_FILES[said].items()}, path)
+    with pytest.raises(UserError, match=said) as error:
+        minibooth.load(path)
+    one_line(error)
+
+
+def test_gguf_is_named(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(UserError, match=r"is GGUF, .* get the model as .safetensors"):
+        minibooth.load(tmp_path / "x.gguf")
+
+
+def test_a_single_file_without_a_vae_or_text_encoder_says_how_to_go_on(
+    tmp_path, monkeypatch, other_vae
+):
+    def without(prefix):
+        return lambda t: {k: v for k, v in t.items() if not k.startswith(prefix)}
+
+    with pytest.raises(UserError, match="holds no VAE: give one with --vae"):
+        single(tmp_path, monkeypatch, "sd1", without("first_stage_model."))
+    with pytest.raises(UserError, match=r"holds no text encoder, .* get the whole model"):
+        single(tmp_path, monkeypatch, "sd1", without("cond_stage_model."))
+    other_vae.save_pretrained(tmp_path / "vae")
+    given = {"vae": tmp_path / "vae"}
+    sd = single(tmp_path, monkeypatch, "sd1", without("first_stage_model."), **given)
+    assert_same_state(sd.vae.state_dict(), peers.tensors(other_vae))

@@ -403,6 +403,25 @@ def test_a_model_that_is_on_the_gpu_is_not_kept_there_twice():
         assert [storage() for storage in given] == [None, None]
 
 
+@pytest.mark.parametrize("place, index", [("cuda", 1), ("cuda:0", 0)])
+def test_on_windows_a_process_keeps_to_what_was_free(place, index, monkeypatch):
+    """Of 10 GB 4 are free and 1 is its own: half of the card, and less where less was set."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (4, 10) if i == index else 1 / 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda i: 1)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, i: asked.append((share, i))
+    )
+    for before in (1.0, 0.2):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda i: before)  # noqa: B023
+        for system in ("linux", "win32"):
+            monkeypatch.setattr(sys, "platform", system)
+            memory.keep_to_what_is_free(torch.device(place))
+            memory.keep_to_what_is_free(torch.device("cpu"))
+    assert asked == [(0.5, index), (0.2, index)]
+
+
 def test_the_originals_of_a_model_on_the_cpu_are_what_was_given(monkeypatch, tmp_path):
     sd, kept = runs.model(), []
     given = [p.data_ptr() for p in sd.unet.parameters()]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from minibooth import UserError, textual_inversion, train
 from minibooth.bench import measure, models
+from minibooth.common import cli
 from minibooth.explain import microscope
 from minibooth.formats import adapters
 from minibooth.training import class_images, data, methods, plan, report, start
@@ -29,7 +30,9 @@ def trained(folder, **changes):
 
 
 def files_of(folder):
-    return {name: load_file(folder / name) for name in (methods.LORA_FILE, adapters.DIFFUSERS_LORA)}
+    """A LoRA's two forms, whatever the run's folder is called."""
+    [ours] = [f for f in folder.glob("*.safetensors") if f.name != adapters.DIFFUSERS_LORA]
+    return {"ours": load_file(ours), "theirs": load_file(folder / adapters.DIFFUSERS_LORA)}
 
 
 def same(a, b):
@@ -49,7 +52,7 @@ def test_weights_stay_and_the_files_draw_what_the_run_drew(text, tmp_path):
     draw = {"steps": 2, "seed": 1, "guidance_scale": 2.0, "output": "latent"}
     wanted = sd.generate(["a sks dog"], **draw)
     assert not torch.allclose(wanted, runs.model().generate(["a sks dog"], **draw), atol=1e-4)
-    for name in (methods.LORA_FILE, adapters.DIFFUSERS_LORA):
+    for name in (f"{tmp_path.name}.safetensors", adapters.DIFFUSERS_LORA):
         merged = runs.model()
         adapters.merge_files(merged.networks, [str(tmp_path / name)])
         torch.testing.assert_close(
@@ -73,7 +76,7 @@ def test_a_run_that_goes_on_ends_with_equal_bits(tmp_path):
 def test_snapshots_are_loras_too(tmp_path):
     trained(tmp_path, checkpointing_steps=2)
     found = files_of(tmp_path / "checkpoint-2")
-    assert {t.dtype for t in found[adapters.DIFFUSERS_LORA].values()} == {torch.float16}
+    assert {t.dtype for t in found["theirs"].values()} == {torch.float16}
     assert not (tmp_path / "checkpoint-2" / "model_index.json").exists()
 
 
@@ -153,7 +156,7 @@ def test_a_lora_of_sd15_s_size_trains_on_a_cpu(tmp_path):
     print(f"peak {peak / 1e9:.2f} GB, losses {losses}")
     assert [step for step, *_ in losses] == [1, 2]
     assert all(math.isfinite(x) for row in losses for x in row)
-    for file in (methods.LORA_FILE, adapters.DIFFUSERS_LORA):
+    for file in ("out.safetensors", adapters.DIFFUSERS_LORA):
         path = tmp_path / "out" / file
         found = load_file(path)
         up = [v for k, v in found.items() if "lora_up" in k or "lora_B" in k]
@@ -355,3 +358,18 @@ def test_what_a_word_of_sd15_would_need():
 def test_what_is_no_word(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         inverted(tmp_path, **changes)
+
+
+def test_a_learning_rate_of_another_methods_config_is_said(tmp_path, recwarn):
+    path = tmp_path / "config.json"
+    path.write_text('{"model": "m", "learning_rate": 5e-6}')
+    config = cli.parse(
+        TrainConfig, "x", "", ["--config", str(path), "--method", "lora"], defaults=methods.defaults
+    )
+    assert config.learning_rate == 5e-6
+    said = "the learning rate 5e-06 is that of a config for --method dreambooth: for --method lora"
+    assert str(recwarn.pop().message).startswith(said) and not recwarn.list
+    for more in (["--learning_rate", "1e-4"], ["--method", "dreambooth"]):
+        given = ["--config", str(path), "--method", "lora", *more]
+        cli.parse(TrainConfig, "x", "", given, defaults=methods.defaults)
+    assert not recwarn.list

@@ -162,6 +162,7 @@ def test_32_bit_and_float_greyscale_are_scaled(tmp_path):
 
     assert read([0, 257, 32896, 65535], np.int32) == [0, 1, 128, 255]
     assert read([0, 200 * 257], np.int32) == [0, 200]  # white stays 65535 in a dark picture
+    assert read([0, 100, 255], np.int32) == [0, 100, 255]  # 8 bits in 32
     assert read([-5, 0, 500_000, 1_000_000], np.int32) == [0, 0, 128, 255]  # 127.5, half to even
     assert read([0, 0.2, 1], np.float32) == [0, 51, 255]
     assert read([-1, 0, 0.5], np.float32) == [0, 0, 128]  # and 1 for floats
@@ -322,6 +323,25 @@ def test_an_unreadable_file_is_named_in_one_line(tmp_path):
     assert "does not hold an image" in error_of(read_image, tmp_path / "text.jpg")
     assert "truncated" in error_of(read_image, tmp_path / "half.jpg")
     assert "No such file" in error_of(read_image, tmp_path / "missing.jpg")
+
+
+def test_photographs_of_more_pixels_than_pillow_trusts_are_read_without_its_warning(
+    tmp_path, monkeypatch, recwarn
+):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "large.png")
+    for limit in (1000, 100):  # above it Pillow warns of attacks, above twice as much it refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert read_image(tmp_path / "large.png").size == (40, 30)
+        assert limit == Image.MAX_IMAGE_PIXELS
+    assert not recwarn.list
+
+
+def test_photographs_far_below_the_resolution_are_warned_of(tmp_path, recwarn):
+    for name, side in (("a.png", 40), ("b.png", 33), ("c.png", 32)):
+        Image.new("RGB", (side, 50), "red").save(tmp_path / name)
+    load_photos(tmp_path, 64)
+    said = "1 of 3 photographs are enlarged to twice their size and more"
+    assert str(recwarn.pop().message).startswith(said) and not recwarn.list
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):

@@ -147,7 +147,10 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path):
 
 
 METHODS = {
-    "lora": ({"method": "lora", "rank": 2, "train_text_encoder": True}, "lora.safetensors"),
+    "lora": (
+        {"method": "lora", "rank": 2, "train_text_encoder": True},
+        "pytorch_lora_weights.safetensors",
+    ),
     "textual_inversion": (
         {
             "method": "textual_inversion",

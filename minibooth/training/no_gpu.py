@@ -1,0 +1,102 @@
+"""Where --device auto ends on the CPU: why, and how long a run takes there."""
+
+import os
+import shutil
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .. import dreambooth
+from ..common.errors import UserError
+from ..dreambooth import Term
+from ..formats.configs import is_public_size
+from ..pipeline import StableDiffusion
+from .memory import checkpoint_gradients
+
+STEPS = 2  # that are measured; the first one also reads the weights from the disk
+
+
+def refuse(sd: StableDiffusion, config, resolution: int, device: torch.device) -> None:
+    """Raise UserError where a model of public size would train on a CPU that nobody asked for: that
+    takes a day, and few of those who begin it mean to. Small models go on."""
+    if config.device != "auto" or device.type != "cpu" or not is_public_size(sd.configs):
+        return
+    print(f"no GPU can be used: {why()}. Measuring {STEPS} steps on the CPU …", flush=True)
+    step = seconds_per_step(sd, config, resolution)
+    raise UserError(
+        f"no GPU can be used: {why()}. On the CPU this run takes about "
+        f"{in_words(foretold(config, step))} ({step:.2g} s a step, as measured): --device cpu goes "
+        "on with it all the same"
+    )
+
+
+def why() -> str:
+    """Why PyTorch has no GPU here and what to install, as far as the system shows it."""
+    card = visible_card()
+    if card is None:
+        return "the system shows no NVIDIA card (nvidia-smi lists them)"
+    if torch.version.cuda is None:
+        return (
+            f"there is {card}, but this PyTorch, {torch.__version__}, is built without CUDA: get "
+            "the one that https://pytorch.org/get-started/locally/ gives for CUDA"
+        )
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return f"there is {card}, but CUDA_VISIBLE_DEVICES is {hidden!r}: unset it"
+    return (
+        f"there is {card}, but its driver is too old for this PyTorch's CUDA {torch.version.cuda}: "
+        "update it"
+    )
+
+
+def visible_card() -> str | None:
+    """The name of an NVIDIA card that the driver knows, whatever PyTorch is built for."""
+    if tool := shutil.which("nvidia-smi"):
+        query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.SubprocessError):
+            names = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=30)
+            if names.strip():
+                return names.splitlines()[0].strip()
+    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        for line in file.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.removeprefix("Model:").strip()
+    return None
+
+
+def seconds_per_step(sd: StableDiffusion, config, resolution: int) -> float:
+    """Of the UNet in a training step, forward and backward, on noise; the last of STEPS."""
+    batch, side = samples(config), resolution // sd.vae.factor
+    shape = (batch, sd.configs["unet"]["out_channels"], side, side)
+    whole = config.method == "dreambooth"  # else the gradients only pass through
+    sd.unet.requires_grad_(whole)
+    x0 = torch.zeros(shape, requires_grad=not whole)
+    t, c = torch.full((batch,), sd.schedule.T // 2), sd.encode_prompt([""] * batch)
+    for _ in range(STEPS):
+        begin = time.perf_counter()
+        with checkpoint_gradients(sd.unet, config.gradient_checkpointing):
+            term = Term(x0, torch.ones(shape), t, c)
+            dreambooth.step(sd.unet, sd.schedule, term, None).loss.backward()
+        seconds = time.perf_counter() - begin
+        sd.unet.zero_grad()
+    sd.unet.requires_grad_(True)
+    return seconds
+
+
+def samples(config) -> int:
+    """That go through the UNet in a step."""
+    return config.train_batch_size * (1 + config.uses_prior)
+
+
+def foretold(config, step: float) -> float:
+    """Seconds of a run, of which a step takes so many: its steps, and its class images. A step's
+    backward pass takes as long as two forward, or three where activations are computed again."""
+    forward = step / samples(config) / (4 if config.gradient_checkpointing else 3)
+    passes = 2 * config.num_class_images * config.class_steps * config.uses_prior  # with guidance
+    return step * config.max_train_steps * config.gradient_accumulation_steps + forward * passes
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds / 3600:.0f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"
