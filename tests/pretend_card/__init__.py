@@ -88,10 +88,15 @@ def compiler() -> str | None:
 
 def library() -> Path:
     """card.cpp, compiled for this PyTorch: once, about ten seconds."""
+    import fcntl  # not there on Windows, where the tests are only collected
+
     home, source = torch_home(), SOURCE.read_bytes()
     key = hashlib.sha256(source + (home / "version.py").read_bytes() + str(home).encode())
     built = Path(tempfile.gettempdir()) / f"pretend-card-{os.getuid()}-{key.hexdigest()[:12]}.so"
-    if not built.exists():
+    with open(built.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several that come at once one compiles
+        if built.exists():
+            return built
         includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
         links = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}"]
         part = built.with_suffix(f".{os.getpid()}")
