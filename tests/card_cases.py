@@ -5,15 +5,21 @@ import contextlib
 import hashlib
 import importlib
 import io
+import json
 import os
 import sys
 from pathlib import Path
 
 import pretend_card
+import tiny
 import torch
 
-from minibooth import UserError, load, lora, train
+from minibooth import UserError, load, lora, toybox, train
+from minibooth.bench import first, measure, models, parts
 from minibooth.common import cli
+from minibooth.formats.configs import SD1_UNET, SD_VAE
+from minibooth.toybox import score
+from minibooth.toybox.pretrain import TEXT_CONFIG
 from minibooth.training import graphs, memory, ranks
 from minibooth.training.settings import TrainConfig
 
@@ -251,8 +257,6 @@ def too_little_memory(settings: dict) -> dict:
 
 def capped() -> list:
     """bench.measure.prepared under a cap: what is held, and what then does not fit."""
-    from minibooth.bench import measure
-
     device = measure.prepared(limit=8 * pretend_card.GB)
     share = torch.cuda.get_per_process_memory_fraction(device)
     try:
@@ -277,3 +281,46 @@ def programs(calls: list[list[str]]) -> list[dict]:
                 found["status"] = error.code
         results.append(found)
     return results
+
+
+# ---- the first contact with a card -------------------------------------------------------------
+
+ANY = float("-inf"), float("inf"), "the test"
+
+
+def small_networks() -> None:
+    """In the place of SD 1.5's, and a toybox that is hardly trained."""
+    configs = {"unet": SD1_UNET | tiny.UNET_SD1 | {"sample_size": 8}}
+    configs |= {"vae": SD_VAE | tiny.VAE_SD | {"sample_size": 64}}
+    configs["text_encoder"] = TEXT_CONFIG | {"hidden_size": 24, "intermediate_size": 48}
+    models.CONFIGS["SD 1.5"] = configs
+    few = {"max_train_steps": 5, "num_class_images": 4, "class_steps": 1, "train_batch_size": 1}
+    few |= {"num_validation_images": 1, "validation_inference_steps": 1}
+    short = toybox.default_run() | few
+    toybox.default_run = lambda: short
+    score.SAMPLING["steps"] = 1
+    parts.SCORES = {key: ANY for key in parts.SCORES}
+
+
+def first_contact(folder: str, own: dict | None = None, room: dict | None = None) -> dict:
+    """bench first, in this process: its lines, its report and its exit status. `room` has the bytes
+    that a part gets beside what is allocated."""
+    small_networks()
+
+    def result(module, call, seconds):
+        name = next((name for name in room or {} if name in call), None)
+        if name:
+            torch.cuda.empty_cache()
+            pretend_card.limit(0, total=torch.cuda.memory_allocated() + room[name])
+        try:
+            return json.loads(json.dumps(eval(call, vars(parts))))
+        except Exception as error:
+            raise measure.Failed(f"it ended with {type(error).__name__}: {error}") from None
+        finally:
+            pretend_card.limit(0, total=80 * pretend_card.GB)
+
+    first.result, found = result, {}
+    with watched(found):
+        found["status"] = first.benchmark(9.5, Path(folder), own)
+    found["report"] = json.loads((Path(folder) / "first.json").read_text("utf-8"))
+    return found

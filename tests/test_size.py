@@ -30,7 +30,10 @@ INSIDE = {  # the same within a room
         *("optimizer", "plan", "memory", "graphs", "report", "methods", "resume", "snapshots"),
         *("beside", "verdicts", "trial", "settle", "start", "stop", "loss", "grids", "finite"),
     ],
-    "bench": ["measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"],
+    "bench": [
+        *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),
+        *("parts", "first"),
+    ],
     "explain": ["microscope", "page", "first_step"],
 }
 READ = [
