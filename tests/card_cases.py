@@ -17,8 +17,9 @@ import torch
 from minibooth import UserError, load, lora, toybox, train
 from minibooth.bench import first, measure, models, parts
 from minibooth.common import cli
+from minibooth.common.errors import first_line
 from minibooth.formats.configs import SD1_UNET, SD_VAE
-from minibooth.toybox import score
+from minibooth.toybox import score, world
 from minibooth.toybox.pretrain import TEXT_CONFIG
 from minibooth.training import graphs, memory, ranks
 from minibooth.training.settings import TrainConfig
@@ -289,33 +290,43 @@ ANY = float("-inf"), float("inf"), "the test"
 
 
 def small_networks() -> None:
-    """In the place of SD 1.5's, and a toybox that is hardly trained."""
-    configs = {"unet": SD1_UNET | tiny.UNET_SD1 | {"sample_size": 8}}
-    configs |= {"vae": SD_VAE | tiny.VAE_SD | {"sample_size": 64}}
+    """In the place of SD 1.5's, with fewer steps, and a toybox that is hardly trained."""
+    two = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    unet = {"down_block_types": tiny.DOWN[2:], "up_block_types": tiny.UP[:2], "sample_size": 8}
+    vae = {f"{way}_block_types": tiny.VAE_SD[f"{way}_block_types"][:2] for way in ("down", "up")}
+    configs = {"unet": SD1_UNET | tiny.UNET_SD1 | two | unet}
+    configs |= {"vae": SD_VAE | tiny.VAE_SD | two | vae | {"sample_size": 16}}
     configs["text_encoder"] = TEXT_CONFIG | {"hidden_size": 24, "intermediate_size": 48}
     models.CONFIGS["SD 1.5"] = configs
-    few = {"max_train_steps": 5, "num_class_images": 4, "class_steps": 1, "train_batch_size": 1}
-    few |= {"num_validation_images": 1, "validation_inference_steps": 1}
-    short = toybox.default_run() | few
+    few = {"max_train_steps": 2, "num_class_images": 2, "class_steps": 1, "train_batch_size": 1}
+    few |= {"validation_prompt": ("a dog",), "num_validation_images": 1}
+    short = toybox.default_run() | few | {"validation_inference_steps": 1}
     toybox.default_run = lambda: short
-    score.SAMPLING["steps"] = 1
+    score.SAMPLING["steps"], score.places = 1, lambda count: list(world.PLACES)
     parts.SCORES = {key: ANY for key in parts.SCORES}
+    parts.STEPS = 4
 
 
-def first_contact(folder: str, own: dict | None = None, room: dict | None = None) -> dict:
-    """bench first, in this process: its lines, its report and its exit status. `room` has the bytes
-    that a part gets beside what is allocated."""
+def first_contact(folder: str, modes: int, own: dict | None, room: dict, eight_bit: bool) -> dict:
+    """bench first, in this process, with the first `modes` of the memory's: its lines, its report
+    and its exit status. `room` has the bytes that a part gets beside what is allocated, `eight_bit`
+    is whether bitsandbytes is there."""
     small_networks()
+    memory.MODES = memory.MODES[:modes]
+    if not eight_bit:
+        memory.installed = lambda mode, device: "use_8bit_adam" not in mode
 
     def result(module, call, seconds):
-        name = next((name for name in room or {} if name in call), None)
+        name = next((name for name in room if name in call), None)
         if name:
             torch.cuda.empty_cache()
             pretend_card.limit(0, total=torch.cuda.memory_allocated() + room[name])
         try:
-            return json.loads(json.dumps(eval(call, vars(parts))))
+            with contextlib.redirect_stdout(sys.stderr):
+                return json.loads(json.dumps(eval(call, vars(parts))))
         except Exception as error:
-            raise measure.Failed(f"it ended with {type(error).__name__}: {error}") from None
+            why = f"it ended with {type(error).__name__}: {first_line(error)}"
+            raise measure.Failed(why) from None
         finally:
             pretend_card.limit(0, total=80 * pretend_card.GB)
 
