@@ -5,19 +5,24 @@ import contextlib
 import hashlib
 import importlib
 import io
+import json
 import os
 import sys
 import warnings
 from pathlib import Path
 
 import pretend_card
+import tiny
 import torch
 from triton.runtime import interpreter
 
-from minibooth import UserError, load, lora, ops, train, unet, vae
-from minibooth.bench import measure, models
+from minibooth import UserError, load, lora, ops, toybox, train, unet, vae
+from minibooth.bench import first, measure, models, parts
 from minibooth.common import cli
-from minibooth.toybox import score
+from minibooth.common.errors import first_line
+from minibooth.formats.configs import SD1_UNET, SD_VAE
+from minibooth.toybox import score, world
+from minibooth.toybox.pretrain import TEXT_CONFIG
 from minibooth.training import graphs, memory, optimizer, ranks
 from minibooth.training.settings import TrainConfig
 
@@ -384,4 +389,57 @@ def kernels() -> dict:
         found[name] = torch.stack(out).tolist()
         found[f"{name} launches"] = len(launches)
     interpreter.GridExecutor.__call__ = run_one
+    return found
+
+
+# ---- the first contact with a card -------------------------------------------------------------
+
+ANY = float("-inf"), float("inf"), "the test"
+
+
+def small_networks() -> None:
+    """In the place of SD 1.5's, with fewer steps, and a toybox that is hardly trained."""
+    two = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    unet = {"down_block_types": tiny.DOWN[2:], "up_block_types": tiny.UP[:2], "sample_size": 8}
+    vae = {f"{way}_block_types": tiny.VAE_SD[f"{way}_block_types"][:2] for way in ("down", "up")}
+    configs = {"unet": SD1_UNET | tiny.UNET_SD1 | two | unet}
+    configs |= {"vae": SD_VAE | tiny.VAE_SD | two | vae | {"sample_size": 16}}
+    configs["text_encoder"] = TEXT_CONFIG | {"hidden_size": 24, "intermediate_size": 48}
+    models.CONFIGS["SD 1.5"] = configs
+    few = {"max_train_steps": 2, "num_class_images": 2, "class_steps": 1, "train_batch_size": 1}
+    few |= {"validation_prompt": ("a dog",), "num_validation_images": 1}
+    short = toybox.default_run() | few | {"validation_inference_steps": 1}
+    toybox.default_run = lambda: short
+    score.SAMPLING["steps"], score.places = 1, lambda count: list(world.PLACES)
+    parts.SCORES = {key: ANY for key in parts.SCORES}
+    parts.STEPS = 4
+
+
+def first_contact(folder: str, modes: int, own: dict | None, room: dict, eight_bit: bool) -> dict:
+    """bench first, in this process, with the first `modes` of the memory's: its lines, its report
+    and its exit status. `room` has the bytes that a part gets beside what is allocated, `eight_bit`
+    is whether bitsandbytes is there."""
+    small_networks()
+    memory.MODES = memory.MODES[:modes]
+    if not eight_bit:
+        memory.installed = lambda mode, device: "use_8bit_adam" not in mode
+
+    def result(module, call, seconds):
+        name = next((name for name in room if name in call), None)
+        if name:
+            torch.cuda.empty_cache()
+            pretend_card.limit(0, total=torch.cuda.memory_allocated() + room[name])
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return json.loads(json.dumps(eval(call, vars(parts))))
+        except Exception as error:
+            why = f"it ended with {type(error).__name__}: {first_line(error)}"
+            raise measure.Failed(why) from None
+        finally:
+            pretend_card.limit(0, total=80 * pretend_card.GB)
+
+    first.result, found = result, {}
+    with watched(found):
+        found["status"] = first.benchmark(9.5, Path(folder), own)
+    found["report"] = json.loads((Path(folder) / "first.json").read_text("utf-8"))
     return found

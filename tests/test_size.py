@@ -33,7 +33,7 @@ INSIDE = {  # the same within a room
     ],
     "bench": [
         *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),
-        *("no_card", "counter", "launches"),
+        *("no_card", "counter", "launches", "parts", "first"),
     ],
     "explain": ["microscope", "page", "first_step"],
 }

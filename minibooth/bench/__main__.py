@@ -1,5 +1,7 @@
 """Measures the Triton kernels against PyTorch, on a GPU, and all of it against diffusers:
 
+python -m minibooth.bench first                                on a new card: does it all work
+python -m minibooth.bench first --model M --photos DIR         and a short run of your own
 python -m minibooth.bench train                                a training step
 python -m minibooth.bench sample                               drawing pictures
 python -m minibooth.bench run                                  a whole run by phases
@@ -19,7 +21,8 @@ import torch
 
 from .. import ops
 from ..common import cli
-from . import check, kernels, launches, memory, peers, run
+from ..common.errors import UserError
+from . import check, first, kernels, launches, memory, peers, run
 
 BENCHES = {
     "train": peers.benchmark,
@@ -44,19 +47,28 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["kernels", *BENCHES])
+    parser.add_argument("what", choices=["first", "kernels", *BENCHES])
     parser.add_argument("--output", type=Path, default=Path("bench-out"), help="a folder")
-    parser.add_argument("--minutes", type=float, default=4.5, help="for the benchmark")
+    parser.add_argument("--minutes", type=float, help="for all of it [first: 9.5, others: 4.5]")
     parser.add_argument("--check", action="store_true", help="correctness first")
     parser.add_argument("--shape", type=sizes, help="of one attention: B,H,N_q,N_k,d")
+    parser.add_argument("--model", help="of first: to train, a folder, file or hub id")
+    parser.add_argument("--photos", help="of first: a folder of photographs to train it on")
+    parser.add_argument("--prompt", default="a sks dog", help="that names what they show")
     args = parser.parse_args(argv)
-    if args.what != "kernels":
-        BENCHES[args.what](args.what, args.minutes, args.output)
+    minutes = {"first": 9.5}.get(args.what, 4.5) if args.minutes is None else args.minutes
+    if args.what in BENCHES:
+        BENCHES[args.what](args.what, minutes, args.output)
         return 0
-    if not torch.cuda.is_available() or ops.attention_kernels is None:
-        missing = "Triton" if torch.cuda.is_available() else "a CUDA card"
-        print(f"the benchmark of the kernels needs {missing}", file=sys.stderr)
-        return 2
+    if not torch.cuda.is_available():
+        raise UserError(f"{args.what} needs a CUDA card")
+    if args.what == "first":
+        if bool(args.model) != bool(args.photos):
+            raise UserError("--model and --photos go together")
+        own = first.own_run(args.model, args.photos, args.prompt) if args.model else None
+        return first.benchmark(minutes, args.output, own)
+    if ops.attention_kernels is None:
+        raise UserError("the benchmark of the kernels needs Triton")
     if args.shape:
         kernels.one_shape(args.shape)
         return 0
@@ -69,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(failures) or "all correct", flush=True)
         extra = {"check": failures, "sanitizer": check.sanitize()}
         print(extra["sanitizer"], flush=True)
-    kernels.benchmark(args.minutes, args.output, extra)
+    kernels.benchmark(minutes, args.output, extra)
     return 1 if extra.get("check") else 0
 
 

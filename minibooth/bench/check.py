@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ NORMS = {
 # checked, not timed
 ODD_ATTENTION = {"odd": (3, 333, 201, 88), "odd short": (2, 130, 77, 40), "tiny": (1, 5, 3, 8)}
 ODD_NORMS = {"odd small": (64, 13), "odd large": (64, 131)}
+QUICK = (  # of both, a selection
+    *(*ODD_ATTENTION, "SD 1.5 self 4096", "SD 1.5 cross 4096", "SD 1.5 self 64"),
+    *(*ODD_NORMS, "UNet 64x64 C320", "UNet 8x8 C1280"),
+)
 HEADS_AT_ONCE = 2  # in fp64: one head's 4096 × 4096 scores are 134 MB, several times over
 
 
@@ -95,8 +99,9 @@ def check_one(name: str, case: Case, functions: dict[str, Callable]) -> list[str
     return failures
 
 
-def check(dtype: torch.dtype) -> list[str]:
-    """Odd shapes, and for half precision every benchmarked one; the failures, in lines."""
+def check(dtype: torch.dtype, names: Collection[str] | None = None) -> list[str]:
+    """Odd shapes, and for half precision every benchmarked one, or those of these names; the
+    failures, in lines."""
     half = dtype != torch.float32
     cases = {
         name: attention(2, name, dtype, backward=shape[3] <= 160)
@@ -106,7 +111,8 @@ def check(dtype: torch.dtype) -> list[str]:
     failures = []
     with poisoned():
         for name, case in cases.items():
-            failures += check_one(f"{name} {dtype}", case, implementations(case))
+            if names is None or name in names:
+                failures += check_one(f"{name} {dtype}", case, implementations(case))
     return failures
 
 

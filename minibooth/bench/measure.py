@@ -2,16 +2,16 @@
 process of its own; what the machine can do, and which machine it is."""
 
 import contextlib
-import importlib
 import json
+import math
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from .. import ops
 from ..common import cli
-from ..training import verdicts
+from ..training import beside, verdicts
+
+ROOT = Path(__file__).parents[2]
 
 # ---- times -------------------------------------------------------------------------------------
 
@@ -68,16 +70,33 @@ def rates(device: torch.device) -> dict[str, dict[str, float]]:
 # ---- memory ------------------------------------------------------------------------------------
 
 
+class Failed(Exception):
+    """Why a process of its own has no result, in one line."""
+
+
+def result(module: str, call: str, seconds: float = math.inf) -> dict:
+    """What a call within a module returns in a process of its own, whose stdout is for that alone.
+    Raises Failed where it ends otherwise, or not within so many seconds."""
+    code = f"import contextlib, json, sys; from {module} import *\n"
+    code += f"with contextlib.redirect_stdout(sys.stderr): found = {call}\n"
+    command, kernels = [sys.executable, "-c", code + "print(json.dumps(found))"], ROOT / "kernels"
+    path = sys.path + [str(kernels)] * (kernels / "minibooth_kernels").exists()  # a bare checkout
+    with beside.started(command, PYTHONPATH=os.pathsep.join(path)) as program:
+        lines = list(program.lines(seconds))
+    if program.given_up:
+        raise Failed(f"it did not end within {seconds:.0f} s")
+    if program.process.returncode or not lines:
+        raise Failed(f"it {program.ending}")
+    return json.loads(lines[-1])
+
+
 def alone(module: str, call: str) -> dict | None:
-    """What a call within a module returns in a process of its own; None where it failed."""
-    code = f"import json; from {module} import *; print(json.dumps({call}))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
+    """`result`, or None and the reason on stderr."""
+    try:
+        return result(module, call)
+    except Failed as error:
+        print(error, file=sys.stderr)
         return None
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def prepared(kernels: str = "torch", limit: int | None = None) -> torch.device:
@@ -106,8 +125,9 @@ def peaks(device: torch.device) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     found = {"torch": torch.__version__, "python": platform.python_version()}
-    with contextlib.suppress(ImportError):
-        found["diffusers"] = importlib.import_module("diffusers").__version__
+    for name in ("minibooth", "triton", "bitsandbytes", "diffusers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 

@@ -78,11 +78,12 @@ def rows(device: torch.device) -> list[Row]:
 # ---- what is counted ---------------------------------------------------------------------------
 
 
-def counted(row: Row, size: str) -> dict[str, tuple[int, int]]:
-    """plan.phases of a row."""
+def counted(row: Row, size: str, **changes) -> dict[str, tuple[int, int]]:
+    """plan.phases of a row; `changes` of its settings."""
     sd = model(size, torch.device("meta"))
     pixels = (sd.image_size // sd.vae.factor) ** 2
-    return plan.phases(sd, TrainConfig(**row.settings()), pixels, row.precision != "no")
+    config = TrainConfig(**row.settings() | changes)
+    return plan.phases(sd, config, pixels, row.precision != "no")
 
 
 def cap(phases: dict[str, tuple[int, int]]) -> int:

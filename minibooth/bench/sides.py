@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ..pipeline import StableDiffusion, to_device
 from ..train import make_optimizer, one_update
-from ..training import graphs, start
+from ..training import graphs, methods, start
 from ..training.data import Batches, Latents
 from ..training.loss import Loss
+from ..training.optimizer import Precision
 from ..training.settings import TrainConfig
 from ..training.start import Run
 from .models import model
 
 OURS = "minibooth"
-PRECISION = {"no": "fp32", "bf16": "bf16"}
+PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Row:
 
     what: str  # "forward", "step" or "sample"
     batch: int  # forward: samples; step: photographs, and as many class images; sample: pictures
-    precision: str  # "no" (fp32) or "bf16"
+    precision: str  # "no" (fp32), "bf16" or "fp16"
     steps: int = 1  # of the sampler
     kernels: str = "torch"
-    settings: tuple[tuple[str, bool], ...] = ()  # of TrainConfig
+    settings: tuple[tuple[str, bool | str], ...] = ()  # of TrainConfig
 
 
 def cpu_has_bf16() -> bool:
@@ -141,6 +142,7 @@ def training_run(row: Row, sd: StableDiffusion, folder: Path) -> tuple[Run, Batc
         **dict(row.settings),
     )
     run = start.set_up(config, sd, sd.device)
+    methods.place(sd, run.trained, run.device, run.precision.dtype)
     side = sd.image_size // sd.vae.factor
     moments = torch.randn(2, 8, 4, side, side)
     latents = Latents(moments[0], moments[1].abs(), torch.arange(8))
@@ -223,7 +225,7 @@ def their_sample(
 
 
 def autocast(row: Row, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=row.precision == "bf16")
+    return Precision(row.precision, device).autocast()
 
 
 def implementation(

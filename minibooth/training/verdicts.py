@@ -69,7 +69,11 @@ def metadata_version() -> str:
 
 def kernels_hash() -> str:
     """Of the kernels' sources: whoever changes one is not told yesterday's verdict."""
-    folder = Path(ops.attention_kernels.__file__).parents[1]
+    return hash_of(Path(ops.attention_kernels.__file__).parents[1])
+
+
+def hash_of(folder: Path) -> str:
+    """Of all Python in it."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())

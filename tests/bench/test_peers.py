@@ -45,6 +45,15 @@ def test_both_sides_compute_the_same(row, tmp_path):
         assert tiny.rel(ours, theirs) < 1e-4
 
 
+@pytest.mark.parametrize("method, dtype", [("lora", "bfloat16"), ("dreambooth", "float32")])
+def test_a_step_is_taken_with_the_weights_where_a_run_has_them(method, dtype, tmp_path):
+    sd = models.model("toybox", CPU)
+    row = sides.Row("step", 1, "bf16", settings=(("method", method),))
+    step = sides.our_step(*sides.training_run(row, sd, tmp_path))
+    assert {p.dtype for p in sd.unet.conv_in.parameters()} == {getattr(torch, dtype)}
+    assert step().isfinite()
+
+
 def test_the_benchmark_writes_what_it_measured(tmp_path, capsys, monkeypatch):
     race = peers.race
     monkeypatch.setattr(peers, "race", lambda *args, **_: race(*args[:2], 0, 1))

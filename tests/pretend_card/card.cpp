@@ -207,7 +207,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   Stream exchangeStream(Stream s) const override {
     return stream(s.device(), std::exchange(streams_now[s.device_index()], s.id()));
   }
-  bool isStreamCapturing(const Stream& s) const {  // which PyTorch asks since 2.12 return capturing.count(s.id()); }
+  bool isStreamCapturing(const Stream& s) const {  // PyTorch asks since 2.12
+    return capturing.count(s.id());
+  }
   bool queryStream(const Stream&) const override { return true; }
   void synchronizeStream(const Stream&) const override { wait("a stream"); }
   void synchronizeDevice(const DeviceIndex) const override { wait("the device"); }
