@@ -80,10 +80,13 @@ def both(runs: list[dict]) -> list[list[dict]]:
     pairs = []
     for settings in runs:
         captured = run(settings)
+        if settings.get("use_8bit_adam"):  # which is never captured: there is nothing to compare
+            pairs.append([captured, captured])
+            continue
         with eager():
-            pairs.append(
-                [captured, run(settings | {"output_dir": settings["output_dir"] + "-eager"})]
-            )
+            folder = Path(settings["output_dir"])  # a LoRA's file is named after it
+            again = settings | {"output_dir": str(folder.parent / "eager" / folder.name)}
+            pairs.append([captured, run(again)])
     return pairs
 
 

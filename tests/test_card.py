@@ -158,11 +158,11 @@ def test_the_second_card_trains_as_the_first(tmp_path):
 
 
 def test_a_step_that_cannot_be_recorded_for_want_of_memory_runs_as_it_is(tmp_path):
-    found = on_card.ask("too_little_memory", settings=settings(tmp_path / "out"))
-    for name, captures in (("ended", 1), ("not ended", 0)):
+    found = on_card.ask("too_little_memory", settings=settings(tmp_path / "out", max_train_steps=4))
+    for name in ("ended", "not ended"):
         assert found[name]["said"].count("no memory left to record a CUDA graph") == 1
         assert found[name]["files"] == found["eager"]["files"]
-        assert (found[name]["captures"], found[name]["replays"]) == (captures, 0)
+        assert found[name]["replays"] == 0
     assert found["none"]["error"].startswith("out of memory. Weights, gradients and optimizer")
 
 
