@@ -10,8 +10,8 @@ import tempfile
 
 import triton
 
-# Address, opcode and operands of `/*0a40*/ @P0 BRA 0x900 ;`
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+LABEL = re.compile(r"(\.L\w+):")
 TENSOR_CORE = r"HGMMA|HMMA|UTCHMMA"  # sm_90; sm_80 … 89 and 120; sm_100
 EXP2 = r"MUFU\.EX2"
 
@@ -21,22 +21,24 @@ def _tool(name: str, *arguments) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _loops(instructions: list[tuple[int, str, str]]) -> list[list[tuple[int, str, str]]]:
-    """The instructions from each backward branch's target to the branch."""
-    found = []
-    for address, opcode, operands in instructions:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
-        if target and (start := int(target[1], 16)) < address:
-            found.append([i for i in instructions if start <= i[0] <= address])
-    return found
+def loop(sass: str) -> list[str] | None:
+    """Opcodes of the innermost loop with the most exponentials; None without any.
 
-
-def loop(instructions: list[tuple[int, str, str]]) -> list[str] | None:
-    """Opcodes of the shortest loop that has most of the exponentials; None without any."""
-    bodies = [[opcode for _, opcode, _ in body] for body in _loops(instructions)]
-    most = max((count(body, EXP2) for body in bodies), default=0)
-    full = [body for body in bodies if most and count(body, EXP2) == most]
-    return min(full, key=len, default=None)
+    A loop reaches from a label to a later branch back to it.
+    """
+    opcodes, labels, found = [], {}, []
+    for line in sass.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := INSTRUCTION.match(line):
+            opcodes.append(instruction[1])
+            target = re.search(r"\.L\w+", instruction[2]) if instruction[1] == "BRA" else None
+            if target and target[0] in labels:  # seen before: backward
+                body = opcodes[labels[target[0]] :]
+                inside = any(start >= labels[target[0]] for start, _ in found)
+                if count(body, EXP2) and not inside:
+                    found.append((labels[target[0]], body))
+    return max((body for _, body in found), key=lambda body: count(body, EXP2), default=None)
 
 
 def count(opcodes: list[str], pattern: str) -> int:
@@ -54,10 +56,9 @@ def measure(name: str, options: dict, compiled) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("cuobjdump", "-sass", file.name)
-    instructions = [(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(sass)]
-    opcodes = [opcode for _, opcode, _ in instructions]
-    body = loop(instructions) if "BLOCK_N" in options else None
+        sass = _tool("nvdisasm", "-c", "-ndf", file.name)  # code alone, no analysis of its flow
+    opcodes = [opcode for opcode, _ in INSTRUCTION.findall(sass)]
+    body = loop(sass) if "BLOCK_N" in options else None
     per_score = {"slots_per_score": None, "exp2_per_score": None}
     if body:
         scores = options["BLOCK_M"] * options["BLOCK_N"] / (32 * options["num_warps"])
