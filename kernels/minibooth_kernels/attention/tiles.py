@@ -9,12 +9,13 @@ SHORT = 128  # keys that fit one block
 SLICE = 128  # columns of V for a program where d = 512: the sums of all would fill the registers
 
 # Tiles by kernel, in rows: (head dimensions up to, tile, candidates …), the first row that fits. A
-# tile is (BLOCK_M, BLOCK_N, warps, stages), for the forward also whether S is one block ahead. All
-# were chosen among what compiles without spills. The first of a row is taken; the others are what a
-# model of the card cannot tell from it. kernels/README.md has its figures, kernels/results/ the
-# costs. Stages are the blocks of the loop's operands in shared memory at once: with two, a block is
-# requested shortly before it is used, with three a whole iteration earlier.
-AHEAD = True
+# tile is (BLOCK_M, BLOCK_N, warps, stages). All were chosen among what compiles without spills. The
+# first of a row is taken; the others are what a model of the card cannot tell from it.
+# kernels/README.md has its figures, kernels/results/ the costs. Stages are the blocks of the loop's
+# operands in shared memory at once: with two, a block is requested shortly before it is used, with
+# three a whole iteration earlier.
+AHEAD = "S one block ahead"  # of the forward
+WHOLE = "whole blocks only"  # of dK/dV: the masks of a rest would spill
 
 AMPERE = {  # compute capability 8.x and 12.x: mma.sync, and an RTX card's 99 KB of shared memory
     "forward": (
@@ -57,7 +58,8 @@ HOPPER = {  # 9.0: wgmma, which runs while other instructions do
         (160, (64, 32, 4, 3), (128, 32, 8, 3)),
     ),
     "backward_dkv": (
-        (64, (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)),
+        (48, (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)),
+        (64, (64, 64, 4, 3, WHOLE), (32, 64, 4, 3), (64, 128, 8, 3, WHOLE)),
         (80, (64, 64, 4, 3)),
         (96, (32, 64, 4, 3)),
         (128, (32, 128, 8, 3)),
@@ -109,13 +111,13 @@ def config(kernel: str, q: torch.Tensor, N_k: int, choice: int = 0) -> dict | No
     row = next((row for row in tables[major][kernel] if d <= row[0]), None)
     if row is None or (kernel.startswith("short") and N_k > SHORT):
         return None
-    _, *tiles = row
-    block_m, block_n, warps, stages, *ahead = tiles[choice if choice < len(tiles) else 0]
+    tiles = [t for t in row[1:] if WHOLE not in t or q.shape[2] % t[0] == 0]
+    block_m, block_n, warps, stages, *special = tiles[choice if choice < len(tiles) else 0]
     D1, D2 = split(d)
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     if kernel == "forward":
-        options["PREFETCH"] = bool(ahead)
-        if ahead:  # S in one product: two in flight, and ptxas serializes them all
+        options["PREFETCH"] = AHEAD in special
+        if AHEAD in special:  # S in one product: two in flight, and ptxas serializes them all
             D1, D2 = max(16, triton.next_power_of_2(d)), 0
         options["DV"] = SLICE if d > 160 else D1
     if kernel in ("forward", "backward_dq"):
