@@ -7,7 +7,8 @@ The statistics are one mean and one variance per sample and group of channels, N
 
 Two ways, one result. A group that fits in registers takes one program: read once, write once.
 A larger one takes three launches: every tile of rows × channels leaves per-channel partial
-results, a small kernel combines them per group, and a second pass over x writes y.
+results, a small kernel combines them per group and works out what that means for each channel, and
+a second pass over x writes y.
 
 x is read as (N, R, C), R the product of the spatial sizes, in either memory layout: C next to
 each other (channels_last) or R next to each other (contiguous). Only `_offsets` knows which.
