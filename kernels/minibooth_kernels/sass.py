@@ -58,7 +58,9 @@ def measure(name: str, options: dict, compiled) -> dict:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = _tool("nvdisasm", "-c", "-ndf", file.name)  # code alone, no analysis of its flow
     opcodes = [opcode for opcode, _ in INSTRUCTION.findall(sass)]
-    body = loop(sass) if "BLOCK_N" in options else None
+    # On 10.x an iteration may do two blocks, one for each of two accumulators: no figures there.
+    one_block = "BLOCK_N" in options and not count(opcodes, "UTCHMMA")
+    body = loop(sass) if one_block else None
     per_score = {"slots_per_score": None, "exp2_per_score": None}
     if body:
         scores = options["BLOCK_M"] * options["BLOCK_N"] / (32 * options["num_warps"])

@@ -37,7 +37,10 @@ def _forward(
     d = d8 * 8
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     K = _head(K, b, h, stride_kb, stride_kh)
-    V = _head(V, b, h, stride_vb, stride_vh) + tl.program_id(2) * DV
+    V = _head(V, b, h, stride_vb, stride_vh)
+    if DV < D1:  # one of several slices, each of which computes all of P
+        V += tl.program_id(2) * DV
+        Out += tl.program_id(2) * DV
     queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     Q = _head(Q, b, h, stride_qb, stride_qh)
     q1, q2 = _load(Q, queries, N_q, stride_qn * 8, d, D1, D2)
@@ -72,6 +75,6 @@ def _forward(
         v1, v2 = _load(V, keys, N_k, stride_vn * 8, d, DV, D2, EVEN)
         acc1, acc2 = _add_product(acc1, acc2, P, v1, v2, D2)
 
-    Out = _packed_head(Out, b, h, N_q, H, d) + tl.program_id(2) * DV
+    Out = _packed_head(Out, b, h, N_q, H, d)
     _store(Out, acc1 / l_i[:, None], acc2 / l_i[:, None], queries, N_q, H * d, d, DV, D2)
     tl.store(L + tl.program_id(1) * N_q + queries, m_i + tl.log2(l_i), mask=queries < N_q)

@@ -19,6 +19,7 @@ WHOLE = "whole blocks only"  # of dK/dV: the masks of a rest would spill
 
 AMPERE = {  # compute capability 8.x and 12.x: mma.sync, and an RTX card's 99 KB of shared memory
     "forward": (
+        (16, (64, 64, 4, 2)),
         (48, (64, 64, 4, 3), (128, 64, 4, 3)),
         (64, (64, 64, 4, 3)),
         (80, (64, 64, 4, 2)),
@@ -36,9 +37,10 @@ AMPERE = {  # compute capability 8.x and 12.x: mma.sync, and an RTX card's 99 KB
     "backward_dkv": (
         (48, (64, 64, 4, 2)),
         (64, (64, 64, 4, 2), (32, 64, 4, 2)),
-        (96, (32, 64, 4, 2)),
+        (80, (32, 64, 4, 2)),
+        (96, (16, 64, 4, 2)),
         (128, (32, 128, 8, 2)),
-        (160, (32, 16, 4, 2), (16, 64, 4, 2)),
+        (160, (32, 16, 4, 2)),
     ),
     "short_backward": ((48, (32, 128, 4, 2)), (64, (32, 128, 8, 2))),
 }
