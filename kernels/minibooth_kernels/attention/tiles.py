@@ -20,7 +20,6 @@ WHOLE = "whole blocks only"  # of dK/dV: the masks of a rest would spill
 AMPERE = {  # compute capability 8.x and 12.x: mma.sync, and an RTX card's 99 KB of shared memory
     "forward": (
         (16, (64, 64, 4, 2)),
-        (48, (64, 64, 4, 3), (128, 64, 4, 3)),
         (64, (64, 64, 4, 3)),
         (80, (64, 64, 4, 2)),
         (128, (128, 64, 8, 2)),
