@@ -378,6 +378,7 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(check, "ODD_NORMS", {})
     monkeypatch.setattr(kernels, "BATCH_SIZES", (1,))
     monkeypatch.setattr(trial, "L2_BYTES", 2)
+    monkeypatch.setattr(at.tiles, "SLICE", 512)  # a quarter of the programs
     monkeypatch.setattr(kernels, "forward_variants", lambda bound: [])
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
