@@ -183,7 +183,7 @@ def test_attention_matches_fp64(short_kernels_in_fp32, B, H, N_q, N_k, d, dtype)
 def distinct_tiles():
     """(capability, N_k, d, candidate): every tile of the 16-bit tables once."""
     found, seen = [], set()
-    every = itertools.product((80, 90, 100), (150, 77), (40, 80, 96, 128, 160), range(3))
+    every = itertools.product((80, 90, 100, 120), (150, 77), (40, 80, 96, 128, 160), range(3))
     for capability, N_k, d, choice in every:
         q, kernels = torch.empty(1, 1, 70, d, dtype=FP16), at.tiles.AMPERE
         with mock.patch.object(at.card, "capability", lambda device, c=capability: c):

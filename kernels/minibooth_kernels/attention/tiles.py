@@ -17,7 +17,7 @@ SLICE = 128  # columns of V for a program where d = 512: the sums of all would f
 AHEAD = "S one block ahead"  # of the forward
 WHOLE = "whole blocks only"  # of dK/dV: the masks of a rest would spill
 
-AMPERE = {  # compute capability 8.x and 12.x: mma.sync, and an RTX card's 99 KB of shared memory
+AMPERE = {  # compute capability 8.x: mma.sync, and an RTX card's 99 KB of shared memory
     "forward": (
         (16, (64, 64, 4, 2)),
         (64, (64, 64, 4, 3)),
@@ -42,6 +42,17 @@ AMPERE = {  # compute capability 8.x and 12.x: mma.sync, and an RTX card's 99 KB
         (160, (32, 16, 4, 2)),
     ),
     "short_backward": ((48, (32, 128, 4, 2)), (64, (32, 128, 8, 2))),
+}
+RTX_BLACKWELL = {  # 12.x, where some of the rows above spill
+    **AMPERE,
+    "backward_dq": (*AMPERE["backward_dq"][:-1], (160, (128, 16, 8, 2))),
+    "backward_dkv": (
+        (48, (64, 64, 4, 2, WHOLE), (32, 64, 4, 2)),
+        (64, (64, 64, 4, 2), (32, 64, 4, 2)),
+        (96, (16, 64, 4, 2)),
+        (128, (16, 128, 8, 2)),
+        (160, (32, 16, 4, 2)),
+    ),
 }
 HOPPER = {  # 9.0: wgmma, which runs while other instructions do
     "forward": (
@@ -106,7 +117,7 @@ def config(kernel: str, q: torch.Tensor, N_k: int, choice: int = 0) -> dict | No
     """
     d = q.shape[-1]
     major = card.capability(q.device) // 10
-    tables = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: AMPERE}
+    tables = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: RTX_BLACKWELL}
     if q.dtype == torch.float32:
         tables = dict.fromkeys(tables, FLOAT32) | {10: FLOAT32_BLACKWELL}
     row = next((row for row in tables[major][kernel] if d <= row[0]), None)

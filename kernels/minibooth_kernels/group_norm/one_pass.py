@@ -68,16 +68,17 @@ def _backward_one_pass(
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    g, n = tl.program_id(0), tl.program_id(1)
     rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
     mask = (rows < R)[:, None] & channel_mask[None, :]
     offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
     sample = n.to(tl.int64) * R * C
-    first = (n * G + g) * group_channels  # one of the group's channels, which are alike
+    x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
+    dz = tl.load(dY + sample + offsets, mask=mask, other=0.0).to(tl.float32)
+    first = n * C + g * group_channels  # one of the group's channels, which are alike
     mean, rstd = tl.load(Mean + first), tl.load(Rstd + first)
 
-    x_hat = (tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
-    dz = tl.load(dY + sample + offsets, mask=mask, other=0.0).to(tl.float32)
+    x_hat = (x - mean) * rstd
     z, weight = _affine(x_hat, channels, channel_mask, Weight, Bias)
     if SILU:
         dz = _silu_backward(z, dz)
