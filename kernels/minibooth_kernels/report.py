@@ -12,10 +12,7 @@ import contextlib
 import csv
 import functools
 import itertools
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -25,12 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from . import attention, card, group_norm
+from .sass import measure
 
 # Shared memory of one block, bytes, by compute capability (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability", less the 1 KB that the system keeps).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TENSOR_CORE = r"HGMMA|HMMA|UTCHMMA"  # sm_90; sm_80 … 89 and 120; sm_100
 
 
 class _Driver:
@@ -74,36 +71,17 @@ def recording(capability: int):
         yield launches
 
 
-def _tool(name: str, *arguments) -> str:
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+MOST_EXP2 = 1.5  # per score: one, and in the forward one per row in each thread that has of it
+# Kernels that may repeat work, because what does not repeat it spills: (kernel, major capability,
+# widths of the head dimension).
+REPEATED = {
+    ("short_backward", 8, "D1=64 D2=0"),  # 32 x 128 with 4 warps: 11 to 12 accesses
+    ("short_backward", 12, "D1=64 D2=0"),
+}
 
 
-def measure(name: str, options: dict, compiled) -> dict:
-    """One line of the report: registers, stack, shared memory and instructions of a kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("cuobjdump", "-sass", file.name)
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.M)
-    count = functools.partial(_count, opcodes)
-    return {
-        "kernel": name.lstrip("_"),
-        "options": " ".join(f"{name}={value}" for name, value in options.items()),
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "shared": compiled.metadata.shared,
-        "instructions": len(opcodes),
-        "tensor_core": count(TENSOR_CORE),
-        "exp2": count(r"MUFU\.EX2"),
-        "local_memory": count(r"LDL|STL"),
-        "wgmma_waits": count(r"WARPGROUP\.DEPBAR"),
-    }
-
-
-def _count(opcodes, pattern):
-    return sum(bool(re.match(pattern, opcode)) for opcode in opcodes)
+def _key(line: dict) -> tuple[str, int, str]:
+    return line["kernel"], line["capability"] // 10, " ".join(line["options"].split()[:2])
 
 
 def problems(line: dict) -> list[str]:
@@ -113,9 +91,11 @@ def problems(line: dict) -> list[str]:
         found.append(f"spills: {line['stack']} bytes of stack, {line['local_memory']} accesses")
     if line["shared"] > SHARED_MEMORY[line["capability"]]:
         found.append(f"{line['shared']} bytes of shared memory, more than the card has")
-    attends = line["kernel"] in attention.tiles.AMPERE
-    if attends and line["dtype"] != "fp32" and not line["tensor_core"]:
-        found.append("no tensor-core instruction")
+    if line["kernel"] in attention.tiles.AMPERE and line["dtype"] != "fp32":
+        if not line["tensor_core"]:
+            found.append("no tensor-core instruction")
+        if (line["exp2_per_score"] or 0) > MOST_EXP2 and _key(line) not in REPEATED:
+            found.append(f"repeated work: {line['exp2_per_score']} exponentials per score")
     if line["instructions"] < 100:  # what ptxas leaves of a kernel that cannot run
         found.append("an empty kernel")
     return found
@@ -123,22 +103,25 @@ def problems(line: dict) -> list[str]:
 
 # One head dimension for each pair of widths; d itself is no constant of the kernels.
 DIMS = (16, 32, 48, 64, 80, 96, 128, 160, 512)
-LENGTHS = ((64, 77), (64, 256), (64, 200))  # (N_q, N_k): short; long, whole blocks; long, a rest
+LENGTHS = ((64, 77), (256, 256), (200, 200))  # N_q, N_k: short; long, whole blocks; long, a rest
 # (C, height and width) for 32 groups: every tile of a small group, and one group too large.
 SHAPES = ((640, 32), (320, 32), (960, 32), (640, 16), (1280, 16), (1920, 16), (2560, 16))
 SHAPES += ((128, 8), (256, 8), (320, 8), (640, 8), (1280, 8), (2560, 8), (320, 64))
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 QUICK = {"dims": (40,), "lengths": LENGTHS[:2], "shapes": ((320, 64), (1280, 8)), "silu": (True,)}
-FULL = {"dims": DIMS, "lengths": LENGTHS, "shapes": SHAPES, "silu": (True, False)}
+QUICK |= {"candidates": 2}
+FULL = {"dims": DIMS, "lengths": LENGTHS, "shapes": SHAPES, "silu": (True, False), "candidates": 3}
 
 
-def launch_attention(dtype: torch.dtype, dims, lengths) -> None:
-    """Calls it, forward and backward, on every combination."""
-    for d, (N_q, N_k) in itertools.product(dims, lengths):
+def launch_attention(dtype: torch.dtype, dims, lengths, candidates) -> None:
+    """Calls it, forward and backward, on every combination, with so many of a row's tiles."""
+    for choice, d, (N_q, N_k) in itertools.product(range(candidates), dims, lengths):
         q, k, v = (torch.empty(1, 1, N, d, dtype=dtype) for N in (N_q, N_k, N_k))
-        out, L = attention._attention(q, k, v, 1.0)
-        if d <= 160:
-            attention._attention_backward(out, q, k, v, out, L, 1.0)
+        chosen = functools.partial(attention.tiles.config, choice=choice)
+        with mock.patch.object(attention, "config", chosen):
+            out, L = attention._attention(q, k, v, 1.0)
+            if d <= 160:
+                attention._attention_backward(out, q, k, v, out, L, 1.0)
 
 
 def launch_norms(dtype: torch.dtype, weights: torch.dtype, shapes, silu) -> None:
@@ -153,7 +136,7 @@ def report(capability: int, dtype: str, cases: dict) -> list[dict]:
     """The measurements of every kernel that the cases launch on such a card."""
     lines, half = [], DTYPES[dtype]
     with recording(capability) as launches:
-        launch_attention(half, cases["dims"], cases["lengths"])
+        launch_attention(half, cases["dims"], cases["lengths"], cases["candidates"])
         for weights in dict.fromkeys([dtype, "fp32"]):  # under autocast the norms' stay in fp32
             launch_norms(half, DTYPES[weights], cases["shapes"], cases["silu"])
             head = {"capability": capability, "dtype": dtype, "weights": weights}

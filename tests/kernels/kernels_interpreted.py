@@ -4,7 +4,10 @@ test_kernels.py runs it in a process of its own, because Triton reads the variab
 fp32 shows that the logic is right, fp16 that the casts are; the interpreter's bf16 is not exact.
 """
 
+import functools
+import itertools
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -166,7 +169,7 @@ def short_kernels_in_fp32(monkeypatch):
 @pytest.mark.parametrize(
     "B, H, N_q, N_k, d",
     [
-        (1, 2, 70, 150, 40),  # long, nothing fits a block
+        (1, 1, 70, 150, 40),  # long, nothing fits a block
         (2, 1, 64, 192, 64),  # long, everything does
         (1, 1, 33, 131, 80),
         (1, 1, 20, 144, 160),
@@ -181,15 +184,49 @@ def test_attention_matches_fp64(short_kernels_in_fp32, B, H, N_q, N_k, d, dtype)
     check_attention(*attention_case(B, H, N_q, N_k, d, dtype))
 
 
-@pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize("N_k, d", [(150, 40), (77, 40), (140, 80)])
-def test_attention_matches_fp64_with_other_cards_tiles(monkeypatch, capability, N_k, d):
-    """Hopper's configurations are those that compute S one block ahead."""
+def distinct_tiles():
+    """(capability, N_k, d, candidate): every tile of the 16-bit tables once."""
+    found, seen = [], set()
+    every = itertools.product((80, 90, 100, 120), (150, 77), (40, 80, 96, 128, 160), range(3))
+    for capability, N_k, d, choice in every:
+        q, kernels = torch.empty(1, 1, 70, d, dtype=FP16), at.tiles.AMPERE
+        with mock.patch.object(at.card, "capability", lambda device, c=capability: c):
+            options = [(kernel, at.config(kernel, q, N_k, choice)) for kernel in kernels]
+        new = {(kernel, *row.values()) for kernel, row in options if row} - seen
+        seen |= new
+        if new and (N_k, d) not in ((77, 96), (77, 128), (77, 160)):
+            found.append((capability, N_k, d, choice))
+    return found
+
+
+def use_tiles(monkeypatch, capability, choice):
     monkeypatch.setattr(at.card, "capability", lambda device: capability)
-    assert at.config("forward", torch.empty(1, 1, 1, 40, dtype=FP16), 150)["PREFETCH"] == (
-        capability == 90
-    )
-    check_attention(*attention_case(1, 1, 70, N_k, d, FP16))
+    monkeypatch.setattr(at, "config", functools.partial(at.tiles.config, choice=choice))
+
+
+def followed_by_nans(x):
+    """x, and behind its last row numbers that nothing may read."""
+    return torch.cat([x, torch.full_like(x[:, :, :1], torch.nan).expand_as(x)], 2)[
+        :, :, : x.shape[2]
+    ]
+
+
+@pytest.mark.parametrize("capability, N_k, d, choice", distinct_tiles())
+def test_attention_matches_fp64_with_every_cards_tiles(monkeypatch, capability, N_k, d, choice):
+    use_tiles(monkeypatch, capability, choice)
+    inputs, upstream = attention_case(1, 1, 70, N_k, d, FP16)
+    check_attention([followed_by_nans(x) for x in inputs], upstream)
+
+
+@pytest.mark.parametrize("choice", [0, 1], ids=["plain", "S one block ahead"])
+def test_attention_of_whole_blocks_reads_no_row_too_many(monkeypatch, choice):
+    """Without masks: the last block is the last, also for what is computed ahead of its use."""
+    use_tiles(monkeypatch, 90, choice)
+    inputs, upstream = attention_case(1, 1, 128, 192, 40, FP16)
+    q = inputs[0]
+    assert at.config("forward", q, 192)["EVEN"] and at.config("backward_dkv", q, 192)["EVEN"]
+    assert at.config("forward", q, 192)["PREFETCH"] == bool(choice)
+    check_attention([followed_by_nans(x) for x in inputs], upstream)
 
 
 @pytest.mark.parametrize("d", [16, 32, 48, 56, 72, 88, 96, 104, 120, 128, 136, 152])
@@ -198,7 +235,10 @@ def test_attention_takes_every_multiple_of_8(short_kernels_in_fp32, d):
     check_attention(*attention_case(1, 1, 10, N_k, d, FP32))
 
 
-def test_attention_of_the_vae_is_forward_only():
+@pytest.mark.parametrize("capability", [80, 90])
+def test_attention_of_the_vae_is_forward_only(monkeypatch, capability):
+    """A program makes a slice of the columns, each of them from the same scores."""
+    monkeypatch.setattr(at.card, "capability", lambda device: capability)
     (q, k, v), _ = attention_case(1, 1, 20, 37, 512, FP16)
     expected = at.reference(q.double(), k.double(), v.double())
     error = relative_error(at.attention(q, k, v), expected)
@@ -342,6 +382,7 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(check, "ODD_NORMS", {})
     monkeypatch.setattr(kernels, "BATCH_SIZES", (1,))
     monkeypatch.setattr(trial, "L2_BYTES", 2)
+    monkeypatch.setattr(at.tiles, "SLICE", 512)  # a quarter of the programs
     monkeypatch.setattr(kernels, "forward_variants", lambda bound: [])
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")

@@ -132,9 +132,18 @@ def test_a_representative_of_each_kernel_compiles_without_spills(tmp_path):
         "partial_statistics", "combine_statistics", "apply",
         "backward_partial_sums", "backward_combine", "backward_apply",
     }  # fmt: skip
-    (forward,) = (k for k in kernels if k["kernel"] == "forward")
-    assert int(forward["tensor_core"]) == 12  # S ahead of the loop, S and P V in it
-    assert int(forward["wgmma_waits"]) < 6, "ptxas serialized the products"
+    plain, ahead = (k for k in kernels if k["kernel"] == "forward")
+    assert int(plain["tensor_core"]) == 11  # 32 + 16 columns: 3 for S, 8 for P V
+    assert int(ahead["tensor_core"]) == 12  # 64 columns: S ahead of the loop, S and P V in it
+    assert int(ahead["wgmma_waits"]) < 6, "ptxas serialized the products"
+    # Once for each score, and the forward's row maximum: 34 for 32 scores a thread.
+    once = {k["kernel"]: float(k["exp2_per_score"]) for k in kernels if k["exp2_per_score"]}
+    assert once.pop("forward") == pytest.approx(34 / 32, abs=0.01)
+    assert set(once) == {"short_forward", "backward_dq", "backward_dkv", "short_backward"}
+    assert set(once.values()) == {1.0}
+    # With whole blocks no row is masked in the loop: 10.7, and 12.7 with masks.
+    dkv = next(k for k in kernels if k["kernel"] == "backward_dkv")
+    assert float(dkv["slots_per_score"]) < 11.5
 
 
 @pytest.mark.slow
@@ -143,15 +152,19 @@ def test_every_configuration_compiles_without_spills(tmp_path, capability):
     compile_ahead(tmp_path, "--capability", capability)
 
 
-def test_the_gate_sees_spills_missing_tensor_cores_and_too_much_shared_memory():
+def test_the_gate_sees_spills_repeated_work_missing_tensor_cores_and_too_much_shared_memory():
     from minibooth_kernels import report
 
     good = {"kernel": "forward", "capability": 86, "dtype": "bf16", "stack": 0, "shared": 101_376,
-            "local_memory": 0, "tensor_core": 8, "instructions": 900}  # fmt: skip
+            "local_memory": 0, "tensor_core": 8, "instructions": 900, "exp2_per_score": 1.06,
+            "options": "D1=64 D2=0 BLOCK_M=32"}  # fmt: skip
     assert report.problems(good) == []
     for change in ({"stack": 8}, {"local_memory": 1}, {"shared": 101_377}, {"tensor_core": 0},
-                   {"instructions": 16}):  # fmt: skip
+                   {"instructions": 16}, {"exp2_per_score": 2.0}):  # fmt: skip
         assert len(report.problems(good | change)) == 1
+    for kernel, major, widths in report.REPEATED:  # said to repeat work, with a reason
+        named = {"kernel": kernel, "capability": 10 * major, "options": widths + " BLOCK_M=32"}
+        assert report.problems(good | named | {"exp2_per_score": 2.0, "shared": 0}) == []
     assert report.problems(good | {"capability": 90, "shared": 200_000}) == []
     assert report.problems(good | {"dtype": "fp32", "tensor_core": 0}) == []
 
@@ -208,10 +221,22 @@ def test_everything_works_without_triton(code, output):
 
 
 def test_the_environment_variable_is_the_switch():
-    code = "import torch; from minibooth import ops; ops.attention(*[torch.ones(1, 1, 2, 8)] * 3)"
-    assert "on CUDA, the tensor is on cpu" in run("-c", code, MINIBOOTH_KERNELS="triton").stderr
-    assert "auto, triton, torch, not 'fast'" in run("-c", code, MINIBOOTH_KERNELS="fast").stderr
-    assert run("-c", code, MINIBOOTH_KERNELS="torch").returncode == 0
+    """It is read at the import, which is repeated here in one process."""
+    code = """
+import importlib, os, torch
+from minibooth import ops
+for mode in ("triton", "fast", "torch"):
+    os.environ["MINIBOOTH_KERNELS"] = mode
+    importlib.reload(ops)
+    try:
+        print(mode, ops.attention(*[torch.ones(1, 1, 2, 8)] * 3).sum().item())
+    except ops.UserError as e:
+        print(mode, e)
+"""
+    triton, fast, torch_ = run("-c", code).stdout.splitlines()
+    assert triton.startswith("triton ") and "on CUDA, the tensor is on cpu" in triton
+    assert fast.startswith("fast ") and "auto, triton, torch, not 'fast'" in fast
+    assert torch_ == "torch 16.0"
 
 
 def test_the_tables_of_a_generation_fit_all_its_cards():

@@ -14,6 +14,7 @@ from .blocks import (
     _add_product,
     _head,
     _load,
+    _load_vector,
     _packed_head,
     _product,
     _row_dot,
@@ -66,8 +67,8 @@ def _backward_dq(
     dq1, dq2 = _zeros(BLOCK_M, D1, D2)
     for start in range(0, N_k, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k1, k2 = _load(K, keys, N_k, stride_kn * 8, d, D1, D2)
-        v1, v2 = _load(V, keys, N_k, stride_vn * 8, d, D1, D2)
+        k1, k2 = _load(K, keys, N_k, stride_kn * 8, d, D1, D2, EVEN)
+        v1, v2 = _load(V, keys, N_k, stride_vn * 8, d, D1, D2, EVEN)
         S = _product(q1, q2, k1, k2, D2)
         P = tl.exp2(S * scale_log2 - L_i[:, None])
         if not EVEN:  # S is 0 there, and exp2(0 − L) may be infinite
@@ -94,6 +95,7 @@ def _backward_dkv(
     stride_vb, stride_vh, stride_vn,
     H, N_q, N_k, d8, scale, scale_log2,
     D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,  # N_q is a multiple of BLOCK_M
 ):  # fmt: skip
     d = d8 * 8
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -102,22 +104,23 @@ def _backward_dkv(
     v1, v2 = _load(_head(V, b, h, stride_vb, stride_vh), keys, N_k, stride_vn * 8, d, D1, D2)
     Q = _head(Q, b, h, stride_qb, stride_qh)
     dO = _packed_head(dO, b, h, N_q, H, d)
+    L += tl.program_id(1) * N_q
+    Delta += tl.program_id(1) * N_q
 
     dk1, dk2 = _zeros(BLOCK_N, D1, D2)
     dv1, dv2 = _zeros(BLOCK_N, D1, D2)
     for start in range(0, N_q, BLOCK_M):
         queries = start + tl.arange(0, BLOCK_M)
-        rows = tl.program_id(1) * N_q + queries
-        L_i = tl.load(L + rows, mask=queries < N_q, other=float("inf"))  # P = 0 beyond N_q
-        delta = tl.load(Delta + rows, mask=queries < N_q, other=0.0)
-        q1, q2 = _load(Q, queries, N_q, stride_qn * 8, d, D1, D2)
-        do1, do2 = _load(dO, queries, N_q, H * d, d, D1, D2)
+        L_i = _load_vector(L, queries, N_q, float("inf"), EVEN)  # P = 0 beyond N_q
+        delta = _load_vector(Delta, queries, N_q, 0.0, EVEN)
+        q1, q2 = _load(Q, queries, N_q, stride_qn * 8, d, D1, D2, EVEN)
+        do1, do2 = _load(dO, queries, N_q, H * d, d, D1, D2, EVEN)
         # Transposed, keys × queries: Pᵀ and dSᵀ are left operands as they are. Rows of keys beyond
         # N_k hold nonsense, which no other row sees and nothing stores.
         S_T = _product(k1, k2, q1, q2, D2)
+        dP_T = _product(v1, v2, do1, do2, D2)  # needs no P: Hopper multiplies while P is computed
         P_T = tl.exp2(S_T * scale_log2 - L_i[None, :])
         dv1, dv2 = _add_product(dv1, dv2, P_T, do1, do2, D2)
-        dP_T = _product(v1, v2, do1, do2, D2)
         dS_T = P_T * (dP_T - delta[None, :])
         dk1, dk2 = _add_product(dk1, dk2, dS_T, q1, q2, D2)
     dK = _packed_head(dK, b, h, N_k, H, d)

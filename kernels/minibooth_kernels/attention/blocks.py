@@ -2,6 +2,9 @@
 
 - A head dimension d is cut into two widths Triton has tiles for: 80 = 64 + 16, 160 = 128 + 32;
   what d does not fill is zero. Variables end in 1 and 2; with D2 = 0 the second is unused.
+- EVEN, a constant: the rows of the loop's matrix are whole blocks. Otherwise each copy of 16 bytes
+  into shared memory needs some nine integer instructions that compare its row with the length;
+  columns are compared once, before the loop.
 - Strides and d reach the kernels divided by 8, so that Triton knows that they are multiples of 8
   and reads 16 bytes at a time.
 """
@@ -14,30 +17,44 @@ INTEGERS = [*STRIDES, "H", "N_q", "N_k", "d8", "chunk"]  # one compilation serve
 
 
 @triton.jit
-def _tile(X, rows, n_rows, stride, d, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def _tile(X, rows, n_rows, stride, d, FIRST: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     columns = FIRST + tl.arange(0, WIDTH)
-    mask = (rows < n_rows)[:, None] & (columns < d)[None, :]
+    mask = (columns < d)[None, :]  # the same for every block of rows: no work in a loop
+    if not EVEN:
+        mask = (rows < n_rows)[:, None] & mask
     return X + rows[:, None] * stride + columns[None, :], mask
 
 
 @triton.jit
-def _load(X, rows, n_rows, stride, d, D1: tl.constexpr, D2: tl.constexpr):
-    """Rows of a (n_rows, d) matrix as (rows, D1) and (rows, D2); zero outside."""
-    pointers, mask = _tile(X, rows, n_rows, stride, d, 0, D1)
+def _load(
+    X, rows, n_rows, stride, d, D1: tl.constexpr, D2: tl.constexpr, EVEN: tl.constexpr = False
+):
+    """Rows of a (n_rows, d) matrix as (rows, D1) and (rows, D2); zero outside. EVEN: no row is."""
+    pointers, mask = _tile(X, rows, n_rows, stride, d, 0, D1, EVEN)
     x1 = tl.load(pointers, mask=mask, other=0.0)
     x2 = x1
     if D2:
-        pointers, mask = _tile(X, rows, n_rows, stride, d, D1, D2)
+        pointers, mask = _tile(X, rows, n_rows, stride, d, D1, D2, EVEN)
         x2 = tl.load(pointers, mask=mask, other=0.0)
     return x1, x2
 
 
 @triton.jit
+def _load_vector(X, rows, n_rows, beyond, EVEN: tl.constexpr):
+    """Elements of a vector of n_rows, `beyond` outside."""
+    if EVEN:
+        x = tl.load(X + rows)
+    else:
+        x = tl.load(X + rows, mask=rows < n_rows, other=beyond)
+    return x
+
+
+@triton.jit
 def _store(X, x1, x2, rows, n_rows, stride, d, D1: tl.constexpr, D2: tl.constexpr):
-    pointers, mask = _tile(X, rows, n_rows, stride, d, 0, D1)
+    pointers, mask = _tile(X, rows, n_rows, stride, d, 0, D1, False)
     tl.store(pointers, x1, mask=mask)
     if D2:
-        pointers, mask = _tile(X, rows, n_rows, stride, d, D1, D2)
+        pointers, mask = _tile(X, rows, n_rows, stride, d, D1, D2, False)
         tl.store(pointers, x2, mask=mask)
 
 

@@ -97,10 +97,10 @@ def _short_backward(
         rows = tl.program_id(1) * N_q + queries
         L_i = tl.load(L + rows, mask=queries < N_q, other=float("inf"))
         S_T = _product(k1, k2, q1, q2, D2)
+        dP_T = _product(v1, v2, do1, do2, D2)  # beside S, as in _backward_dkv
         P_T = tl.exp2(S_T * scale_log2 - L_i[None, :])
         P_T = tl.where((keys < N_k)[:, None], P_T, 0.0)  # dQ sums over the keys
         dv1, dv2 = _add_product(dv1, dv2, P_T, do1, do2, D2)
-        dP_T = _product(v1, v2, do1, do2, D2)
         dS_T = P_T * (dP_T - delta[None, :])
         dk1, dk2 = _add_product(dk1, dk2, dS_T, q1, q2, D2)
         dq1, dq2 = _zeros(BLOCK_M, D1, D2)

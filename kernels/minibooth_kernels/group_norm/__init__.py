@@ -7,7 +7,8 @@ The statistics are one mean and one variance per sample and group of channels, N
 
 Two ways, one result. A group that fits in registers takes one program: read once, write once.
 A larger one takes three launches: every tile of rows × channels leaves per-channel partial
-results, a small kernel combines them per group, and a second pass over x writes y.
+results, a small kernel combines them per group and works out what that means for each channel, and
+a second pass over x writes y.
 
 x is read as (N, R, C), R the product of the spatial sizes, in either memory layout: C next to
 each other (channels_last) or R next to each other (contiguous). Only `_offsets` knows which.
@@ -54,7 +55,7 @@ def _group_norm(
     channels_last = not x.is_contiguous()
     layout = {"CHANNELS_LAST": channels_last}
     y = torch.empty_like(x)
-    mean = x.new_empty(N, G, dtype=torch.float32)
+    mean = x.new_empty(N, C, dtype=torch.float32)  # a group's, at each of its channels
     rstd = torch.empty_like(mean)
 
     if tile := _one_pass(R, C // G, FORWARD_TILES, channels_last):
@@ -64,15 +65,16 @@ def _group_norm(
         tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
         partial = x.new_empty(2, chunks[0], N, C, dtype=torch.float32)
         _partial_statistics[chunks](x, partial, R, C, chunk_rows, **layout, **tile)
-        _combine_statistics[(G, N)](partial, mean, rstd, *sizes, chunk_rows, eps, **COMBINE)
-        arguments = (x, weight, bias, mean, rstd, y, *sizes)
-        _apply[tiles](*arguments, SILU=silu, **layout, **tile)
+        affine = x.new_empty(2, N, C, dtype=torch.float32)
+        arguments = (partial, weight, bias, mean, rstd, affine, *sizes, chunk_rows, eps)
+        _combine_statistics[(G, N)](*arguments, **COMBINE)
+        _apply[tiles](x, affine, y, R, C, SILU=silu, **layout, **tile)
     return y, mean, rstd
 
 
 @_group_norm.register_fake
 def _(x, num_groups, weight, bias, eps, silu):
-    statistics = x.new_empty(x.shape[0], num_groups, dtype=torch.float32)
+    statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
     return torch.empty_like(_dense(x)), statistics, torch.empty_like(statistics)
 
 
@@ -104,10 +106,11 @@ def _group_norm_backward(
     else:
         tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
         partial = x.new_empty(2, chunks[0], N, C, dtype=torch.float32)
-        terms = x.new_empty(2, N, G, dtype=torch.float32)
-        _backward_partial_sums[chunks](*inputs, partial, *sizes, chunk_rows, **layout, **tile)
-        _backward_combine[(G, N, 2)](partial, weight, sums, terms, *sizes, chunk_rows, **COMBINE)
-        _backward_apply[tiles](*inputs, terms, dx, *sizes, **layout, **tile)
+        coefficients = x.new_empty(4, N, C, dtype=torch.float32)
+        _backward_partial_sums[chunks](*inputs, partial, R, C, chunk_rows, **layout, **tile)
+        arguments = (partial, *inputs[2:], sums, coefficients, *sizes, chunk_rows)
+        _backward_combine[(G, N)](*arguments, **COMBINE)
+        _backward_apply[tiles](dy, x, coefficients, dx, R, C, **layout, **tile)
     return dx, sums.sum(1).to(weight.dtype)  # dγ and dβ in one tensor (2, C)
 
 

@@ -1,12 +1,15 @@
 """A group too large for registers, forward: partial statistics, their combination, a second pass.
 
-The formula is one_pass.reference.
+The formula is one_pass.reference. What the second pass multiplies and adds depends on the channel
+alone, so the kernel between the two, which is small, works it out once:
+
+    y = γ (x − mean) rstd + β = scale · x + shift        scale = γ rstd, shift = β − mean · scale
 """
 
 import triton
 import triton.language as tl
 
-from .parts import _affine, _offsets, _per_channel
+from .parts import _offsets, _vector
 
 
 @triton.jit
@@ -57,13 +60,16 @@ def _partial_statistics(
 @triton.jit
 def _combine_statistics(
     Partial,  # (2, chunks, N, C) fp32 in
-    Mean,  # (N, G) fp32 out
-    Rstd,  # (N, G) fp32 out
+    Weight,  # (C,)
+    Bias,  # (C,)
+    Mean,  # (N, C) fp32 out, a group's channels alike
+    Rstd,  # (N, C) fp32 out
+    Affine,  # (2, N, C) fp32 out: scale and shift
     R, C, group_channels, chunk_rows, eps,
     BLOCK_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     g, n = tl.program_id(0), tl.program_id(1)
-    G, N = tl.num_programs(0), tl.num_programs(1)
+    N = tl.num_programs(1)
     chunks = tl.cdiv(R, chunk_rows)
     count, mean, M2 = 0.0, 0.0, 0.0
     for first_chunk in range(0, chunks, BLOCK_CHUNKS):
@@ -83,33 +89,37 @@ def _combine_statistics(
             deviation = mean_i - mean_b
             M2_b = tl.sum(M2_i + count_i * deviation * deviation)
             count, mean, M2 = _merge(count, mean, M2, count_b, mean_b, M2_b)
-    tl.store(Mean + n * G + g, mean)
-    tl.store(Rstd + n * G + g, tl.rsqrt(M2 / count + eps))
+    rstd = tl.rsqrt(M2 / count + eps)
+    for first_channel in range(0, group_channels, BLOCK_C):
+        channel = first_channel + tl.arange(0, BLOCK_C)
+        mask = channel < group_channels
+        channels = g * group_channels + channel
+        scale = rstd * tl.load(Weight + channels, mask=mask, other=0.0).to(tl.float32)
+        bias = tl.load(Bias + channels, mask=mask, other=0.0).to(tl.float32)
+        tl.store(Mean + n * C + channels, tl.zeros_like(scale) + mean, mask=mask)
+        tl.store(Rstd + n * C + channels, tl.zeros_like(scale) + rstd, mask=mask)
+        tl.store(Affine + n * C + channels, scale, mask=mask)
+        tl.store(Affine + (N + n) * C + channels, bias - mean * scale, mask=mask)
 
 
 @triton.jit
 def _apply(
     X,  # (N, R, C) in
-    Weight,  # (C,)
-    Bias,  # (C,)
-    Mean,  # (N, G) fp32
-    Rstd,  # (N, G) fp32
+    Affine,  # (2, N, C) fp32
     Y,  # (N, R, C) out
-    R, C, group_channels,
+    R, C,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(2)
+    n, N = tl.program_id(2), tl.num_programs(2)
     X += n.to(tl.int64) * R * C
     Y += n.to(tl.int64) * R * C
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = _per_channel(Mean, n, channels, C, group_channels)
-    rstd = _per_channel(Rstd, n, channels, C, group_channels)
+    scale, shift = _vector(Affine, n, channels, C), _vector(Affine, N + n, channels, C)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = (rows < R)[:, None] & (channels < C)[None, :]
     offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
     x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
-    x_hat = (x - mean[None, :]) * rstd[None, :]
-    z, _ = _affine(x_hat, channels, channels < C, Weight, Bias)
+    z = scale[None, :] * x + shift[None, :]
     if SILU:
         z = z * tl.sigmoid(z)
     tl.store(Y + offsets, z, mask=mask)

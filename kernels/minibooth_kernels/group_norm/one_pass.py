@@ -28,13 +28,13 @@ def _forward_one_pass(
     Weight,  # (C,) γ
     Bias,  # (C,) β
     Y,  # (N, R, C) out
-    Mean,  # (N, G) fp32 out
-    Rstd,  # (N, G) fp32 out
+    Mean,  # (N, C) fp32 out, a group's channels alike
+    Rstd,  # (N, C) fp32 out
     R, C, group_channels, eps,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    g, n = tl.program_id(0), tl.program_id(1)
     rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
     mask = (rows < R)[:, None] & channel_mask[None, :]
     offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
@@ -49,8 +49,9 @@ def _forward_one_pass(
     if SILU:
         z = z * tl.sigmoid(z)
     tl.store(Y + sample + offsets, z, mask=mask)
-    tl.store(Mean + n * G + g, mean)
-    tl.store(Rstd + n * G + g, rstd)
+    statistics = tl.zeros([BLOCK_C], tl.float32)
+    tl.store(Mean + n * C + channels, statistics + mean, mask=channel_mask)
+    tl.store(Rstd + n * C + channels, statistics + rstd, mask=channel_mask)
 
 
 @triton.jit
@@ -59,23 +60,25 @@ def _backward_one_pass(
     X,  # (N, R, C)
     Weight,  # (C,)
     Bias,  # (C,)
-    Mean,  # (N, G) fp32
-    Rstd,  # (N, G) fp32
+    Mean,  # (N, C) fp32, a group's channels alike
+    Rstd,  # (N, C) fp32
     dX,  # (N, R, C) out
     Sums,  # (2, N, C) fp32 out: Σ dz·x̂ and Σ dz over the rows, which sum over n to dγ and dβ
     R, C, group_channels,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    g, n, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    g, n = tl.program_id(0), tl.program_id(1)
     rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
     mask = (rows < R)[:, None] & channel_mask[None, :]
     offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
     sample = n.to(tl.int64) * R * C
-    mean, rstd = tl.load(Mean + n * G + g), tl.load(Rstd + n * G + g)
-
-    x_hat = (tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+    x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
     dz = tl.load(dY + sample + offsets, mask=mask, other=0.0).to(tl.float32)
+    first = n * C + g * group_channels  # one of the group's channels, which are alike
+    mean, rstd = tl.load(Mean + first), tl.load(Rstd + first)
+
+    x_hat = (x - mean) * rstd
     z, weight = _affine(x_hat, channels, channel_mask, Weight, Bias)
     if SILU:
         dz = _silu_backward(z, dz)
