@@ -55,6 +55,7 @@ def check_runs(report):
 
 
 @on_card.needs_card
+@pytest.mark.slow
 def test_every_part_goes_through_and_what_fails_is_a_line(tmp_path):
     found, lines = contact(tmp_path, room={"('gradient_checkpointing',)": 50_000})
     report = found["report"]

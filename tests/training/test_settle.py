@@ -35,6 +35,7 @@ GIVEN = dict(zip(CASES, [FASTER, SLOWER, WRONG, FASTER], strict=True))
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     monkeypatch.setattr(verdicts, "machine", lambda device: "a card, driver 1")
+    monkeypatch.setattr(ops, "_mode", "auto")  # whatever a bench's test has left behind
     yield
     ops.prefer([])
 
