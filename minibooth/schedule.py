@@ -165,8 +165,8 @@ def ddim_step(
     0 (none, and no `noise` is needed) to 1 (as much as DDPM adds).
     """
     a_t = schedule.alpha_bar[t]
-    last = torch.full_like(a_t, schedule.final_alpha_bar)
-    a_prev = schedule.alpha_bar[t_prev] if t_prev >= 0 else last
+    final = schedule.final_alpha_bar
+    a_prev = schedule.alpha_bar[t_prev] if t_prev >= 0 else torch.full_like(a_t, final)
     x0, eps = split(x_t, prediction, a_t, schedule.prediction_type)
     if schedule.clip is not None:
         x0 = x0.clamp(-schedule.clip, schedule.clip)

@@ -322,8 +322,9 @@ class UpdateInBackward(Update):
 
     def start(self, loss: Tensor, rate: float | Tensor) -> None:
         self.active = True
+        # Zero, or NaN where the loss is not finite or no update may happen any more.
         self.square.copy_(torch.where(self.bad_step >= 0, float("nan"), loss.detach() * 0))
-        self.look()
+        self.set_skip()
         for group in self.adam.param_groups:
             group["lr"].fill_(group["base_lr"] * rate)
         self.adam.found_inf = self.skip
@@ -336,7 +337,7 @@ class UpdateInBackward(Update):
             return
         square = parameter.grad.square().sum()
         self.square += square
-        self.look()
+        self.set_skip()
         if not self.eight_bit:
             every, self.adam.param_groups = self.adam.param_groups, self.alone[parameter]
             self.adam.step()
@@ -346,7 +347,7 @@ class UpdateInBackward(Update):
             self.adam.update(parameter)
         parameter.grad = None
 
-    def look(self) -> None:
+    def set_skip(self) -> None:
         """Skip all updates from now on if the sum of squares is not finite. In two kernels, since
         there are hundreds of weights: x − x is 0 of a number, and NaN of NaN and infinity."""
         torch.ne(self.square - self.square, 0, out=self.skip)
