@@ -9,6 +9,7 @@ import itertools
 import json
 from unittest import mock
 
+import fast_interpreter  # noqa: F401
 import pytest
 import torch
 from minibooth_kernels import attention as at
