@@ -27,6 +27,7 @@ class SampleConfig:
         "folder, single file (.safetensors, .ckpt) or hub id",
         aliases=("pretrained_model_name_or_path",),
         place="source",
+        topic="what is drawn",
     )
     prompt: tuple[str, ...] = option(
         (), "what to draw; give it several times for several prompts", empty=True
@@ -35,24 +36,21 @@ class SampleConfig:
     num_images: int = option(4, "pictures per prompt")
     seed: int = option(0, "of each prompt's first picture; the next ones count up")
     output_dir: str = option("samples", "where <prompt>-<seed>.png and grid.png go", place="path")
-    steps: int = option(50, "sampler steps", aliases=("num_inference_steps",))
+
+    steps: int = option(
+        50, "sampler steps", aliases=("num_inference_steps",), topic="how it is drawn"
+    )
     guidance_scale: float = option(7.5, "how strongly to follow the prompt; 1 switches it off")
     sampler: str = option("ddim", "how to step from noise to picture", choices=pipeline.SAMPLERS)
     eta: float = option(0.0, "DDIM's share of fresh noise per step, 0 to 1")
     height: int | None = option(None, "pixels [the model's own]")
     width: int | None = option(None, "pixels [the model's own]")
-    batch_size: int = option(4, "pictures drawn at once; less needs less memory")
-    dtype: str | None = option(
-        None, "of the weights [fp16 on a GPU, else fp32]", choices=("fp32", "fp16", "bf16")
-    )
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    kernels: str | None = option(
-        None,
-        "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
-        choices=ops.MODES,
-    )
+
     lora: tuple[str, ...] = option(
-        (), "LoRA file, or FILE:STRENGTH; give it several times for several [:1]", place="path"
+        (),
+        "LoRA file, or FILE:STRENGTH; give it several times for several [:1]",
+        place="path",
+        topic="model",
     )
     embedding: tuple[str, ...] = option(
         (),
@@ -72,6 +70,17 @@ class SampleConfig:
         "no",
         "yes takes the averaged weights of a single file that has them beside the plain ones",
         choices=("no", "yes"),
+    )
+
+    device: str = option("auto", "auto, cuda, mps or cpu", topic="device")
+    batch_size: int = option(4, "pictures drawn at once; less needs less memory")
+    dtype: str | None = option(
+        None, "of the weights [fp16 on a GPU, else fp32]", choices=("fp32", "fp16", "bf16")
+    )
+    kernels: str | None = option(
+        None,
+        "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
+        choices=ops.MODES,
     )
 
     def check(self) -> None:

@@ -24,8 +24,15 @@ import minibooth
 from minibooth import UserError, convert, load, ops, sample, train
 from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
+from minibooth.evaluate.protocol import DatasetConfig
+from minibooth.evaluate.single import SingleConfig
+from minibooth.evaluate.snapshots import SnapshotsConfig
 from minibooth.explain import __main__ as explain
 from minibooth.sample import SampleConfig
+from minibooth.toybox.drift import DriftConfig
+from minibooth.toybox.gallery import GalleryConfig
+from minibooth.toybox.judge import JudgeConfig
+from minibooth.toybox.pretrain import PretrainConfig
 from minibooth.train import TrainConfig
 from minibooth.training import report, settings
 from minibooth.training.settings import METHODS
@@ -82,6 +89,53 @@ def test_the_modules_run_as_programs(tmp_path, monkeypatch, capsys):
             patch.delitem(sys.modules, f"minibooth.{name}")
             runpy.run_module(f"minibooth.{name}", run_name="__main__")
         assert capsys.readouterr().err.startswith(f"minibooth.{name}: give --model")
+
+
+def topics(cls, monkeypatch, capsys):
+    """The help of the settings `cls` at 80 columns: the options under each heading."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(cls, "x", "About it.", ["--help"])
+    help = capsys.readouterr().out
+    assert max(map(len, help.splitlines())) <= 80
+    parts = re.split(r"^(\S.*):\n(?=  -)", help, flags=re.MULTILINE)[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return {name: re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE) for name, text in pairs}
+
+
+TRAIN_TOPICS = {  # and one setting of each, which a person would look for there
+    "what most runs need": "instance_prompt",
+    "photographs (captions, subjects, crops)": "concepts_list",
+    "method (LoRA, Textual Inversion)": "rank",
+    "class images": "num_class_images",
+    "training": "train_text_encoder",
+    "memory": "use_8bit_adam",
+    "pictures and snapshots": "checkpointing_steps",
+    "model": "vae",
+    "device": "mixed_precision",
+}
+
+
+def test_the_help_of_training_goes_from_what_most_runs_need_to_what_few_do(monkeypatch, capsys):
+    found = topics(TrainConfig, monkeypatch, capsys)
+    assert list(found) == list(TRAIN_TOPICS)
+    assert all(name in found[topic] for topic, name in TRAIN_TOPICS.items())
+    first = found["what most runs need"]
+    assert len(first) <= 10 and first[0] == "model"
+    assert {"instance_data_dir", "class_prompt", "output_dir", "max_train_steps"} <= set(first)
+
+
+SETTINGS = [TrainConfig, SampleConfig, ConvertConfig, DatasetConfig, SingleConfig, SnapshotsConfig]
+SETTINGS += [DriftConfig, GalleryConfig, JudgeConfig, PretrainConfig]
+
+
+@pytest.mark.parametrize("cls", SETTINGS, ids=lambda cls: cls.__name__)
+def test_every_option_stands_under_one_heading(cls, monkeypatch, capsys):
+    found, names = topics(cls, monkeypatch, capsys), [f.name for f in dataclasses.fields(cls)]
+    assert sorted(name for under in found.values() for name in under) == sorted([*names, "help"])
+    assert len(names) <= 15 or len(found) > 2
+    if cls.__base__ is not object:  # its own first, what it shares with others below
+        assert next(iter(found.values()))[0] in cls.__annotations__
 
 
 def parse(*argv):
@@ -220,6 +274,32 @@ def test_of_a_flag_that_is_another_programs_it_is_said_what_replaces_it(flag, sa
         assert f"--{name}" not in {f"--{field.name}" for field in dataclasses.fields(TrainConfig)}
     given = set(re.findall(r"--(\w+)", " ".join(settings.ELSEWHERE.values())))
     assert given <= TrainConfig.__dataclass_fields__.keys()
+
+
+def test_a_setting_that_was_removed_is_said_where_it_stands(tmp_path, monkeypatch, capsys):
+    """An old config file with what holds now runs on, with one line; another value is refused, as
+    the flag is."""
+    assert not settings.REMOVED.keys() & TrainConfig.__dataclass_fields__.keys()
+    path = tmp_path / "config.json"
+    old = {"seed": 3, "adam_weight_decay": 0.01, "tokenizer": None}
+    path.write_text(json.dumps(old))
+    with pytest.warns(UserWarning, match="no --adam_weight_decay and no --tokenizer any more"):
+        assert cli.read_config(path, TrainConfig) == {"seed": 3}
+    given = ["--config", path, "--method", "lora", "--device", "cpu"]  # read twice: said once
+    given += ["--instance_data_dir", tmp_path]
+    status, _, err = runs.program(monkeypatch, capsys, train, *given)
+    assert status == 2 and err.count("any more") == 1 and err.count("\n") == 2, err
+    for name, value, said in [
+        ("adam_weight_decay", 0.02, "has adam_weight_decay = 0.02, .* it is 0.01 in every run"),
+        ("tokenizer", "clip", "has tokenizer = 'clip', .* minibooth.convert .* --tokenizer"),
+    ]:
+        path.write_text(json.dumps(old | {name: value}))
+        with pytest.raises(minibooth.UserError, match=said):
+            cli.read_config(path, TrainConfig)
+        with pytest.raises(minibooth.UserError, match=f"^there is no --{name}: "):
+            parse(f"--{name.replace('_', '-')}", str(value))
+        instead = settings.REMOVED[name]
+        assert set(re.findall(r"--(\w+)", instead)) <= ConvertConfig.__dataclass_fields__.keys()
 
 
 def test_a_prompt_given_several_times_is_several_prompts(tmp_path):

@@ -70,7 +70,7 @@ def test_no_program_writes_where_anything_is_or_whose_it_is(home, tmp_path, monk
     base, folder = home / "models" / "base", Path("out")
     short = {"max_train_steps": 2, "checkpointing_steps": 1, "class_data_dir": None}
     grids = {"num_validation_images": 1, "validation_inference_steps": 1, "validation_steps": 1}
-    one = {"num_class_images": 1, "class_steps": 1, "explain": True, "tokenizer": base}
+    one = {"num_class_images": 1, "class_steps": 1, "explain": True}
     given = {"model": base, "instance_data_dir": home / "photos" / "my dog", "vae": base}
     settings = runs.settings(folder / "run", **given, **short, **grids, **one)
     drawn = {"prompt": "a sks dog", "num_images": 1, "steps": 1, "device": "cpu"}
@@ -80,7 +80,7 @@ def test_no_program_writes_where_anything_is_or_whose_it_is(home, tmp_path, monk
 
     run(train, **settings)
     run(convert, model=folder / "run", output=folder / "one.safetensors")
-    run(convert, model=folder / "one.safetensors", output=folder / "again")
+    run(convert, model=folder / "one.safetensors", output=folder / "again", tokenizer=base)
     run(sample, model=folder / "one.safetensors", output_dir=folder / "samples", **drawn)
     run(train, **settings | {"method": "lora", "output_dir": folder / "lora", "explain": False})
     files = (folder / "lora", f"{home / 'work' / folder / 'lora' / 'lora.safetensors'}:0.5")

@@ -10,7 +10,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from ..common import cli
 from ..training import beside, verdicts
 
 ROOT = Path(__file__).parents[2]
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- times -------------------------------------------------------------------------------------
 
@@ -53,12 +55,12 @@ def race(
     return times
 
 
-def rates(device: torch.device) -> dict[str, dict[str, float]]:
+def rates(device: torch.device, precisions: Iterable[str]) -> dict[str, dict[str, float]]:
     """What the machine can do: FLOP/s in a matrix product per precision, bytes/s in a copy."""
     n = 8192 if device.type == "cuda" else 1024
     found = {}
-    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(2, n, n, device=device).to(dtype)
+    for precision in sorted(precisions):
+        a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
         best = min(seconds(lambda a=a, b=b: a @ b, device) for _ in range(10))
         found[precision] = 2 * n**3 / best
     x = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)

@@ -163,7 +163,8 @@ def benchmark(what: str, minutes: float, output: Path) -> None:
     device, size, report, name = begin(what, output)
     if not peers(device):
         print("diffusers is not installed: its columns are left out")
-    todo, results, floor = rows(what, device), [], rates(device)
+    todo, results = rows(what, device), []
+    floor = rates(device, {row.precision for row in todo})
     end, left_out = time.monotonic() + 60 * minutes, []
     for i, row in enumerate(todo):
         left = end - time.monotonic()

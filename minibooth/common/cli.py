@@ -35,12 +35,14 @@ def option(
     aliases: tuple[str, ...] = (),
     place: str | None = None,
     empty: bool = False,
+    topic: str | None = None,
 ):
     """A dataclass field that is also a flag; the help gives its unit and what absent means. A
     `place` is a "path", or, where it can also be a name on the hub, a "source". `empty` is whether
-    an empty text can be meant, as it can where it is the default."""
+    an empty text can be meant, as it can where it is the default. Where a field has a `topic`, that
+    is the help's heading for it and for those after it, up to the next one."""
     extra = {"help": help, "choices": choices, "aliases": aliases, "place": place}
-    extra["empty"] = empty or default == ""
+    extra |= {"empty": empty or default == "", "topic": topic}
     return dataclasses.field(default=default, metadata=extra)
 
 
@@ -72,15 +74,20 @@ def parse(
     If `cls` has a field `config`, that JSON file is read first and the flags override it.
     `defaults(given)`, told what was given, returns the defaults that are to replace those of `cls`.
     """
-    parser = Parser(
+    parser = group = Parser(
         prog=prog,
         usage=f"python -m {prog} --option value …",
-        description=f"{description} Options take underscores or hyphens.",
+        description=f"{description} Options take underscores or hyphens, and a "
+        "switch --x has a --no_x.",
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.elsewhere = getattr(cls, "elsewhere", {})
+    parser.elsewhere = getattr(cls, "elsewhere", {}) | getattr(cls, "removed", {})
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    # What is a program's own comes before what it shares with others.
+    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
+        if topic := field.metadata["topic"]:
+            group = parser.add_argument_group(topic)
         flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
         help = field.metadata["help"].replace("%", "%%")
         if not isinstance(field.default, bool) and field.default not in (None, (), ""):
@@ -88,14 +95,14 @@ def parse(
         kind, common = hints[field.name], {"dest": field.name, "default": argparse.SUPPRESS}
         if kind is bool:
             off = [flag.replace("--", "--no_", 1) for flag in flags]
-            help += f"; {off[0]} switches it off"
-            parser.add_argument(*flags, action="store_true", help=help, **common)
-            parser.add_argument(*off, action="store_false", help=argparse.SUPPRESS, **common)
+            help += f"; {off[0]} switches it off" * field.default
+            group.add_argument(*flags, action="store_true", help=help, **common)
+            group.add_argument(*off, action="store_false", help=argparse.SUPPRESS, **common)
             continue
         several = typing.get_origin(kind) is tuple
         if isinstance(kind, types.UnionType) or several:
             kind = typing.get_args(kind)[0]
-        parser.add_argument(
+        group.add_argument(
             *flags,
             type=kind,
             action="append" if several else "store",
@@ -104,6 +111,7 @@ def parse(
             help=help,
             **common,
         )
+    group.add_argument("-h", "--help", action="help", help="these lines")
     argv = sys.argv[1:] if argv is None else argv
     if odd := [a for a in argv if re.search("[\ud800-\udfff]", a)]:  # bytes that are no letters
         raise UserError(
@@ -135,13 +143,28 @@ def underscored(argument: str) -> str:
 
 
 def read_config(path: Path, cls) -> dict:
-    """The settings in a config.json that a run wrote, checked against the fields of `cls`."""
+    """The settings in a config.json that a run wrote, checked against the fields of `cls`.
+
+    One that was removed from `cls` may be there with the value that holds now: what `cls` has by
+    its name, or None. That is said in a line, once however often a program reads the file.
+    """
     try:
         settings = dict(json.loads(read_text(path)))
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is not a config file: {first_line(e)}") from None
     hints = typing.get_type_hints(cls)
     places = {field.name for field in dataclasses.fields(cls) if field.metadata["place"]}
+    removed = {key: settings.pop(key) for key in getattr(cls, "removed", {}) if key in settings}
+    for key, value in removed.items():
+        if value != getattr(cls, key, None):
+            raise UserError(
+                f"{path} has {key} = {value!r:.80}, and there is no --{key} any more: "
+                f"{cls.removed[key]}"
+            )
+    if removed:
+        names = " and no ".join(f"--{key}" for key in removed)
+        text = f"{path}: there is no {names} any more; every run is as it says"
+        warnings.warn(text, stacklevel=1)
     for key, value in settings.items():
         if key not in hints:
             raise UserError(f"{path} has a setting that does not exist: {key:.80}")

@@ -60,7 +60,7 @@ def load_model(source: str | Path, options: Options, base: str | None = None) ->
     if base is None:
         run = read_run(folder)
         base, of_run = run.model, {"vae": run.vae, "prediction_type": run.prediction_type}
-        of_run |= {"revision": run.revision, "tokenizer": run.tokenizer, "ema": run.ema == "yes"}
+        of_run |= {"revision": run.revision, "ema": run.ema == "yes"}
     sd = pipeline.load(base, device=device, dtype=dtype, **of_run)
     if (folder / adapters.DIFFUSERS_LORA).exists():
         adapters.merge_files(sd.networks, [str(folder)])

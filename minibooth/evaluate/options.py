@@ -20,6 +20,7 @@ class Options:
         "who looks at the pictures: public (CLIP, DINO and LPIPS), or the toybox's judge, which "
         "goes with the toybox where nothing else is said",
         choices=("public", "toybox"),
+        topic="who looks",
     )
     clip: str = option(
         "openai/clip-vit-base-patch32",
@@ -37,7 +38,12 @@ class Options:
         "shorter side in pixels before CLIP and DINO are shown the middle 224²; "
         "224 is CLIP's own way",
     )
-    identifier: str = option("sks", "the rare word that names the subject in the prompts")
+
+    identifier: str = option(
+        "sks",
+        "the rare word that names the subject in the prompts",
+        topic="what the paper leaves open",
+    )
     identifier_in_text: bool = option(
         False, "CLIP-T compares with the prompt as it was drawn; else the identifier is left out"
     )
@@ -46,7 +52,8 @@ class Options:
         "whether real photographs among themselves include each one with itself (cosine 1)",
         choices=("both", "with", "without"),
     )
-    images: int = option(4, "pictures per prompt")
+
+    images: int = option(4, "pictures per prompt", topic="how pictures are drawn")
     class_images: int = option(
         16, "pictures of the bare class prompt, for PRES; the paper does not say how many"
     )

@@ -37,7 +37,10 @@ from .subjects import FILE, Subject, dataset_folder, fill, find, read_catalogue,
 @dataclass(frozen=True)
 class DatasetConfig(Options):
     data: str | None = option(
-        None, "a checkout of google/dreambooth, or a folder laid out like it", place="path"
+        None,
+        "a checkout of google/dreambooth, or a folder laid out like it",
+        place="path",
+        topic="what is evaluated",
     )
     model: str | None = option(
         None,

@@ -19,7 +19,12 @@ OVERVIEW = "grid.png"  # minibooth.sample's, beside the pictures that it shows
 
 @dataclass(frozen=True)
 class SingleConfig(Options):
-    real: str | None = option(None, "folder with the photographs of the subject", place="path")
+    real: str | None = option(
+        None,
+        "folder with the photographs of the subject",
+        place="path",
+        topic="what is evaluated",
+    )
     generated: str | None = option(
         None,
         "folder of pictures, as minibooth.sample draws them; or a model to draw them with",

@@ -33,7 +33,10 @@ COLOURS = {
 @dataclass(frozen=True)
 class SnapshotsConfig(Options):
     run: str | None = option(
-        None, "the folder of a run: output_dir of minibooth.train", place="path"
+        None,
+        "the folder of a run: output_dir of minibooth.train",
+        place="path",
+        topic="what is evaluated",
     )
     prompt: tuple[str, ...] = option(
         (),

@@ -52,7 +52,7 @@ def from_metadata(path: Path, metadata: dict[str, str], text_config: dict) -> To
         if text_config["vocab_size"] < len(clip_vocabulary()[0]):
             raise UserError(
                 f"{path} holds no vocabulary, and its {text_config['vocab_size']} tokens are not "
-                "CLIP's: give --tokenizer with the folder of one"
+                "CLIP's: give --tokenizer with the folder of one, to train it to minibooth.convert"
             )
         return clip_tokenizer(text_config)
     own = json_metadata(path, metadata, KEY)

@@ -38,12 +38,21 @@ ELSEWHERE = {
     "push_to_hub": "nothing is uploaded: hf upload does it",
 }
 
+WEIGHT_DECAY = 1e-2  # AdamW's pull on each weight towards 0: at the usual rates 4e-5 of it in a run
+
+# Settings that there were, as they still are in old config files → what to do now.
+REMOVED = {
+    "adam_weight_decay": f"it is {WEIGHT_DECAY} in every run",
+    "tokenizer": "minibooth.convert writes a model with another one, which --tokenizer names there",
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Every setting of a run. The defaults suit an object or an animal on SD 1.5."""
 
-    elsewhere = ELSEWHERE  # no setting: it has no type
+    elsewhere, removed = ELSEWHERE, REMOVED  # no settings: these have no types
+    adam_weight_decay = WEIGHT_DECAY
 
     model: str | None = option(
         None,
@@ -51,32 +60,16 @@ class TrainConfig:
         "that is shipped, which is trained on a subject of its own where nothing else is said",
         aliases=("pretrained_model_name_or_path",),
         place="source",
+        topic="what most runs need",
     )
     instance_data_dir: str | None = option(
         None, "folder with 3 to 6 photographs of the subject", place="path"
     )
     instance_prompt: str | None = option(None, 'names the subject, say "a sks dog"')
     class_prompt: str | None = option(None, 'names its class, say "a dog"')
-    concepts_list: str | None = option(
-        None,
-        "JSON file with several subjects in place of these three: a list of objects with "
-        "instance_data_dir, instance_prompt, class_prompt and, if it has one, class_data_dir",
-        place="path",
-    )
-    caption_extension: str | None = option(
-        None,
-        "of texts beside photographs, say .txt: the first line of 1.txt replaces the instance "
-        "prompt for 1.jpg [none are read]",
-    )
-    caption_column: str | None = option(
-        None,
-        "captions as Hugging Face's data sets have them instead: the name, say text, under which "
-        "metadata.jsonl in the photographs' folder has them beside their file_name",
-    )
     output_dir: str = option(
         "minibooth-out", "where the trained model and all the rest go", place="path"
     )
-
     method: str = option(
         "dreambooth",
         "what is trained: dreambooth all weights; lora low-rank differences of some layers (small "
@@ -84,7 +77,40 @@ class TrainConfig:
         "textual_inversion one new word (5e-4, 3000 steps, no prior term)",
         choices=METHODS,
     )
-    rank: int = option(4, "of LoRA's matrices")
+    max_train_steps: int = option(800, "updates of the weights")
+    learning_rate: float = option(5e-6, "of the UNet, or of the new word")
+    resume_from_checkpoint: str | None = option(
+        None, "go on where the run in output_dir stopped", choices=("latest",)
+    )
+    config: str | None = option(
+        None, "a config.json of another run; flags override it", place="path"
+    )
+
+    caption_extension: str | None = option(
+        None,
+        "of texts beside photographs, say .txt: the first line of 1.txt replaces the instance "
+        "prompt for 1.jpg [none are read]",
+        topic="photographs (captions, subjects, crops)",
+    )
+    caption_column: str | None = option(
+        None,
+        "captions as Hugging Face's data sets have them instead: the name, say text, under which "
+        "metadata.jsonl in the photographs' folder has them beside their file_name",
+    )
+    concepts_list: str | None = option(
+        None,
+        "JSON file with several subjects, in place of the one that instance_data_dir, "
+        "instance_prompt and class_prompt give: a list of objects with these three and, if it has "
+        "one, class_data_dir",
+        place="path",
+    )
+    resolution: int | None = option(None, "side of the training pictures in pixels [the model's]")
+    center_crop: bool = option(False, "take only the middle of photographs that are not square")
+    random_flip: bool = option(
+        False, "also train on mirrored photographs; not for lettering or faces"
+    )
+
+    rank: int = option(4, "of LoRA's matrices", topic="method (LoRA, Textual Inversion)")
     lora_alpha: float | None = option(None, "LoRA's α, as in (α/rank) B A [the rank]")
     lora_targets: str = option(
         "attention",
@@ -102,7 +128,9 @@ class TrainConfig:
     )
 
     prior_loss_weight: float = option(
-        1.0, "λ of Eq. 2; 0 is plain fine-tuning, without class images"
+        1.0,
+        "λ of Eq. 2, their weight in the loss; 0 is plain fine-tuning, without class images",
+        topic="class images",
     )
     num_class_images: int = option(200, "class images to train with; your own in the folder count")
     class_data_dir: str | None = option(
@@ -120,29 +148,27 @@ class TrainConfig:
     class_guidance_scale: float = option(7.5, "its guidance")
     sample_batch_size: int = option(4, "class images drawn at once")
 
-    resolution: int | None = option(None, "side of the training pictures in pixels [the model's]")
-    center_crop: bool = option(False, "take only the middle of photographs that are not square")
-    random_flip: bool = option(
-        False, "also train on mirrored photographs; not for lettering or faces"
+    train_text_encoder: bool = option(
+        False, "train the text encoder too: helps faces, needs memory", topic="training"
     )
-
-    max_train_steps: int = option(800, "updates of the weights")
-    learning_rate: float = option(5e-6, "of the UNet, or of the new word")
+    text_encoder_learning_rate: float = option(2e-6, "of the text encoder, where it is trained")
     lr_scheduler: str = option(
         "constant",
         "the learning rates after their warm-up: constant, or falling to 0 with the last update",
         choices=("constant", "linear", "cosine"),
     )
     lr_warmup_steps: int = option(0, "updates over which the learning rates rise from 0")
-    train_text_encoder: bool = option(
-        False, "train the text encoder too: helps faces, needs memory"
-    )
-    text_encoder_learning_rate: float = option(2e-6, "of the text encoder, where it is trained")
     train_batch_size: int = option(
         1, "photographs per step, of each rank; as many class images come beside them"
     )
     gradient_accumulation_steps: int = option(1, "batches per update")
-    gradient_checkpointing: bool = option(False, "less memory, a third more to compute")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    snr_gamma: float | None = option(None, "γ of Min-SNR loss weights; 5 is usual [plain loss]")
+    seed: int = option(0, "of every noise, timestep, order and picture")
+
+    gradient_checkpointing: bool = option(
+        False, "less memory, a third more to compute", topic="memory"
+    )
     use_8bit_adam: bool = option(
         False, "less memory: AdamW's averages in 8 bits, by bitsandbytes; no CUDA graph"
     )
@@ -153,34 +179,23 @@ class TrainConfig:
         True,
         "on a GPU, switch on as many of these three as its free memory asks for, and say so",
     )
-    mixed_precision: str = option(
-        "auto",
-        "what the networks compute in: bf16 or fp16 on a GPU by its age, fp32 elsewhere",
-        choices=("auto", "no", "bf16", "fp16"),
-    )
-    adam_weight_decay: float = option(1e-2, "AdamW's pull on each weight towards 0")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    snr_gamma: float | None = option(None, "γ of Min-SNR loss weights; 5 is usual [plain loss]")
-    seed: int = option(0, "of every noise, timestep, order and picture")
 
     validation_prompt: tuple[str, ...] = option(
         (),
         "for the sample grids; several times for several [class, instance, instance in the snow]",
         empty=True,
+        topic="pictures and snapshots",
     )
     num_validation_images: int = option(2, "pictures per prompt in the grids; 0 for no grids")
     validation_steps: int = option(200, "updates between two grids")
     validation_inference_steps: int = option(25, "sampler steps of the grids' pictures")
     validation_guidance_scale: float = option(7.5, "their guidance")
     checkpointing_steps: int = option(200, "updates between two snapshots and resume states")
+    checkpoints_total_limit: int | None = option(None, "newest snapshots to keep [all]")
     save_state: str = option(
         "full",
         "the state that a run goes on from: full, bit for bit; half, rounded to 16 bits; or none",
         choices=("full", "half", "none"),
-    )
-    checkpoints_total_limit: int | None = option(None, "newest snapshots to keep [all]")
-    resume_from_checkpoint: str | None = option(
-        None, "go on where the run in output_dir stopped", choices=("latest",)
     )
     report_to: str | None = option(
         None,
@@ -192,9 +207,11 @@ class TrainConfig:
         False, "show the first step, before and after training, in explain.html: tensors, maps, …"
     )
 
-    vae: str | None = option(None, "folder, file or hub id of a VAE to use instead", place="source")
-    tokenizer: str | None = option(
-        None, "folder or hub id of a tokenizer to use instead", place="source"
+    vae: str | None = option(
+        None,
+        "folder, file or hub id of a VAE to use instead",
+        place="source",
+        topic="model",
     )
     prediction_type: str | None = option(
         None, "overrides what the model says", choices=("epsilon", "v_prediction")
@@ -205,14 +222,17 @@ class TrainConfig:
         "yes takes the averaged weights of a single file that has them beside the plain ones",
         choices=("no", "yes"),
     )
-    device: str = option("auto", "auto, cuda, mps or cpu")
+
+    device: str = option("auto", "auto, cuda, mps or cpu", topic="device")
+    mixed_precision: str = option(
+        "auto",
+        "what the networks compute in: bf16 or fp16 on a GPU by its age, fp32 elsewhere",
+        choices=("auto", "no", "bf16", "fp16"),
+    )
     kernels: str | None = option(
         None,
         "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
         choices=ops.MODES,
-    )
-    config: str | None = option(
-        None, "a config.json of another run; flags override it", place="path"
     )
 
     @property
@@ -337,8 +357,6 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise UserError(f"--{name} must be a positive number")
-        from_zero = ("prior_loss_weight", "adam_weight_decay")
-        from_zero += ("class_guidance_scale", "validation_guidance_scale")
-        for name in from_zero:
+        for name in ("prior_loss_weight", "class_guidance_scale", "validation_guidance_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be a number from 0 up")

@@ -95,7 +95,6 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
 def load(config: TrainConfig) -> StableDiffusion:
     return pipeline.load(
         config.model,
-        tokenizer=config.tokenizer,
         vae=config.vae,
         prediction_type=config.prediction_type,
         revision=config.revision,

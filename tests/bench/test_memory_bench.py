@@ -5,14 +5,10 @@ import sys
 
 import eight_bit_stand_in
 import pytest
-import tiny
 import torch
 
 from minibooth.bench import memory as bench
-from minibooth.bench import models
 from minibooth.bench.memory import Row
-from minibooth.formats.configs import SD1_UNET, SD_VAE
-from minibooth.toybox.pretrain import TEXT_CONFIG
 from minibooth.training import finite, memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -20,14 +16,8 @@ SHORT = ("gradient_checkpointing",)
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Networks of a second, in this process."""
-    configs = {
-        "unet": SD1_UNET | tiny.UNET_SD1 | {"sample_size": 8},
-        "vae": SD_VAE | tiny.VAE_SD | {"sample_size": 64},
-        "text_encoder": TEXT_CONFIG | {"hidden_size": 24, "intermediate_size": 48},
-    }
-    monkeypatch.setitem(models.CONFIGS, "toybox", configs)
+def small(monkeypatch, tiny_networks):
+    """Tiny networks, in this process."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", eight_bit_stand_in.MODULE)
     few = {"class_steps": 1, "validation_inference_steps": 1, "num_validation_images": 1}
     few |= {"max_train_steps": 6, "validation_steps": 3, "checkpointing_steps": 6}

@@ -9,22 +9,13 @@ import torch
 from PIL import Image
 
 from minibooth.bench import models, peers, sides
-from minibooth.formats.configs import SD1_UNET, SD_VAE
-from minibooth.toybox.pretrain import TEXT_CONFIG
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Networks of a second, and memory read in this process."""
-    unet = SD1_UNET | tiny.UNET_SD1 | {"sample_size": 8}
-    configs = {
-        "unet": unet,
-        "vae": SD_VAE | tiny.VAE_SD | {"sample_size": 64},
-        "text_encoder": TEXT_CONFIG | {"hidden_size": 24, "intermediate_size": 48},
-    }
-    monkeypatch.setitem(models.CONFIGS, "toybox", configs)
+def small(monkeypatch, tiny_networks):
+    """Tiny networks, and no memory that is read in a process of its own."""
     monkeypatch.setattr(peers, "peak", lambda *args: 10**9)
     monkeypatch.setattr(peers, "cpu_has_bf16", lambda: False)
 

@@ -1,6 +1,7 @@
 """The gallery: what is asked for, what the judge finds of it, and the command."""
 
 import csv
+import functools
 import json
 import random
 from dataclasses import replace
@@ -21,6 +22,14 @@ from minibooth.train import TrainConfig
 FOLDER = hub.toybox()
 DOG = world.SUBJECTS["spotted_dog"]
 ROWS = gallery.prompts(DOG)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_scene_is_rendered_once():
+    """What likenesses are compared with is the same in most of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "render", functools.cache(world.render))
+        yield
 
 
 def rendered(scenes):
