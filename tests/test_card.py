@@ -184,7 +184,7 @@ def test_each_card_trains_in_what_it_can_and_holds():
 
 def test_triton_s_kernels_within_a_captured_step():
     """In the interpreter: the same bits as launched one by one, and PyTorch's to rounding."""
-    found = on_card.ask("kernels", environment={"TRITON_INTERPRET": "1"})
+    found = on_card.ask("kernels", interpreted=True)
     assert found["replayed"] == found["eager"]
     assert (found["replayed launches"], found["torch launches"]) == (0, 0)  # Python launches none
     assert found["eager launches"] == 10
