@@ -12,6 +12,9 @@ from minibooth.training.settings import METHODS, TrainConfig
 PIXELS = 64 * 64  # of the latents of 512²
 ABOUT = """# What a run needs of a GPU's memory
 
+*For whoever asks why a run does not fit on a card, or thinks of buying one. The words and the
+options are explained in [the manual](guide.md#memory).*
+
 Made by `python docs/memory.py > docs/memory.md`: GB, as a run on a GPU counts them before it
 starts. **Counted, not yet measured**; `python -m minibooth.bench memory` measures them.
 

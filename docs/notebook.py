@@ -1,10 +1,12 @@
 """python docs/notebook.py: make docs/tutorial.ipynb of tutorial.md, to be run when that changed.
 
 What runs becomes a cell: Python, with what it prints as its output, and commands, with a !. Where
-a command writes explain.html, a cell shows the page; pictures are shown by cells. Quotes of the
-source stay text.
+a command writes explain.html, a cell shows the page; pictures are shown by cells. In the place of a
+command that checks exercises stand a cell with their stubs, to be filled in, and one that looks at
+them. Quotes of the source stay text. Nothing waits for an answer.
 """
 
+import ast
 import hashlib
 import os
 import re
@@ -25,14 +27,19 @@ FENCE = re.compile(
 COMMENT = re.compile(r"<!-- .+? -->", re.S)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)]+)\)")
 PAGE = re.compile(r"-m minibooth\.explain(?:.* --output_dir (?P<folder>\S+))?")
+CHECK = re.compile(r"python exercises/check\.py (?P<part>\w+)")
 MINUTES = ("minibooth.toybox.drift", "--method ", "docs/pictures.py")  # is what these take
 UNASKED = "# This takes minutes. To run it, take away the #"
+STUB = "# Fill in, run this cell, then the next, which looks at it."
 
 ABOUT = "*A notebook of [tutorial.md](../tutorial.md), made by `python docs/notebook.py`.*"
 FIRST = """# Installs minibooth where it is not there. Where there is nothing but this notebook,
-# as on a hosted service, it asks for the address of the repository: where the notebook is from.
+# as on a hosted service, write the address of minibooth's repository between the quotes.
+REPOSITORY = ""
+
 import html
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -43,7 +50,9 @@ from IPython.display import HTML, Image
 if Path("../tutorial.md").exists():
     os.chdir("..")
 if not Path("tutorial.md").exists():
-    address = os.environ.get("MINIBOOTH") or input("minibooth's git repository: ")
+    address = REPOSITORY or os.environ.get("MINIBOOTH")
+    if not address:
+        raise RuntimeError("give REPOSITORY, above, the address of minibooth's repository")
     subprocess.run(["git", "clone", "--depth", "1", address, "minibooth-repository"], check=True)
     os.chdir("minibooth-repository")
 try:
@@ -58,7 +67,23 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 
 def show_page(path):
     page = html.escape(Path(path).read_text("utf-8"))
-    return HTML(f'<div><iframe srcdoc="{page}" width="100%" height="700"></iframe></div>')"""
+    return HTML(f'<div><iframe srcdoc="{page}" width="100%" height="700"></iframe></div>')
+
+
+def look(part):  # what exercises/check.py says of a part's exercises as they stand here
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, f"exercises/{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    module = load(part)
+    asked = [name.removeprefix("check_") for name in vars(module) if name.startswith("check_")]
+    for name in (*asked, "CLAIMS"):
+        if hasattr(module, name) and name in globals():
+            setattr(module, name, globals()[name])
+    for name, verdict in load("check").results(module).items():
+        print(f"{name}: {verdict}")"""
 
 
 def pieces(text: str) -> Iterator[tuple[str, str]]:
@@ -84,12 +109,31 @@ def pieces(text: str) -> Iterator[tuple[str, str]]:
 def commands(code: str) -> Iterator[tuple[str, str]]:
     """Of a block of commands a cell for each, and one for the page that it writes."""
     for line in re.sub(r"\s*\\\n\s*", " ", code).splitlines():
+        if m := CHECK.fullmatch(line):
+            yield "python", stubs((ROOT / "exercises" / f"{m['part']}.py").read_text("utf-8"))
+            yield "python", f'look("{m["part"]}")'
+            continue
         if any(name in line for name in MINUTES):
             yield "python", f"{UNASKED}\n# !{line}"
             continue
         yield "python", f"!{line}"
         if m := PAGE.search(line):
             yield "python", f'show_page("{m["folder"] or "minibooth-explain"}/explain.html")'
+
+
+def stubs(source: str) -> str:
+    """Of a file of exercises what is to be filled in, with the imports that this needs."""
+    asked = source.partition("\n# ---- check")[0]
+    lines, nodes = asked.splitlines(), ast.parse(asked).body[1:]  # without the docstring
+    imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    body = "\n".join(lines[nodes[len(imports)].lineno - 1 :])
+    used = set(re.findall(r"\w+", body))
+    needed = [
+        "\n".join(lines[n.lineno - 1 : n.end_lineno])
+        for n in imports
+        if {(alias.asname or alias.name).partition(".")[0] for alias in n.names} & used
+    ]
+    return "\n".join([STUB, *needed, *[""] * bool(needed), body.strip("\n")])
 
 
 def words(text: str) -> str:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import solutions
 from test_tutorial import TEXT, same_text
 
 nbformat = pytest.importorskip("nbformat")
@@ -68,6 +69,43 @@ def test_each_kind_of_block_has_its_kind_of_cell():
     ]
     assert made[1].outputs[0].text == "1\n"
     assert len({c.id for c in notebook.make(SMALL + SMALL).cells}) == 2 * len(made) + 2
+
+
+EXERCISES = sorted(f.stem for f in (ROOT / "exercises").glob("*.py") if f.stem != "check")
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What the notebook's first cell leaves, in the repository."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    space = {"__name__": "notebook"}
+    exec(notebook.FIRST, space)
+    return space
+
+
+@pytest.mark.parametrize("part", EXERCISES)
+def test_the_exercises_are_cells_that_can_be_filled_in(part, begun, capsys):
+    code = [c.source for c in notebook.make(TEXT).cells if c.cell_type == "code"]
+    at = code.index(f'look("{part}")')
+    assert code[at - 1].startswith(notebook.STUB) and "check_" not in code[at - 1]
+    exec(code[at - 1], begun)
+    exec(code[at], begun)
+    asked = capsys.readouterr().out.splitlines()
+    assert asked and all(line.endswith(": not yet") for line in asked)
+    begun.update({f.__name__: f for f in solutions.SOLUTIONS.get(part, [])})
+    if part == "paper":
+        begun["CLAIMS"].update(zip(begun["CLAIMS"], solutions.CLAIMS, strict=True))
+    exec(code[at], begun)
+    assert capsys.readouterr().out == "".join(asked).replace("not yet", "right\n")
+
+
+def test_the_notebook_never_waits_for_an_answer(tmp_path, monkeypatch):
+    assert not any("input(" in cell.source for cell in notebook.make(TEXT).cells)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MINIBOOTH", raising=False)
+    with pytest.raises(RuntimeError, match="the address of minibooth's repository"):
+        exec(notebook.FIRST, {"__name__": "notebook"})
 
 
 def test_every_python_of_the_tutorial_is_a_cell():

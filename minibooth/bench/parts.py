@@ -32,11 +32,11 @@ from .models import model
 
 STEPS = 10  # of training and of the sampler; a CUDA graph is recorded at the fourth
 EPS = {"bf16": 2**-7, "fp16": 2**-10}  # between 1 and the next number
-SCORES = {  # of the toybox's default run: bounds, and the README's of three seeds on CPUs
-    ("subject", "fidelity_seen"): (0.89, 1, "README: .92 to .95"),
-    ("subject", "fidelity_held_out"): (0.82, 1, "README: .86 to .90"),
-    ("class after", "pres"): (-1, 0.08, "README: −.05 to .01"),
-    ("class after", "div"): (0.8, 1, "README: .84 to .85"),
+SCORES = {  # of the toybox's default run: bounds, and docs/toybox.md's of three seeds on CPUs
+    ("subject", "fidelity_seen"): (0.89, 1, "docs/toybox.md: .92 to .95"),
+    ("subject", "fidelity_held_out"): (0.82, 1, "docs/toybox.md: .86 to .90"),
+    ("class after", "pres"): (-1, 0.08, "docs/toybox.md: −.05 to .01"),
+    ("class after", "div"): (0.8, 1, "docs/toybox.md: .84 to .85"),
 }
 Found = dict  # of a part: "said", what was "compared", what "differs" or why it is "left out", …
 

@@ -373,7 +373,12 @@ YARD = Yardstick(ceiling=1.0, floor=0.2, div=0.8)
 
 def test_the_claim_holds_only_where_every_part_of_it_does():
     good = {"frozen": (0.2, 0.2, 0.8), "λ = 0": (0.9, 0.9, 0.1), "λ = 1": (0.9, 0.3, 0.75)}
-    assert "The claim holds" in drift.verdict(results(**good), YARD)
+    said = drift.verdict(results(**good), YARD)
+    assert "The claim holds" in said and "batch" not in said
+    control = drift.verdict(results(**good, **{"λ = 0, batch 8": (0.9, 0.9, 0.1)}), YARD)
+    assert "lost on every seed, also at the same total batch, and both learn" in control
+    alone = drift.verdict(results(frozen=good["frozen"], **{"λ = 1": good["λ = 1"]}), YARD)
+    assert "λ = 1: the subject is learned in 1 of 1" in alone and "claim" not in alone
     for bad in (
         {"λ = 1": (0.5, 0.3, 0.75)},  # not learned
         {"λ = 1": (0.9, 0.7, 0.75)},  # the class has become the subject
@@ -400,6 +405,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_done(tmp_path)
     for run, config, message in (
         (drift.run, drift.DriftConfig(missing, seeds=0), "--seeds must be at least 1"),
         (drift.run, drift.DriftConfig(file), "is a file"),
+        (drift.run, drift.DriftConfig(missing, arms="0;1"), "--arms '0;1': give numbers"),
+        (drift.run, drift.DriftConfig(missing, arms="0,-1"), "give numbers from 0 up"),
         (judge.make, judge.JudgeConfig(file), "is a file"),
         (pretrain.pretrain, pretrain.PretrainConfig(**pretraining, vae_steps=0), "--vae_steps"),
         (pretrain.pretrain, pretrain.PretrainConfig(**going_on, vae_steps=-1), "--vae_steps"),
@@ -419,6 +426,9 @@ def test_a_finished_arm_is_not_trained_again(tmp_path, monkeypatch):
     drift.run(config)
     assert Image.open(tmp_path / "drift.png").height > 600
     monkeypatch.setattr(drift, "finetune", None)  # would fail if it were called
-    assert "learned" in drift.run(config)
+    contrast = drift.run(replace(config, arms="0,1"))
+    assert "learned" in contrast and "batch" not in contrast
+    rows = (tmp_path / "drift.csv").read_text("utf-8").splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["frozen", "λ = 0", "λ = 1"]
     with pytest.raises(UserError, match="other settings"):
         drift.run(replace(config, steps=2))

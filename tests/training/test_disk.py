@@ -111,11 +111,11 @@ def test_what_sd_15_reserves():
     half = start.disk_needed(sd, TrainConfig(save_state="half"))
     assert half == 3 * model // 2 + 2 * (3 * unet // 2 + scalars)
     assert start.disk_needed(sd, TrainConfig(save_state="none")) == 3 * model // 2 + model
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text("utf-8")
     sizes = [start.disk_needed(sd, TrainConfig(save_state=x)) for x in ("full", "half", "none")]
     full, halved, none = (f"{x / 1e9:.0f} GB" for x in sizes)
-    assert f"wants {full} of disk, {halved} with `--save_state half`" in readme
-    assert f"and {none} with `none`" in readme
+    assert f"wants {full} of disk, {halved} with `--save_state half`" in guide
+    assert f"and {none} with `none`" in guide
     once = start.disk_needed(sd, TrainConfig(checkpointing_steps=800))
     assert once == 3 * unet + scalars + model
 

@@ -353,27 +353,29 @@ def test_with_all_modes_a_card_of_8_gb_has_room_to_spare_and_with_lora_one_of_6(
 
 
 def test_the_tables_are_what_is_counted(monkeypatch, capsys):
-    """docs/memory.md is what its program prints, and the README's tables are its columns."""
+    """docs/memory.md is what its program prints, and the manual's tables are its columns."""
     root = Path(__file__).parents[2]
     runpy.run_path(str(root / "docs" / "memory.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert (root / "docs" / "memory.md").read_text("utf-8") == printed
-    readme, sd = (root / "README.md").read_text("utf-8"), sd15()
+    guide, sd = (root / "docs" / "guide.md").read_text("utf-8"), sd15()
     methods = ("dreambooth", "lora", "textual_inversion")
 
     def rows(head):
-        lines = readme.split(head)[1].split("\n\n")[0].splitlines()
+        lines = guide.split(head)[1].split("\n\n")[0].splitlines()
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
     def peaks(mode):
         given = [config(method=method, **dict.fromkeys(mode, True)) for method in methods]
         return [f"{plan.peak(sd, one, 64 * 64, half=True) / 1e9:.1f}" for one in given]
 
-    for (name, *shown), mode in zip(rows("| GB at most |")[2:], memory.MODES, strict=True):
+    for (name, *shown, graph), mode in zip(rows("| GB at most |")[2:], memory.MODES, strict=True):
         assert name == (", ".join(f"`{option}`" for option in mode) or "none of them")
         assert shown == peaks(mode)
-    assert f"All three options together need {shown[0]} GB" in readme
-    assert f"stops at {peaks(memory.MODES[3])[0]} GB" in readme
+        kept = plan.parts(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)["graph"]
+        assert graph == ("yes" if kept else "no")
+    assert f"All three options together need {shown[0]} GB" in guide
+    assert f"stops at {peaks(memory.MODES[3])[0]} GB" in guide
     _, _, numbers, _, most = rows("| | all weights |")
     assert most[1:] == [f"{x} GB" for x in peaks(())]
     for shown, method in zip(numbers[1:], methods, strict=True):
