@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minibooth import toybox, train
 from minibooth.bench import models
+from minibooth.device import ranks
 from minibooth.pipeline import to_device
 from minibooth.text_encoder import Layer
-from minibooth.training import ranks, start
+from minibooth.training import start
 from minibooth.training.settings import TrainConfig
 from minibooth.unet import Transformer
 from minibooth.vae import ResnetBlock

@@ -14,10 +14,11 @@ from .common import cli
 from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic, shortened
+from .device import graphs, no_gpu, settle
 from .formats import adapters
 from .formats.configs import is_public_size
 from .tokenizer import WordError
-from .training import graphs, no_gpu, photos, settle
+from .training import photos
 
 
 @dataclass(frozen=True)

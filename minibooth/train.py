@@ -15,6 +15,7 @@ from torch import Tensor
 from . import toybox
 from .common import cli
 from .common.errors import UserError
+from .device import graphs, ranks
 from .dreambooth import Step
 from .explain import first_step
 from .pipeline import StableDiffusion, to_device
@@ -22,12 +23,10 @@ from .toybox import score
 from .training import (
     class_images,
     finite,
-    graphs,
-    memory,
+    fit,
     methods,
     optimizer,
     photos,
-    ranks,
     report,
     resume,
     snapshots,
@@ -57,9 +56,9 @@ def train(
     with start.folder_of(config):
         if sd is None:
             sd = start.load(config)
-        with memory.advised(sd, config):
+        with fit.advised(sd, config):
             run = start.set_up(config, sd, device)
-        with memory.advised(sd, run.config, run.precision.dtype is not None):
+        with fit.advised(sd, run.config, run.precision.dtype is not None):
             start.announce(run)
             learn(run, on_step)
             if score.applies(run.config):

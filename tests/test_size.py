@@ -16,7 +16,7 @@ ORDER = [
     *("schedule", "tokenizer", "ops", "text_encoder", "vae", "unet", "lora"),
     "formats",
     *("pipeline", "dreambooth", "textual_inversion"),
-    *("training", "explain", "toybox"),
+    *("device", "training", "explain", "toybox"),
     *("train", "sample", "convert"),
     *("evaluate", "bench", "__init__"),
 ]
@@ -25,11 +25,14 @@ INSIDE = {  # the same within a room
     "formats": [
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
     ],
+    "device": [
+        *("no_gpu", "precision", "memory", "ranks", "graphs", "beside", "verdicts", "trial"),
+        "settle",
+    ],
     "training": [
-        *("ranks", "events", "photos", "subjects", "settings", "class_images", "data"),
-        *("optimizer", "plan", "memory", "no_gpu", "graphs", "report", "methods", "resume"),
-        *("snapshots", "beside", "verdicts", "trial", "settle", "start", "stop", "loss", "grids"),
-        "finite",
+        *("events", "photos", "subjects", "settings", "class_images", "data", "optimizer", "plan"),
+        *("fit", "on_cpu", "report", "methods", "resume", "snapshots", "start", "stop", "loss"),
+        *("grids", "finite"),
     ],
     "bench": [
         *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),
@@ -161,6 +164,17 @@ def test_what_one_reads_imports_no_room_but_common_and_formats(name):
     used = {place(n) for n in imports(PACKAGE / f"{name}.py")}
     rooms = {n for n in used if n and (PACKAGE / n).is_dir()}
     assert rooms <= ROOMS_READ
+
+
+def test_what_a_device_needs_knows_no_settings():
+    """Nor photographs or losses, which stand in rooms that it may not import."""
+    for path in sorted((PACKAGE / "device").glob("*.py")):
+        assert {place(n) for n in imports(path)} <= {"common", "device", *READ, None}, path.name
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {n.arg for n in nodes if isinstance(n, ast.arg)}
+        names |= {n.id for n in nodes if isinstance(n, ast.Name)}
+        names |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+        assert not names & {"config", "TrainConfig", "settings"}, path.name
 
 
 def test_nothing_stands_in_the_hall_but_what_one_reads_and_the_programs():

@@ -17,10 +17,11 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 
 from minibooth import UserError, dreambooth, load, train
+from minibooth.device.precision import Precision
 from minibooth.training import class_images, data, photos, report
 from minibooth.training.data import Latents, draw_term, pick, rng
 from minibooth.training.grids import Grids
-from minibooth.training.optimizer import Precision, Update, rate
+from minibooth.training.optimizer import Update, rate
 
 # ---- the learning rate -------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ def test_gradient_checkpointing_saves_memory_not_bits(tmp_path, monkeypatch):
     plain, _ = trained(tmp_path / "plain")
     calls, checkpoint = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
-        "minibooth.training.memory.checkpoint",
+        "minibooth.device.memory.checkpoint",
         lambda *a, **k: calls.append(a) or checkpoint(*a, **k),
     )
     checkpointed, _ = trained(tmp_path / "checkpointed", gradient_checkpointing=True)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..common.files import write_json, write_text
+from ..device.precision import Precision
 from ..formats.configs import SD_SCHEDULER
 from ..pipeline import StableDiffusion, memory_format, read_schedule
 from ..schedule import Schedule
 from ..train import one_update
 from ..training import optimizer
 from ..training.loss import Loss
-from ..training.optimizer import Precision
 from ..training.settings import TrainConfig
 from ..unet import UNet
 from .counter import KINDS, Counter

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..device import graphs
+from ..device.precision import Precision
 from ..pipeline import StableDiffusion, to_device
 from ..train import make_optimizer, one_update
-from ..training import graphs, methods, start
+from ..training import methods, start
 from ..training.data import Batches, Latents
 from ..training.loss import Loss
-from ..training.optimizer import Precision
 from ..training.settings import TrainConfig
 from ..training.start import Run
 from .models import model

@@ -12,10 +12,11 @@ from .. import pipeline, textual_inversion
 from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic
+from ..device import graphs
 from ..formats import adapters
 from ..pipeline import StableDiffusion
 from ..sample import slug
-from ..training import graphs, photos, snapshots
+from ..training import photos, snapshots
 from .metrics import Picture
 from .options import Options, read_run
 

@@ -32,6 +32,7 @@ from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import atomic, write_text
+from ..device.precision import Precision
 from ..dreambooth import Term, min_snr_weight
 from ..formats.configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
 from ..pipeline import StableDiffusion, read_schedule
@@ -39,7 +40,6 @@ from ..text_encoder import TextEncoder
 from ..tokenizer import BOS, EOS, Tokenizer
 from ..training import photos, report
 from ..training.data import rng
-from ..training.optimizer import Precision
 from ..unet import UNet
 from ..vae import VAE
 from . import judge, score, world

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic
+from ..device import ranks
 from ..pipeline import StableDiffusion
-from . import photos, ranks
+from . import photos
 from .settings import TrainConfig
 from .subjects import Subject
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..device import ranks
 from ..dreambooth import Term
 from ..pipeline import StableDiffusion, to_device, vae_batch
-from . import ranks
 from .photos import Photos, as_floats
 
 

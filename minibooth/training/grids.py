@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import pipeline
+from ..device import graphs, memory, ranks
+from ..device.precision import Precision
 from ..pipeline import NotFinite, StableDiffusion
-from . import graphs, memory, photos, ranks
+from . import photos
 from .events import Events
-from .optimizer import Precision
 from .report import save_image
 from .settings import TrainConfig
 

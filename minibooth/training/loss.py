@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import dreambooth
+from ..device import memory
+from ..device.precision import Precision
 from ..dreambooth import Step, Term
 from ..pipeline import StableDiffusion
-from . import memory
-from .optimizer import Precision
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .. import lora, textual_inversion
 from ..common import cli
 from ..common.files import write_text
+from ..device import ranks
 from ..formats import adapters
 from ..pipeline import StableDiffusion
-from . import optimizer, ranks, report
+from . import optimizer, report
 from .settings import TrainConfig
 
 # What is usual for LoRA: B starts at zero, and steps that suit whole weights would hardly move it.

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import lora
+from ..device import ranks
 from ..pipeline import StableDiffusion
-from . import ranks
 from .optimizer import AdamW8bit
 
 # ---- what is sure ------------------------------------------------------------------------------

@@ -14,25 +14,25 @@ from .. import ops, pipeline, schedule
 from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
+from ..device import memory, ranks, settle
+from ..device.precision import Precision
 from ..formats.configs import what_else_it_sees
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
 from . import (
     class_images,
     events,
-    memory,
+    fit,
     methods,
-    no_gpu,
+    on_cpu,
     photos,
     plan,
-    ranks,
     report,
     resume,
-    settle,
     snapshots,
     subjects,
 )
-from .optimizer import Precision, bitsandbytes
+from .optimizer import bitsandbytes
 from .photos import Photos
 from .resume import State
 from .settings import TrainConfig
@@ -183,7 +183,7 @@ def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Ru
                 f"{folder} is already at step {saved.step}: give --max_train_steps {saved.step} "
                 "or more"
             )
-    memory.require(sd, config, device, half=precision.dtype is not None)
+    fit.require(sd, config, device, half=precision.dtype is not None)
     trained = methods.to_train(sd, config)
     logging = bool(config.report_to) and ranks.rank() == 0
     logged = events.Events(folder, logging, saved.step if saved else 0)
@@ -244,10 +244,10 @@ def fitted(
 ) -> TrainConfig:
     """With the modes that the free memory asks for; a run that goes on keeps those it had."""
     before = saved.identity if saved else {}
-    kept = {name: True for name in memory.LOSSY if before.get(name)}
+    kept = {name: True for name in fit.LOSSY if before.get(name)}
     precision = Precision(config.mixed_precision, device).name
     pixels = (resolution // sd.vae.factor) ** 2
-    config, line = memory.fit(
+    config, line = fit.choose(
         sd, replace(config, **kept), pixels, precision, device, resumed=saved is not None
     )
     print(line)
@@ -308,7 +308,7 @@ def disk_needed(
 def announce(run: Run) -> None:
     """Take the folder: say and write what is about to run."""
     config, folder = run.config, run.folder
-    no_gpu.refuse(run.sd, config, run.resolution, run.device)
+    on_cpu.refuse(run.sd, config, run.resolution, run.device)
     resume.remove_leftovers(folder)
     finished = snapshots.is_model(folder)
     need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from minibooth import dreambooth, lora, train
+from minibooth.device import memory
+from minibooth.device.precision import Precision
 from minibooth.dreambooth import Term
 from minibooth.explain import __main__ as explain
 from minibooth.explain import first_step, microscope
 from minibooth.pipeline import StableDiffusion
-from minibooth.training import memory, optimizer, report
+from minibooth.training import optimizer, report
 from minibooth.training.data import rng
-from minibooth.training.optimizer import Precision
 
 PROMPT = "a sks dog"
 

@@ -8,10 +8,11 @@ import runs
 import torch
 
 from minibooth import train
-from minibooth.training import graphs, memory, start
+from minibooth.device import graphs, memory
+from minibooth.device.precision import Precision
+from minibooth.training import start
 from minibooth.training.events import Events
 from minibooth.training.grids import Grids
-from minibooth.training.optimizer import Precision
 
 CPU = torch.device("cpu")
 MODES = ("gradient_checkpointing", "use_8bit_adam", "optimizer_in_backward")

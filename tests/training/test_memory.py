@@ -20,10 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from minibooth import UserError, lora, ops, train
 from minibooth.bench import models
+from minibooth.device import graphs, memory
+from minibooth.device.precision import Precision
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.train import TrainConfig
-from minibooth.training import graphs, memory, optimizer, plan, start
-from minibooth.training.optimizer import AdamW8bit, Precision, Update
+from minibooth.training import fit, optimizer, plan, start
+from minibooth.training.optimizer import AdamW8bit, Update
 from minibooth.training.resume import State
 from minibooth.unet import UNet
 from minibooth.vae import VAE
@@ -344,7 +346,7 @@ def test_explaining_the_first_step_is_counted(half):
 
 
 def test_with_all_modes_a_card_of_8_gb_has_room_to_spare_and_with_lora_one_of_6():
-    sd, least = sd15(), dict.fromkeys(memory.MODES[-1], True)
+    sd, least = sd15(), dict.fromkeys(fit.MODES[-1], True)
     for explain in (True, False):
         assert plan.peak(sd, config(**least, explain=explain), 64 * 64, half=True) < 7.0e9
         for method in ("lora", "textual_inversion"):
@@ -369,11 +371,11 @@ def test_the_tables_are_what_is_counted(monkeypatch, capsys):
         given = [config(method=method, **dict.fromkeys(mode, True)) for method in methods]
         return [f"{plan.peak(sd, one, 64 * 64, half=True) / 1e9:.1f}" for one in given]
 
-    for (name, *shown), mode in zip(rows("| GB at most |")[2:], memory.MODES, strict=True):
+    for (name, *shown), mode in zip(rows("| GB at most |")[2:], fit.MODES, strict=True):
         assert name == (", ".join(f"`{option}`" for option in mode) or "none of them")
         assert shown == peaks(mode)
     assert f"All three options together need {shown[0]} GB" in readme
-    assert f"stops at {peaks(memory.MODES[3])[0]} GB" in readme
+    assert f"stops at {peaks(fit.MODES[3])[0]} GB" in readme
     _, _, numbers, _, most = rows("| | all weights |")
     assert most[1:] == [f"{x} GB" for x in peaks(())]
     for shown, method in zip(numbers[1:], methods, strict=True):
@@ -385,7 +387,7 @@ def test_every_mode_needs_less_than_the_one_before_where_gradients_weigh_most():
     sd = sd15()
     sizes = [
         plan.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
-        for mode in memory.MODES
+        for mode in fit.MODES
         if mode != ("optimizer_in_backward", "gradient_checkpointing")  # for want of bitsandbytes
     ]
     assert sizes == sorted(sizes, reverse=True)
@@ -451,28 +453,28 @@ def test_a_model_that_is_there_is_not_counted_as_still_to_come(monkeypatch):
     need = plan.peak(sd, config(), 64 * 64, half=True)
     there = 4 * (UNET_SIZE + VAE_SIZE + TEXT_SIZE)
     monkeypatch.setattr(memory, "available", lambda device: need - there)
-    plain, line = memory.fit(sd, config(), 64 * 64, "bf16", meta, resumed=False)
+    plain, line = fit.choose(sd, config(), 64 * 64, "bf16", meta, resumed=False)
     assert plain == config() and "switched on" not in line
-    assert memory.fit(sd, config(), 64 * 64, "bf16", torch.device("cuda"), False)[0] != config()
+    assert fit.choose(sd, config(), 64 * 64, "bf16", torch.device("cuda"), False)[0] != config()
 
     sure = 16 * UNET_SIZE - there
     monkeypatch.setattr(memory, "available", lambda device: sure)
-    memory.require(sd, config(), meta, half=True)
+    fit.require(sd, config(), meta, half=True)
     with pytest.raises(UserError, match="out of memory"):
-        memory.require(sd, config(), torch.device("cuda"), half=True)
+        fit.require(sd, config(), torch.device("cuda"), half=True)
     monkeypatch.setattr(memory, "available", lambda device: sure - 1)
     with pytest.raises(UserError, match="out of memory"):
-        memory.require(sd, config(), meta, half=True)
+        fit.require(sd, config(), meta, half=True)
 
 
 # ---- what is chosen ----------------------------------------------------------------------------
 
 
-def fit(monkeypatch, free, given=None, precision="bf16", resumed=False):
+def chosen_for(monkeypatch, free, given=None, precision="bf16", resumed=False):
     monkeypatch.setattr(memory, "available", lambda device: free)
     given = given or config()
-    chosen, line = memory.fit(sd15(), given, 64 * 64, precision, CPU, resumed)
-    names = {name for name in memory.MODES[-1] if getattr(chosen, name)}
+    chosen, line = fit.choose(sd15(), given, 64 * 64, precision, CPU, resumed)
+    names = {name for name in fit.MODES[-1] if getattr(chosen, name)}
     unchanged = {name: getattr(given, name) for name in names}
     assert dataclasses.replace(chosen, **unchanged) == given
     return names, line
@@ -480,57 +482,57 @@ def fit(monkeypatch, free, given=None, precision="bf16", resumed=False):
 
 def test_the_first_mode_that_fits_is_chosen_and_said(eight_bit, monkeypatch):
     sd = sd15()
-    for mode in memory.MODES:
+    for mode in fit.MODES:
         need = plan.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
-        names, line = fit(monkeypatch, need)
+        names, line = chosen_for(monkeypatch, need)
         fitting = [
             m
-            for m in memory.MODES
+            for m in fit.MODES
             if plan.peak(sd, config(**dict.fromkeys(m, True)), 64 * 64, half=True) <= need
         ]
         assert names == set(fitting[0])
         assert f"{need / 1e9:.2f} GB are free" in line and "not be enough" not in line
         assert all(f"--{name}" in line for name in names)
-    assert fit(monkeypatch, 80e9)[0] == set()
-    names, line = fit(monkeypatch, 4e9)
-    assert names == set(memory.MODES[-1]) and "may not be enough" in line
+    assert chosen_for(monkeypatch, 80e9)[0] == set()
+    names, line = chosen_for(monkeypatch, 4e9)
+    assert names == set(fit.MODES[-1]) and "may not be enough" in line
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lora_and_a_word_fit_a_card_of_6_gb_by_themselves(monkeypatch, precision):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     lora, word = config(method="lora"), config(method="textual_inversion")
-    names, line = fit(monkeypatch, 5.5e9, lora, precision)
+    names, line = chosen_for(monkeypatch, 5.5e9, lora, precision)
     assert names == {"gradient_checkpointing"} and "not be enough" not in line
-    assert fit(monkeypatch, 5.5e9, word, precision)[0] == set()
+    assert chosen_for(monkeypatch, 5.5e9, word, precision)[0] == set()
     for given in (lora, word):
-        names, line = fit(monkeypatch, 4.0e9, given, precision)
+        names, line = chosen_for(monkeypatch, 4.0e9, given, precision)
         assert names == {"gradient_checkpointing"} and "not be enough" not in line
-        assert fit(monkeypatch, 7.5e9, given, precision)[0] == set()
+        assert chosen_for(monkeypatch, 7.5e9, given, precision)[0] == set()
 
 
 def test_what_is_given_stays(eight_bit, monkeypatch):
     given = config(optimizer_in_backward=True)
-    assert fit(monkeypatch, 80e9, given)[0] == {"optimizer_in_backward"}
-    assert fit(monkeypatch, 4e9, given)[0] == set(memory.MODES[-1])
+    assert chosen_for(monkeypatch, 80e9, given)[0] == {"optimizer_in_backward"}
+    assert chosen_for(monkeypatch, 4e9, given)[0] == set(fit.MODES[-1])
 
 
 def test_what_cannot_be_is_not_chosen(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     without = {"gradient_checkpointing", "optimizer_in_backward"}
-    assert fit(monkeypatch, 4e9)[0] == without
-    assert fit(monkeypatch, 4e9, config(gradient_accumulation_steps=2))[0] == {
+    assert chosen_for(monkeypatch, 4e9)[0] == without
+    assert chosen_for(monkeypatch, 4e9, config(gradient_accumulation_steps=2))[0] == {
         "gradient_checkpointing"
     }
-    names, line = fit(monkeypatch, 4e9, precision="fp16")
+    names, line = chosen_for(monkeypatch, 4e9, precision="fp16")
     assert names == {"gradient_checkpointing"} and line.endswith("card can train is --method lora")
-    assert "lora" not in fit(monkeypatch, 4e9)[1]
+    assert "lora" not in chosen_for(monkeypatch, 4e9)[1]
     lora = config(method="lora")
-    assert "lora" not in fit(monkeypatch, 4e8, lora, precision="fp16")[1]
+    assert "lora" not in chosen_for(monkeypatch, 4e8, lora, precision="fp16")[1]
 
 
 def test_a_run_that_goes_on_keeps_what_changes_its_results(eight_bit, monkeypatch, tmp_path):
-    assert fit(monkeypatch, 4e9, resumed=True)[0] == {"gradient_checkpointing"}
+    assert chosen_for(monkeypatch, 4e9, resumed=True)[0] == {"gradient_checkpointing"}
     given = runs.config(tmp_path / "out")
     before = State(3, {}, {"use_8bit_adam": True, "optimizer_in_backward": False})
     for free in (10**12, 1):
@@ -541,7 +543,7 @@ def test_a_run_that_goes_on_keeps_what_changes_its_results(eight_bit, monkeypatc
 
 
 def test_on_a_cpu_nothing_is_chosen(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(memory, "fit", None)  # would fail if it were called
+    monkeypatch.setattr(fit, "choose", None)  # would fail if it were called
     train.train(runs.config(tmp_path / "out"), runs.model())
     assert "memory:" not in capsys.readouterr().out
 

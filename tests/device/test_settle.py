@@ -19,9 +19,10 @@ import torch
 
 from minibooth import ops, sample, train
 from minibooth.bench import models
+from minibooth.device import ranks, settle, verdicts
+from minibooth.device.verdicts import Verdict
 from minibooth.ops import Case
-from minibooth.training import ranks, settle, start, verdicts
-from minibooth.training.verdicts import Verdict
+from minibooth.training import start
 
 CPU = torch.device("cpu")
 CASES = [Case("attention", (1, 1, n, n, 8), "float16", False) for n in (1, 2, 3)]

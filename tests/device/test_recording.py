@@ -5,8 +5,8 @@ import runs
 import tiny
 import torch
 
-from minibooth.training import graphs
-from minibooth.training.graphs import Captured
+from minibooth.device import graphs
+from minibooth.device.graphs import Captured
 from minibooth.training.optimizer import Update, UpdateInBackward
 
 CUDA = torch.device("cuda")
