@@ -30,9 +30,9 @@ INSIDE = {  # the same within a room
         "settle",
     ],
     "training": [
-        *("events", "photos", "subjects", "settings", "class_images", "data", "optimizer", "plan"),
-        *("fit", "on_cpu", "report", "methods", "resume", "snapshots", "start", "stop", "loss"),
-        *("grids", "finite"),
+        *("events", "photos", "subjects", "settings", "class_images", "data", "eight_bit"),
+        *("optimizer", "in_backward", "parameters", "plan", "fit", "on_cpu", "report", "methods"),
+        *("resume", "snapshots", "start", "stop", "loss", "prepare", "grids", "finite"),
     ],
     "bench": [
         *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),
@@ -175,6 +175,12 @@ def test_what_a_device_needs_knows_no_settings():
         names |= {n.id for n in nodes if isinstance(n, ast.Name)}
         names |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
         assert not names & {"config", "TrainConfig", "settings"}, path.name
+
+
+def test_the_microscope_imports_no_program():
+    """Nor does its own: train calls it, and what both need of a run stands below them."""
+    for path in sorted((PACKAGE / "explain").glob("*.py")):
+        assert not {place(n) for n in imports(path)} & {"train", "sample", "convert"}, path.name
 
 
 def test_nothing_stands_in_the_hall_but_what_one_reads_and_the_programs():

@@ -19,8 +19,8 @@ from ..formats.configs import SD_SCHEDULER
 from ..pipeline import StableDiffusion, memory_format, read_schedule
 from ..schedule import Schedule
 from ..train import one_update
-from ..training import optimizer
 from ..training.loss import Loss
+from ..training.optimizer import Update
 from ..training.settings import TrainConfig
 from ..unet import UNet
 from .counter import KINDS, Counter
@@ -90,7 +90,8 @@ def our_step(
     how = Precision(row.precision, CARD), config.gradient_checkpointing
     loss = Loss(sd, None, contexts, config.prior_loss_weight, None, *how)
     groups = [(config.learning_rate, list(network.parameters()))]
-    update = one_update(loss, optimizer.adamw(groups, config, scaled=False), accumulate=1)
+    adam = Update(groups, config.adam_weight_decay, config.max_grad_norm, scaled=False)
+    update = one_update(loss, adam, accumulate=1)
     number, rate = torch.ones(2, device=CARD).unbind()
     return lambda: update(number, rate, *drawn)
 

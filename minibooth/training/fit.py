@@ -11,7 +11,7 @@ from ..common.errors import UserError
 from ..common.files import gigabytes
 from ..device import memory, ranks
 from ..pipeline import StableDiffusion
-from .optimizer import bitsandbytes
+from .eight_bit import bitsandbytes
 from .plan import ACTIVATIONS, needed, peak
 
 # What can be switched on, in the order in which it is tried: what changes no weight comes first.

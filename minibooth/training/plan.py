@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .. import lora
 from ..device import ranks
 from ..pipeline import StableDiffusion
-from .optimizer import AdamW8bit
+from .eight_bit import AdamW8bit
 
 # ---- what is sure ------------------------------------------------------------------------------
 

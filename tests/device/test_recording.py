@@ -7,7 +7,8 @@ import torch
 
 from minibooth.device import graphs
 from minibooth.device.graphs import Captured
-from minibooth.training.optimizer import Update, UpdateInBackward
+from minibooth.training.in_backward import UpdateInBackward
+from minibooth.training.optimizer import Update
 
 CUDA = torch.device("cuda")
 

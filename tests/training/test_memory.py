@@ -24,8 +24,9 @@ from minibooth.device import graphs, memory
 from minibooth.device.precision import Precision
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.train import TrainConfig
-from minibooth.training import fit, optimizer, plan, start
-from minibooth.training.optimizer import AdamW8bit, Update
+from minibooth.training import fit, parameters, plan, start
+from minibooth.training.eight_bit import AdamW8bit, bitsandbytes
+from minibooth.training.optimizer import Update
 from minibooth.training.resume import State
 from minibooth.unet import UNet
 from minibooth.vae import VAE
@@ -202,7 +203,7 @@ def test_8bit_adamw_where_it_cannot_run_is_one_line(monkeypatch, capsys, tmp_pat
     assert status == 2 and err.count("\n") == 1 and "pip install bitsandbytes" in err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="needs a CUDA device or a CPU"):
-        optimizer.bitsandbytes(torch.device("mps"))
+        bitsandbytes(torch.device("mps"))
 
 
 # ---- what is needed ----------------------------------------------------------------------------
@@ -398,9 +399,9 @@ def test_a_model_that_is_on_the_gpu_is_not_kept_there_twice():
     with FakeTensorMode():
         networks = {"unet": torch.nn.Linear(20, 30, device="meta")}
         given = [weakref.ref(p.untyped_storage()) for p in networks["unet"].parameters()]
-        originals = optimizer.originals(networks)
+        originals = parameters.originals(networks)
         assert {p.device.type for p in originals.values()} == {"cpu"}
-        optimizer.make_trainable(networks.values(), torch.device("meta"))
+        parameters.make_trainable(networks.values(), torch.device("meta"))
         assert {p.device.type for p in networks["unet"].parameters()} == {"meta"}
         assert [storage() for storage in given] == [None, None]
 
@@ -557,11 +558,11 @@ def test_the_modes_that_were_chosen_are_those_of_the_run(eight_bit, monkeypatch,
     monkeypatch.setattr(start, "fitted", fitted)
     monkeypatch.setattr(memory, "available", lambda device: None)
     given = runs.config(tmp_path, mixed_precision="no")
-    run = start.set_up(given, runs.model(), torch.device("cuda"))
+    run = start.Run(given, runs.model(), torch.device("cuda"))
     assert run.config.use_8bit_adam and run.identity["use_8bit_adam"]
     assert not run.precision.keep_copies
     unfitted = dataclasses.replace(given, fit_memory=False)
-    run = start.set_up(unfitted, runs.model(), torch.device("cuda"))
+    run = start.Run(unfitted, runs.model(), torch.device("cuda"))
     assert run.config == unfitted
 
 
@@ -576,7 +577,7 @@ def test_with_checkpointing_no_16_bit_copies_of_the_weights_stay(tmp_path):
             assert torch.is_autocast_cache_enabled() == keep
     for wanted in (True, False):
         settings = runs.config(tmp_path, gradient_checkpointing=wanted)
-        assert start.set_up(settings, runs.model(), CPU).precision.keep_copies != wanted
+        assert start.Run(settings, runs.model(), CPU).precision.keep_copies != wanted
 
 
 class Live(TorchDispatchMode):
