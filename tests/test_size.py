@@ -21,9 +21,10 @@ ORDER = [
     *("evaluate", "bench", "__init__"),
 ]
 INSIDE = {  # the same within a room
-    "common": ["errors", "files", "cli"],
+    "common": ["errors", "files", "pictures", "sheets", "cli"],
     "formats": [
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
+        *("folders", "single_files", "sources", "scheduler", "checks", "saving", "parts"),
     ],
     "device": [
         *("no_gpu", "precision", "memory", "ranks", "graphs", "beside", "verdicts", "trial"),
@@ -125,6 +126,17 @@ class A:  # two
 def test_the_readable_core_has_at_most_700_code_lines():
     counts = {name: code_lines((PACKAGE / f"{name}.py").read_text()) for name in CORE}
     assert sum(counts.values()) <= 700, counts
+
+
+@pytest.mark.parametrize("name, most", [("pipeline", 220), ("train", 250)])
+def test_what_is_drawn_and_what_a_run_does_stand_on_a_few_screens(name, most):
+    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= most
+
+
+def test_no_file_is_longer_than_one_takes_in():
+    lines = {path.relative_to(PACKAGE): len(path.read_text().splitlines()) for path in MODULES}
+    most = dict.fromkeys(("common", "formats", "device", "training"), 400)
+    assert not {path: n for path, n in lines.items() if n > most.get(path.parts[0], 700)}
 
 
 def test_imports_are_read_through_dots_and_inside_functions(tmp_path):

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..common.files import write_json, write_text
 from ..device.precision import Precision
+from ..formats.checkpoint import memory_format
 from ..formats.configs import SD_SCHEDULER
-from ..pipeline import StableDiffusion, memory_format, read_schedule
+from ..formats.scheduler import read_schedule
+from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..train import one_update
 from ..training.loss import Loss

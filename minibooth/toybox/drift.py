@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from .. import dreambooth, pipeline
-from ..common import cli
+from ..common import cli, sheets
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import write_json, write_text
@@ -341,7 +341,7 @@ def figure(
     places = [place.split()[-1] for place in world.PLACES]
     headings = [subject.class_prompt] * SHOWN + [f"the subject: {p}" for p in places]
     names = [name.replace("λ", "lambda") for name in results]  # Pillow's font has no Greek
-    pictures = photos.grid(photos.enlarged(rows), labels=names, headings=headings)
+    pictures = sheets.grid(sheets.enlarged(rows), labels=names, headings=headings)
     measures = {k: COLUMNS[k] for k in ("subject fidelity, held out", "PRES", "DIV")}
     width, line, top = pictures.width, 22, 34
     panel = Image.new("RGB", (width, top + line * len(results) + 30), "white")

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pipeline
+from ..common import sheets
 from ..device import graphs, memory, ranks
-from ..pipeline import NotFinite
-from . import photos
+from ..formats.checks import NotFinite
 from .report import save_image
 from .start import Run
 
@@ -94,7 +94,7 @@ def there(run: Run, step: int) -> bool:
 @ranks.by_first
 def save(run: Run, step: int, rows: Rows) -> None:
     if rows:
-        grid = photos.grid(photos.enlarged(rows), labels=run.config.grid_prompts)
+        grid = sheets.grid(sheets.enlarged(rows), labels=run.config.grid_prompts)
         save_image(grid, file(run, step))
         run.events.picture(grid, step)
 
@@ -105,4 +105,4 @@ def save_before_after(run: Run, before: Rows, after: Rows) -> None:
         rows = [b + a for b, a in zip(before, after, strict=True)]
         headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
         named = {"labels": run.config.grid_prompts, "headings": headings}
-        save_image(photos.grid(photos.enlarged(rows), **named), run.folder / "before_after.png")
+        save_image(sheets.grid(sheets.enlarged(rows), **named), run.folder / "before_after.png")
