@@ -10,9 +10,11 @@ import random
 from pathlib import Path
 
 from minibooth import load
+from minibooth.common import sheets
+from minibooth.common.pictures import to_pil
 from minibooth.formats import hub
 from minibooth.toybox import judge, score, world
-from minibooth.training import photos, report
+from minibooth.training import report
 
 FILE = hub.toybox() / "judge" / "by_eye.csv"
 FIELDS = {"class": "kind", "colour": "colour", "place": "place"}
@@ -33,9 +35,9 @@ def prompts(count: int = 100) -> list[str]:
 if __name__ == "__main__":
     pictures = score.draw(load("toybox"), prompts(), seed=4242)
     for first in range(0, 100, 25):
-        rows = [photos.to_pil(pictures[i : i + 5]) for i in range(first, first + 25, 5)]
+        rows = [to_pil(pictures[i : i + 5]) for i in range(first, first + 25, 5)]
         labels = [f"{i} to {i + 4}" for i in range(first, first + 25, 5)]
-        sheet = photos.grid(photos.enlarged(rows), labels)
+        sheet = sheets.grid(sheets.enlarged(rows), labels)
         report.save_image(sheet, Path(f"by_eye_{first // 25}.png"))
     readings, _ = judge.load(hub.toybox()).look(pictures)
     seen = list(csv.DictReader(FILE.read_text().splitlines()))

@@ -6,7 +6,7 @@ Prints docs/memory.md, computed by minibooth/training/plan.py; nothing is measur
 import torch
 
 from minibooth.bench import models
-from minibooth.training import memory, plan
+from minibooth.training import fit, plan
 from minibooth.training.settings import METHODS, TrainConfig
 
 PIXELS = 64 * 64  # of the latents of 512²
@@ -57,7 +57,7 @@ def main() -> None:
     sd, by_part, by_phase = models.model("SD 1.5", torch.device("meta")), [], []
     for method in METHODS:
         # Of adapters there is hardly a gradient or an average to save.
-        for mode in memory.MODES if method == "dreambooth" else memory.MODES[:2]:
+        for mode in fit.MODES if method == "dreambooth" else fit.MODES[:2]:
             config = TrainConfig(method=method, explain=True, **dict.fromkeys(mode, True))
             computed = "bf16" if config.optimizer_in_backward else "bf16, fp16"
             head = [method, ", ".join(f"`{name}`" for name in mode) or "none", computed]

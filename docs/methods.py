@@ -17,11 +17,11 @@ from itertools import product
 from pathlib import Path
 
 from minibooth import StableDiffusion, load, lora, textual_inversion
-from minibooth.common import cli
+from minibooth.common import cli, sheets
 from minibooth.formats import adapters
 from minibooth.formats.tensor_files import read_tensors
 from minibooth.toybox import score
-from minibooth.training import photos, report
+from minibooth.training import report
 from minibooth.training.settings import TrainConfig
 
 HERE, WORK = Path(__file__).parent, Path("methods-work")
@@ -137,7 +137,7 @@ def picture() -> None:
         drawn = model(name, 0).generate(prompts, seed=0, batch_size=3, **score.SAMPLING)
         rows.append(drawn)
     headings = [f"…{where}" if i == 1 else "" for where in SHOWN for i in range(3)]
-    grid = photos.grid(photos.enlarged(rows), labels=names, headings=headings)
+    grid = sheets.grid(sheets.enlarged(rows), labels=names, headings=headings)
     report.save_image(grid, HERE / "methods.png")
 
 

@@ -7,6 +7,8 @@ from PIL import Image
 
 import minibooth
 from minibooth import schedule
+from minibooth.common import sheets
+from minibooth.common.pictures import to_pil
 from minibooth.formats import hub
 from minibooth.training import photos, report
 
@@ -25,16 +27,16 @@ def noise(sd: minibooth.StableDiffusion) -> Image.Image:
     x_t = schedule.q_sample(x0, eps, alpha_bar_t)  # (6, 4, 16, 16)
     prediction = sd.unet(x_t, t, sd.encode_prompt(["a dog"] * len(t)))
     x0_hat, _ = schedule.split(x_t, prediction, alpha_bar_t, sd.schedule.prediction_type)
-    rows = [photos.to_pil(2 * sd.decode(latents) - 1) for latents in (x_t, x0_hat)]
+    rows = [to_pil(2 * sd.decode(latents) - 1) for latents in (x_t, x0_hat)]
     headings = [f"t = {t}" for t in TIMESTEPS]
-    return photos.grid(photos.enlarged(rows), ["x_t, decoded", "x0 as estimated"], headings)
+    return sheets.grid(sheets.enlarged(rows), ["x_t, decoded", "x0 as estimated"], headings)
 
 
 def guidance(sd: minibooth.StableDiffusion) -> Image.Image:
     """One prompt, five noises, several guidance scales."""
     prompts = ["a dog in the snow"] * 5
     rows = [sd.generate(prompts, steps=25, guidance_scale=scale) for scale in SCALES]
-    return photos.grid(photos.enlarged(rows), [f"guidance {scale:g}" for scale in SCALES])
+    return sheets.grid(sheets.enlarged(rows), [f"guidance {scale:g}" for scale in SCALES])
 
 
 if __name__ == "__main__":

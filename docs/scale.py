@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minibooth import toybox, train
 from minibooth.bench import models
+from minibooth.device import ranks
 from minibooth.pipeline import to_device
 from minibooth.text_encoder import Layer
-from minibooth.training import ranks, start
+from minibooth.training import prepare, start
 from minibooth.training.settings import TrainConfig
 from minibooth.unet import Transformer
 from minibooth.vae import ResnetBlock
@@ -36,7 +37,7 @@ def run_of(folder: str, batch: int) -> start.Run:
     settings = toybox.default_run() | {"output_dir": folder, "num_class_images": IMAGES}
     settings |= {"sample_batch_size": 8, "train_batch_size": batch, "device": "cpu"}
     config = TrainConfig(**settings)
-    return start.set_up(config, start.load(config), torch.device("cpu"))
+    return start.Run(config, start.load(config), torch.device("cpu"))
 
 
 def now() -> tuple[float, float]:
@@ -63,8 +64,8 @@ def seconds(step, count: int) -> list[float]:
 
 def training_step(folder: str, batch: int):
     run = run_of(folder, batch)
-    batches, loss, _ = train.gather(run)
-    adam = train.make_optimizer(run)
+    batches, loss, _ = prepare.gather(run)
+    adam = prepare.make_optimizer(run)
     update = train.one_update(ranks.averaged(loss, run.trained), adam, accumulate=1)
 
     def step(n: int) -> None:
@@ -77,7 +78,7 @@ def training_step(folder: str, batch: int):
 def sharded_step(folder: str, batch: int):
     """The same loss, with weights, gradients and AdamW's averages divided by FSDP2."""
     run = run_of(folder, batch)
-    batches, loss, _ = train.gather(run)
+    batches, loss, _ = prepare.gather(run)
     networks = list(run.trained.values())
     for network in networks:
         network.requires_grad_(True)
@@ -100,7 +101,7 @@ def sharded_step(folder: str, batch: int):
 def worker(out: str, folder: str) -> None:
     run = run_of(folder, 4)
     begin = now()
-    train.gather(run)  # draws the class images
+    prepare.gather(run)  # draws the class images
     found = {"images": since(begin, IMAGES)}
     found["shared"] = seconds(training_step(folder, 4 // ranks.count()), STEPS)
     found["each"] = seconds(training_step(folder, 4), STEPS)

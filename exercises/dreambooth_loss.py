@@ -6,7 +6,7 @@ from torch import Tensor
 from minibooth import dreambooth
 from minibooth.dreambooth import Term
 from minibooth.formats.configs import SD_SCHEDULER
-from minibooth.pipeline import read_schedule
+from minibooth.formats.scheduler import read_schedule
 
 
 def eq2(

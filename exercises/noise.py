@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minibooth.formats.configs import SD_SCHEDULER
-from minibooth.pipeline import read_schedule
+from minibooth.formats.scheduler import read_schedule
 
 
 def crossing(alpha_bar: Tensor) -> int:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from minibooth import schedule
 from minibooth.formats.configs import SD_SCHEDULER
-from minibooth.pipeline import read_schedule
+from minibooth.formats.scheduler import read_schedule
 
 
 def guide(without: Tensor, towards: Tensor, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ The switch is the environment variable MINIBOOTH_KERNELS, or `use`, which the pr
 flag calls:
 
     auto     the default: on CUDA the kernels for the cases in which they were right and faster on
-             this card (`prefer`, which training/settle.py calls for what is replayed from a CUDA
+             this card (`prefer`, which device/settle.py calls for what is replayed from a CUDA
              graph, and for nothing else), PyTorch for all others
     triton   the kernels, or an error that says why they cannot run
     torch    PyTorch

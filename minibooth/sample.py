@@ -10,14 +10,14 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from . import ops, pipeline, textual_inversion
-from .common import cli
+from .common import cli, sheets
 from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic, shortened
-from .formats import adapters
+from .device import graphs, no_gpu, settle
+from .formats import adapters, checks
 from .formats.configs import is_public_size
 from .tokenizer import WordError
-from .training import graphs, no_gpu, photos, settle
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SampleConfig:
         50, "sampler steps", aliases=("num_inference_steps",), topic="how it is drawn"
     )
     guidance_scale: float = option(7.5, "how strongly to follow the prompt; 1 switches it off")
-    sampler: str = option("ddim", "how to step from noise to picture", choices=pipeline.SAMPLERS)
+    sampler: str = option("ddim", "how to step from noise to picture", choices=checks.SAMPLERS)
     eta: float = option(0.0, "DDIM's share of fresh noise per step, 0 to 1")
     height: int | None = option(None, "pixels [the model's own]")
     width: int | None = option(None, "pixels [the model's own]")
@@ -155,7 +155,7 @@ def sample(config: SampleConfig) -> list[Path]:
                 about = settings(config, sd.source, prompt, config.seed + i)
                 written.append(save_png(image, out, f"{slug(prompt)}-{config.seed + i}", about))
     with atomic(out / "grid.png") as part:
-        photos.grid(photos.enlarged(rows), labels=list(config.prompt)).save(part, "PNG")
+        sheets.grid(sheets.enlarged(rows), labels=list(config.prompt)).save(part, "PNG")
     return written
 
 

@@ -2,8 +2,8 @@
 
 photographs → latents (mean and std, cached) → noisy latents → UNet → loss → update → pictures.
 
-`train` is the whole run; `learn` its order of work, `one_update` a training step. What the names
-called there stand for is in minibooth/training; the loss itself is dreambooth.step.
+`train` is the whole run, `learn` its loop, `one_update` a training step. What the names called
+there stand for is in minibooth/training; the loss itself is dreambooth.step.
 """
 
 from collections.abc import Callable
@@ -15,27 +15,26 @@ from torch import Tensor
 from . import toybox
 from .common import cli
 from .common.errors import UserError
+from .device import graphs, ranks
 from .dreambooth import Step
 from .explain import first_step
 from .pipeline import StableDiffusion, to_device
 from .toybox import score
 from .training import (
-    class_images,
     finite,
-    graphs,
-    memory,
+    fit,
+    grids,
     methods,
     optimizer,
-    photos,
-    ranks,
+    parameters,
+    prepare,
     report,
     resume,
     snapshots,
     start,
     stop,
 )
-from .training.data import Batches, encode
-from .training.grids import Grids
+from .training.data import Batches
 from .training.loss import Loss
 from .training.optimizer import Update
 from .training.settings import TrainConfig
@@ -57,62 +56,22 @@ def train(
     with start.folder_of(config):
         if sd is None:
             sd = start.load(config)
-        with memory.advised(sd, config):
-            run = start.set_up(config, sd, device)
-        with memory.advised(sd, run.config, run.precision.dtype is not None):
+        with fit.advised(sd, config):
+            run = Run(config, sd, device)
+        with fit.advised(sd, run.config, run.precision.dtype is not None):
             start.announce(run)
-            learn(run, on_step)
+            originals = parameters.originals(run.trained)
+            # Who looks on wants what a step leaves behind; 8-bit AdamW waits for the device.
+            captured = not (on_step or run.config.use_8bit_adam)
+            batches, loss, identity = prepare.gather(run, captured)
+            before = grids.draw(run)
+            grids.save(run, 0, before)
+            adam = prepare.make_optimizer(run)
+            learn(run, batches, loss, adam, identity, captured, on_step)
+            finish(run, before, originals)
             if score.applies(run.config):
                 print(score.after_run(sd, run.config))
     return sd
-
-
-def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
-    """What the steps read: class images, latents, contexts; and the identity with these images.
-
-    The networks go to the device. `captured`: whether the steps will be a CUDA graph.
-    """
-    config, sd, device = run.config, run.sd, run.device
-    methods.place(sd, run.trained, device, run.precision.dtype)
-    start.try_kernels(run, captured)
-
-    identity, class_photos, shown = run.identity, None, (run.shown,)
-    if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
-        graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
-        with graph, run.precision.autocast():
-            files, of_class = class_images.of_run(sd, config, run.resolution, run.fingerprint)
-        class_photos = photos.load_photos(files, run.resolution, config.center_crop)
-        shown = (run.shown, of_class)
-
-    instance = encode(sd, run.photos, config.random_flip, "photographs")
-    prior = encode(sd, class_photos, False, "class images") if class_photos else None
-    if class_photos:
-        identity = {**identity, "class images": class_photos.content_hash()}
-    if run.saved is not None:
-        resume.check(run.folder, run.saved.identity, identity)
-    T, size = sd.schedule.T, config.train_batch_size * ranks.count()
-    prompts, choice = methods.prompts_of(config, run.captions, shown)
-    drawn_from = T, config.seed, size, device, choice, shown, ranks.share()
-    batches = Batches(instance, prior, *drawn_from)
-
-    ids = sd.tokenizer(prompts).to(device)  # (prompts, 77)
-    contexts = None if config.text_changes else sd.encode_prompt(prompts)  # (prompts, 77, D)
-    weights = config.prior_loss_weight, config.snr_gamma  # λ and γ
-    how = run.precision, config.gradient_checkpointing
-    loss = Loss(sd, ids, contexts, *weights, *how, prompts)
-    return batches, loss, identity
-
-
-def make_optimizer(run: Run) -> Update:
-    """fp32 copies of the weights that train, in their networks, and AdamW over them."""
-    config = run.config
-    for network in run.idle:
-        network.to("cpu")
-    optimizer.make_trainable(run.trained.values(), run.device)
-    methods.attach(run.sd, run.trained)
-    rates = methods.rates(config)
-    groups = [(rates[name], list(network.parameters())) for name, network in run.trained.items()]
-    return optimizer.adamw(groups, config, scaled=run.precision.name == "fp16")
 
 
 def one_update(
@@ -143,26 +102,25 @@ def one_update(
     return update
 
 
-def learn(run: Run, on_step: Watcher | None) -> None:
-    """Everything from the class images to the trained model on disk."""
-    config, sd, folder = run.config, run.sd, run.folder
-    originals = optimizer.originals(run.trained)
-    # Who looks on wants to see what the step leaves behind; 8-bit AdamW waits for the device.
-    captured = not (on_step or config.use_8bit_adam)
-    batches, loss, identity = gather(run, captured)
-    grids = Grids.of(folder, config, run.resolution, run.events)
-    before = grids.draw(sd, run.idle, run.precision)
-    grids.save(0, before)
-
-    adam = make_optimizer(run)
-    weights = optimizer.named_weights(run.trained)
+def learn(
+    run: Run,
+    batches: Batches,
+    loss: Loss,
+    adam: Update,
+    identity: dict,
+    captured: bool,
+    on_step: Watcher | None,
+) -> None:
+    """All updates, and what is written on the way. `captured`: by a CUDA graph, on a GPU."""
+    config, folder = run.config, run.folder
+    weights = parameters.named_weights(run.trained)
     done = resume.restore(run.saved, folder, weights, adam)
     ranks.require_same({**identity, "step": done})
     if 0 < done < config.max_train_steps:  # it was stopped after its state, before these
         if done % config.checkpointing_steps == 0:
             save_snapshot(run, done)
-        if done % config.validation_steps == 0 and not grids.has(done):
-            grids.save(done, grids.draw(sd, run.idle, run.precision))
+        if done % config.validation_steps == 0 and not grids.there(run, done):
+            grids.save(run, done, grids.draw(run))
     if config.explain and done == 0:
         first_step.explain(run, batches, loss, weights, adam.scale, done)
 
@@ -191,7 +149,7 @@ def learn(run: Run, on_step: Watcher | None) -> None:
                     del update  # and the memory that a CUDA graph keeps
                     raise UserError(finite.explain(bad_step, run, batches, loss, weights))
             if show and not last:
-                grids.save(step, grids.draw(sd, run.idle, run.precision))
+                grids.save(run, step, grids.draw(run))
             if save or last:
                 resume.save(folder, step, {**weights, **adam.state()}, identity, config.save_state)
             if save and not last:
@@ -202,7 +160,6 @@ def learn(run: Run, on_step: Watcher | None) -> None:
     del update  # and the memory that a CUDA graph keeps
     if config.explain:
         first_step.explain(run, batches, loss, weights, adam.scale, config.max_train_steps)
-    finish(run, grids, before, originals)
 
 
 def save_snapshot(run: Run, step: int) -> None:
@@ -210,11 +167,11 @@ def save_snapshot(run: Run, step: int) -> None:
     snapshots.save(run.folder, step, write, keep=run.config.checkpoints_total_limit)
 
 
-def finish(run: Run, grids: Grids, before: list[list], originals: dict[str, Tensor]) -> None:
+def finish(run: Run, before: list[list], originals: dict[str, Tensor]) -> None:
     """The last pictures, and the model, on the device at the end."""
-    after = grids.draw(run.sd, run.idle, run.precision)
-    grids.save(run.config.max_train_steps, after)
-    grids.save_before_after(before, after)
+    after = grids.draw(run)
+    grids.save(run, run.config.max_train_steps, after)
+    grids.save_before_after(run, before, after)
     write_result(run, originals)
     run.sd.to(run.device)
 

@@ -20,10 +20,12 @@ from minibooth import UserError, load, lora, ops, toybox, train, unet, vae
 from minibooth.bench import first, measure, models, parts
 from minibooth.common import cli
 from minibooth.common.errors import first_line
+from minibooth.device import graphs, memory, ranks
+from minibooth.device.precision import Precision
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.toybox import score, world
 from minibooth.toybox.pretrain import TEXT_CONFIG
-from minibooth.training import graphs, memory, optimizer, ranks
+from minibooth.training import fit, optimizer
 from minibooth.training.settings import TrainConfig
 
 
@@ -306,9 +308,9 @@ def fitted() -> dict:
     for card in (pretend_card.H100, pretend_card.T4, pretend_card.RTX_3060, pretend_card.RTX_3070):
         device = cli.pick_device("cuda")
         pretend_card.exchange(card)
-        precision = optimizer.Precision("auto", device).name
-        config, line = memory.fit(sd, TrainConfig(), 64 * 64, precision, device, resumed=False)
-        modes = [name for name in memory.MODES[-1] if getattr(config, name)]
+        precision = Precision("auto", device).name
+        config, line = fit.choose(sd, TrainConfig(), 64 * 64, precision, device, resumed=False)
+        modes = [name for name in fit.MODES[-1] if getattr(config, name)]
         found[card.name] = [precision, modes, line]
     return found
 
@@ -371,7 +373,7 @@ def kernels() -> dict:
         net = Block().to(device, memory_format=torch.channels_last)
         adam = optimizer.Update([(1e-2, list(net.parameters()))], 0.01, 1.0, scaled=True)
         adam.allocate()
-        precision = optimizer.Precision("fp16", device)
+        precision = Precision("fp16", device)
 
         def update(step, rate, x, temb, context, net=net, adam=adam, precision=precision):
             with precision.autocast():
@@ -423,9 +425,9 @@ def first_contact(folder: str, modes: int, own: dict | None, room: dict, eight_b
     and its exit status. `room` has the bytes that a part gets beside what is allocated, `eight_bit`
     is whether bitsandbytes is there."""
     small_networks()
-    memory.MODES = memory.MODES[:modes]
+    fit.MODES = fit.MODES[:modes]
     if not eight_bit:
-        memory.installed = lambda mode, device: "use_8bit_adam" not in mode
+        fit.installed = lambda mode, device: "use_8bit_adam" not in mode
 
     def result(module, call, seconds):
         name = next((name for name in room if name in call), None)

@@ -88,7 +88,7 @@ def test_captured_and_eager_training_are_the_same(half, tmp_path):
         assert (captured["captures"], captured["replays"]) == (graphs, graphs * (STEPS - 3)), row
         assert (eager["captures"], eager["replays"]) == (0, 0)
         for found in (captured, eager):
-            told = ["optimizer.AdamW8bit.fetch"] * ("8-bit" in row)
+            told = ["eight_bit.AdamW8bit.fetch"] * ("8-bit" in row)
             assert within_steps(found["waits"]) == told, row
 
 
@@ -230,5 +230,5 @@ def test_every_mode_captured_and_eager(method, precision, tmp_path):
         one = settings(tmp_path / mode, **same, num_validation_images=2, validation_steps=3)
         [(captured, eager)] = on_card.ask("both", runs=[one])
         assert captured["files"] == eager["files"] and len(captured["losses"]) == STEPS
-        told = ["optimizer.AdamW8bit.fetch"] * (mode == "8-bit")
+        told = ["eight_bit.AdamW8bit.fetch"] * (mode == "8-bit")
         assert within_steps(captured["waits"]) == told

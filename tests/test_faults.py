@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from minibooth import UserError, convert, dreambooth, sample, train
 from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
+from minibooth.device import memory
 from minibooth.sample import SampleConfig
 from minibooth.train import TrainConfig
-from minibooth.training import memory, photos, report, start, subjects
+from minibooth.training import photos, report, start, subjects
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 import minibooth
 from minibooth.common.errors import UserError
-from minibooth.pipeline import NotFinite
+from minibooth.formats.checks import NotFinite
 
 PROMPTS = ["a sks dog in the snow", "photo of a cat"]
 

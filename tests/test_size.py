@@ -16,20 +16,24 @@ ORDER = [
     *("schedule", "tokenizer", "ops", "text_encoder", "vae", "unet", "lora"),
     "formats",
     *("pipeline", "dreambooth", "textual_inversion"),
-    *("training", "explain", "toybox"),
+    *("device", "training", "explain", "toybox"),
     *("train", "sample", "convert"),
     *("evaluate", "bench", "__init__"),
 ]
 INSIDE = {  # the same within a room
-    "common": ["errors", "files", "cli"],
+    "common": ["errors", "files", "pictures", "sheets", "cli"],
     "formats": [
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
+        *("folders", "single_files", "sources", "scheduler", "checks", "saving", "parts"),
+    ],
+    "device": [
+        *("no_gpu", "precision", "memory", "ranks", "graphs", "beside", "verdicts", "trial"),
+        "settle",
     ],
     "training": [
-        *("ranks", "events", "photos", "subjects", "settings", "class_images", "data"),
-        *("optimizer", "plan", "memory", "no_gpu", "graphs", "report", "methods", "resume"),
-        *("snapshots", "beside", "verdicts", "trial", "settle", "start", "stop", "loss", "grids"),
-        "finite",
+        *("events", "photos", "subjects", "settings", "class_images", "data", "eight_bit"),
+        *("optimizer", "in_backward", "parameters", "plan", "fit", "on_cpu", "report", "methods"),
+        *("resume", "snapshots", "start", "stop", "loss", "prepare", "grids", "finite"),
     ],
     "bench": [
         *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),
@@ -124,6 +128,17 @@ def test_the_readable_core_has_at_most_700_code_lines():
     assert sum(counts.values()) <= 700, counts
 
 
+@pytest.mark.parametrize("name, most", [("pipeline", 220), ("train", 250)])
+def test_what_is_drawn_and_what_a_run_does_stand_on_a_few_screens(name, most):
+    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= most
+
+
+def test_no_file_is_longer_than_one_takes_in():
+    lines = {path.relative_to(PACKAGE): len(path.read_text().splitlines()) for path in MODULES}
+    most = dict.fromkeys(("common", "formats", "device", "training"), 400)
+    assert not {path: n for path, n in lines.items() if n > most.get(path.parts[0], 700)}
+
+
 def test_imports_are_read_through_dots_and_inside_functions(tmp_path):
     file = tmp_path / "minibooth" / "toybox" / "world.py"
     file.parent.mkdir(parents=True)
@@ -161,6 +176,23 @@ def test_what_one_reads_imports_no_room_but_common_and_formats(name):
     used = {place(n) for n in imports(PACKAGE / f"{name}.py")}
     rooms = {n for n in used if n and (PACKAGE / n).is_dir()}
     assert rooms <= ROOMS_READ
+
+
+def test_what_a_device_needs_knows_no_settings():
+    """Nor photographs or losses, which stand in rooms that it may not import."""
+    for path in sorted((PACKAGE / "device").glob("*.py")):
+        assert {place(n) for n in imports(path)} <= {"common", "device", *READ, None}, path.name
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {n.arg for n in nodes if isinstance(n, ast.arg)}
+        names |= {n.id for n in nodes if isinstance(n, ast.Name)}
+        names |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+        assert not names & {"config", "TrainConfig", "settings"}, path.name
+
+
+def test_the_microscope_imports_no_program():
+    """Nor does its own: train calls it, and what both need of a run stands below them."""
+    for path in sorted((PACKAGE / "explain").glob("*.py")):
+        assert not {place(n) for n in imports(path)} & {"train", "sample", "convert"}, path.name
 
 
 def test_nothing_stands_in_the_hall_but_what_one_reads_and_the_programs():

@@ -17,10 +17,11 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 
 from minibooth import UserError, dreambooth, load, train
-from minibooth.training import class_images, data, photos, report
+from minibooth.device.precision import Precision
+from minibooth.training import class_images, data, grids, photos, report
 from minibooth.training.data import Latents, draw_term, pick, rng
-from minibooth.training.grids import Grids
-from minibooth.training.optimizer import Precision, Update, rate
+from minibooth.training.optimizer import Update, rate
+from minibooth.training.settings import TrainConfig
 
 # ---- the learning rate -------------------------------------------------------------------------
 
@@ -111,18 +112,8 @@ def independent_loop(config, kind):
 
 
 def class_images_of(config):
-    return class_images.ensure(
-        load(config.model),
-        runs.Path(config.class_data_dir),
-        count=config.num_class_images,
-        prompt=config.class_prompt,
-        sampler=config.class_sampler,
-        steps=config.class_steps,
-        guidance_scale=config.class_guidance_scale,
-        seed=config.seed,
-        resolution=32,
-        batch_size=config.sample_batch_size,
-    )
+    sd, [subject] = load(config.model), config.subjects
+    return class_images.ensure(sd, class_images.find(config, subject, 32, sd.fingerprint()))
 
 
 CASES = {
@@ -182,7 +173,7 @@ def test_gradient_checkpointing_saves_memory_not_bits(tmp_path, monkeypatch):
     plain, _ = trained(tmp_path / "plain")
     calls, checkpoint = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
-        "minibooth.training.memory.checkpoint",
+        "minibooth.device.memory.checkpoint",
         lambda *a, **k: calls.append(a) or checkpoint(*a, **k),
     )
     checkpointed, _ = trained(tmp_path / "checkpointed", gradient_checkpointing=True)
@@ -329,10 +320,12 @@ def test_generators_of_near_seeds_and_names_have_nothing_in_common():
 
 
 def ensure(folder, **changes):
-    sd = changes.pop("sd", None) or runs.model()
-    settings = {"count": 3, "prompt": "a dog", "sampler": "ddim", "steps": 2, "seed": 0}
-    settings |= {"guidance_scale": 7.5, "resolution": 32, "batch_size": 2}
-    return class_images.ensure(sd, folder, **settings | changes)
+    sd, side = changes.pop("sd", None) or runs.model(), changes.pop("resolution", 32)
+    settings = {"class_prompt": "a dog", "num_class_images": 3, "class_steps": 2}
+    settings |= {"class_data_dir": str(folder), "sample_batch_size": 2}
+    config = TrainConfig(**settings | changes)
+    [subject] = config.subjects
+    return class_images.ensure(sd, class_images.find(config, subject, side, sd.fingerprint()))
 
 
 def test_only_missing_class_images_are_drawn_and_none_is_overwritten(tmp_path):
@@ -344,21 +337,21 @@ def test_only_missing_class_images_are_drawn_and_none_is_overwritten(tmp_path):
     for f, (content, time) in before.items():
         assert f.read_bytes() == content
         assert (f.stat().st_mtime_ns == time) == (f != files[1])
-    assert files == ensure(tmp_path, count=5)[:3]
-    assert ensure(tmp_path, count=2) == files[:2]
+    assert files == ensure(tmp_path, num_class_images=5)[:3]
+    assert ensure(tmp_path, num_class_images=2) == files[:2]
 
 
 def test_class_images_are_keyed_by_everything_they_depend_on(tmp_path):
     """All in one folder, none taken for another's."""
     plain = ensure(tmp_path)
-    changes = [{"prompt": "a cat"}, {"seed": 9}, {"steps": 3}, {"sampler": "ddpm"}]
-    changes += [{"guidance_scale": 1.0}, {"resolution": 16}]
+    changes = [{"class_prompt": "a cat"}, {"seed": 9}, {"class_steps": 3}]
+    changes += [{"class_sampler": "ddpm"}, {"class_guidance_scale": 1.0}, {"resolution": 16}]
     changed = runs.model()
     with torch.no_grad():
         changed.unet.conv_out.weight.mul_(2)
     changes += [{"sd": changed}]
     drawn = [ensure(tmp_path, **change) for change in changes]
-    assert ensure(tmp_path, guidance_scale=1) == drawn[4]
+    assert ensure(tmp_path, class_guidance_scale=1) == drawn[4]
     everything = [f for group in [plain, *drawn] for f in group]
     assert len(set(everything)) == len(everything) == 3 * 8
     assert len({f.read_bytes() for f in everything}) == len(everything)
@@ -367,7 +360,7 @@ def test_class_images_are_keyed_by_everything_they_depend_on(tmp_path):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_class_images_are_what_the_model_draws_by_itself(tmp_path, sampler):
-    files = ensure(tmp_path, sampler=sampler, seed=4)
+    files = ensure(tmp_path, class_sampler=sampler, seed=4)
     drawn = runs.model().generate(["a dog"] * 3, steps=2, sampler=sampler, seed=4, batch_size=2)
     for file, image in zip(files, drawn, strict=True):
         assert Image.open(file).tobytes() == image.tobytes()
@@ -376,12 +369,12 @@ def test_class_images_are_what_the_model_draws_by_itself(tmp_path, sampler):
 def test_class_images_of_the_user_count_and_are_used(tmp_path, capsys):
     for name in ("mine.jpg", "other.png"):
         Image.new("RGB", (40, 32), "red").save(tmp_path / name)
-    files = ensure(tmp_path, count=3)
+    files = ensure(tmp_path, num_class_images=3)
     assert [f.name for f in files[:2]] == ["mine.jpg", "other.png"] and len(files) == 3
     assert "2 of your own" in capsys.readouterr().out
-    assert ensure(tmp_path, count=0) == files[:2]
+    assert ensure(tmp_path, num_class_images=0) == files[:2]
     with pytest.raises(UserError, match="no class images"):
-        ensure(tmp_path / "empty", count=0)
+        ensure(tmp_path / "empty", num_class_images=0)
 
 
 # ---- precision ---------------------------------------------------------------------------------
@@ -758,7 +751,7 @@ def test_photographs_that_change_on_disk_during_a_run_change_nothing(tmp_path):
 
 def test_without_sample_grids_no_picture_is_drawn(tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    monkeypatch.setattr(Grids, "draw_latents", None)  # would fail if it were called
+    monkeypatch.setattr(grids, "draw_latents", None)  # would fail if it were called
     trained(folder, num_validation_images=0, validation_steps=1, max_train_steps=2)
     assert not (folder / "before_after.png").exists()
     assert "before_after" not in (folder / "README.md").read_text()

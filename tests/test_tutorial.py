@@ -38,7 +38,8 @@ from minibooth.evaluate.snapshots import SnapshotsConfig
 from minibooth.formats import hub
 from minibooth.formats.checkpoint import NETWORKS
 from minibooth.formats.configs import SD_SCHEDULER
-from minibooth.pipeline import StableDiffusion, read_schedule
+from minibooth.formats.scheduler import read_schedule
+from minibooth.pipeline import StableDiffusion
 from minibooth.sample import SampleConfig
 from minibooth.tokenizer import BOS, EOS
 from minibooth.toybox import pretrain, world

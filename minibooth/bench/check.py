@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from ..device.trial import implementations, make_inputs, poisoned, results
 from ..ops import Case
-from ..training.trial import implementations, make_inputs, poisoned, results
 
 DEVICE = torch.device("cuda")
 # name: (heads, N_q, N_k, head dimension), images of 512²

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..common.files import gigabytes, write_json, write_text
-from ..training import memory, photos
+from ..training import fit, photos
 from ..training.settings import TrainConfig
 from . import parts
 from .measure import Failed, result
@@ -47,8 +47,8 @@ def all_parts(done: dict[str, Found], end: float, own: dict | None, folder: str)
     yield "machine", "look()"
     precision = done["machine"].get("precision", "bf16")
     free = done["machine"].get("free", math.inf)
-    rows = [Row("dreambooth", mode, precision) for mode in memory.MODES]
-    rows = [r for r in rows if memory.possible(r.mode, TrainConfig(), precision, resumed=False)]
+    rows = [Row("dreambooth", mode, precision) for mode in fit.MODES]
+    rows = [r for r in rows if fit.possible(r.mode, TrainConfig(), precision, resumed=False)]
     can, cannot = [], []
     for row in (*rows, Row("lora", (), precision)):
         name = f"training, {row.method} {' '.join(row.mode) or 'in full'}"

@@ -1,4 +1,4 @@
-"""The Triton kernels' times against PyTorch's, on a GPU: the trial of training/trial.py, for the
+"""The Triton kernels' times against PyTorch's, on a GPU: the trial of device/trial.py, for the
 shapes of Stable Diffusion and in order of interest until --minutes are over; the JSON says what was
 left out. Or for one shape of one's own.
 
@@ -17,8 +17,8 @@ import torch
 import torch._functorch.config as functorch_config
 
 from .. import ops
+from ..device.trial import GRAPH_CALLS, examine, graph_time, implementations
 from ..ops import Case
-from ..training.trial import GRAPH_CALLS, examine, graph_time, implementations
 from . import chart, check
 from .check import ATTENTION, NORMS
 

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..common.files import write_json, write_text
+from ..device.precision import Precision
+from ..formats.checkpoint import memory_format
 from ..formats.configs import SD_SCHEDULER
-from ..pipeline import StableDiffusion, memory_format, read_schedule
+from ..formats.scheduler import read_schedule
+from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..train import one_update
-from ..training import optimizer
 from ..training.loss import Loss
-from ..training.optimizer import Precision
+from ..training.optimizer import Update
 from ..training.settings import TrainConfig
 from ..unet import UNet
 from .counter import KINDS, Counter
@@ -90,7 +92,8 @@ def our_step(
     how = Precision(row.precision, CARD), config.gradient_checkpointing
     loss = Loss(sd, None, contexts, config.prior_loss_weight, None, *how)
     groups = [(config.learning_rate, list(network.parameters()))]
-    update = one_update(loss, optimizer.adamw(groups, config, scaled=False), accumulate=1)
+    adam = Update(groups, config.adam_weight_decay, config.max_grad_norm, scaled=False)
+    update = one_update(loss, adam, accumulate=1)
     number, rate = torch.ones(2, device=CARD).unbind()
     return lambda: update(number, rate, *drawn)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..common import cli
-from ..training import beside, verdicts
+from ..device import beside, verdicts
 
 ROOT = Path(__file__).parents[2]
 

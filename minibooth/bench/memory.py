@@ -21,7 +21,7 @@ from .. import train
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..explain import first_step
-from ..training import finite, memory, plan
+from ..training import finite, fit, plan, prepare
 from ..training.data import Batches
 from ..training.settings import METHODS, TrainConfig
 from .measure import alone, peaks, prepared
@@ -69,8 +69,8 @@ def rows(device: torch.device) -> list[Row]:
     found = []
     for precision in ("bf16", "fp16") if device.type == "cuda" else ("no",):
         for method in METHODS:
-            modes = memory.MODES if method == "dreambooth" else memory.MODES[:2]
-            can = [m for m in modes if memory.possible(m, TrainConfig(), precision, resumed=False)]
+            modes = fit.MODES if method == "dreambooth" else fit.MODES[:2]
+            can = [m for m in modes if fit.possible(m, TrainConfig(), precision, resumed=False)]
             found += [Row(method, mode, precision) for mode in can]
     return found
 
@@ -147,11 +147,11 @@ class LastIsBad:
 def watched(device: torch.device) -> Iterator[tuple[Meter, LastIsBad]]:
     """Within it runs are measured, and end in a loss that is not finite."""
     meter, last = Meter(device), LastIsBad(Batches.draw, device)
-    optimizer = meter.watched(train.make_optimizer, "training")
+    optimizer = meter.watched(prepare.make_optimizer, "training")
     look = meter.watched(first_step.explain, "explain")
     again = meter.watched(finite.explain, "second look")
     with (
-        mock.patch.object(train, "make_optimizer", optimizer),
+        mock.patch.object(prepare, "make_optimizer", optimizer),
         mock.patch.object(first_step, "explain", look),
         mock.patch.object(finite, "explain", again),
         mock.patch.object(Batches, "draw", lambda batches, n: last(batches, n)),

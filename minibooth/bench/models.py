@@ -2,8 +2,10 @@
 
 import torch
 
+from ..formats.checkpoint import memory_format
 from ..formats.configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
-from ..pipeline import StableDiffusion, memory_format, read_schedule
+from ..formats.scheduler import read_schedule
+from ..pipeline import StableDiffusion
 from ..text_encoder import TextEncoder
 from ..tokenizer import BOS, EOS, Tokenizer
 from ..toybox.pretrain import TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .. import ops, toybox, train
 from ..common.files import gigabytes
+from ..device import graphs, settle, verdicts
+from ..device.precision import Precision
 from ..ops import Case
-from ..training import graphs, memory, plan, report, settle, verdicts
-from ..training.optimizer import Precision
+from ..training import fit, plan, report
 from ..training.settings import TrainConfig
 from . import check, sides
 from .measure import machine, peaks, prepared, versions
@@ -67,7 +68,7 @@ def look() -> Found:
     here["capability"] = torch.cuda.get_device_capability(device)
     said = ", ".join(f"{name} {value}" for name, value in here.items())
     said += f"; {gigabytes(free)} of {gigabytes(total)} are free"
-    eight_bit = memory.installed(("use_8bit_adam",), device)
+    eight_bit = fit.installed(("use_8bit_adam",), device)
     found = {"said": said, "here": here, "free": free, "total": total, "eight_bit": eight_bit}
     return found | {"precision": Precision("auto", device).name}
 

@@ -12,15 +12,14 @@ from PIL import Image
 
 from .. import toybox, train
 from ..common.files import write_json
-from ..training import class_images, resume
-from ..training.grids import Grids
+from ..training import class_images, grids, resume
 from ..training.settings import TrainConfig
 from .models import model
 from .peers import begin
 
 PHASES = [  # what is called in a run, and the phase that its time belongs to
     (class_images, "ensure", "class images"),
-    (Grids, "draw", "sample grids"),
+    (grids, "draw", "sample grids"),
     (resume, "save", "saving"),
     (train, "save_snapshot", "saving"),
     (train, "finish", "saving"),

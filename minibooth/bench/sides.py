@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..device import graphs
+from ..device.precision import Precision
 from ..pipeline import StableDiffusion, to_device
-from ..train import make_optimizer, one_update
-from ..training import graphs, methods, start
+from ..train import one_update
+from ..training import methods, prepare
 from ..training.data import Batches, Latents
 from ..training.loss import Loss
-from ..training.optimizer import Precision
 from ..training.settings import TrainConfig
 from ..training.start import Run
 from .models import model
@@ -111,7 +112,7 @@ def their_forward(row: Row, peer: Peer, inputs: tuple[Tensor, ...]) -> Callable[
 
 def our_step(run: Run, batches: Batches, loss: Loss) -> Callable[[], Tensor]:
     """The training program's own update, captured where it captures it."""
-    adam = make_optimizer(run)
+    adam = prepare.make_optimizer(run)
     update = one_update(loss, adam, accumulate=1)
     if adam.capturable:
         adam.allocate()
@@ -141,7 +142,7 @@ def training_run(row: Row, sd: StableDiffusion, folder: Path) -> tuple[Run, Batc
         fit_memory=False,
         **dict(row.settings),
     )
-    run = start.set_up(config, sd, sd.device)
+    run = Run(config, sd, sd.device)
     methods.place(sd, run.trained, run.device, run.precision.dtype)
     side = sd.image_size // sd.vae.factor
     moments = torch.randn(2, 8, 4, side, side)

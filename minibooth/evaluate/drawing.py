@@ -9,13 +9,15 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from .. import pipeline, textual_inversion
-from ..common import cli
+from ..common import cli, sheets
 from ..common.errors import UserError
 from ..common.files import atomic
+from ..common.pictures import read_image
+from ..device import graphs
 from ..formats import adapters
 from ..pipeline import StableDiffusion
 from ..sample import slug
-from ..training import graphs, photos, snapshots
+from ..training import snapshots
 from .metrics import Picture
 from .options import Options, read_run
 
@@ -110,7 +112,7 @@ def save(image: Image.Image, job: Job, options: Options) -> None:
 
 
 def pictures(drawn: list[Job]) -> list[Picture]:
-    return [Picture(photos.read_image(job.file), job.prompt, job.text) for job in drawn]
+    return [Picture(read_image(job.file), job.prompt, job.text) for job in drawn]
 
 
 def without(identifier: str, prompt: str) -> str:
@@ -123,4 +125,4 @@ def grid(real: list[Image.Image], rows: dict[str, list[Image.Image]], title: str
     cells = [
         [ImageOps.fit(image, (CELL, CELL)) for image in images] for images in (real, *rows.values())
     ]
-    return photos.grid(cells, labels=["photographs", *rows], title=title)
+    return sheets.grid(cells, labels=["photographs", *rows], title=title)

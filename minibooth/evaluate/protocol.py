@@ -22,6 +22,7 @@ from ..common import cli, files
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import read_text, write_json, write_text
+from ..common.pictures import read_image
 from ..formats import hub
 from ..train import train
 from ..training import methods, photos, report, resume
@@ -272,7 +273,7 @@ class Protocol:
         return scores
 
     def photographs(self, subject: Subject) -> list:
-        return [photos.read_image(file) for file in photos.image_files(subject.folder)]
+        return [read_image(file) for file in photos.image_files(subject.folder)]
 
     def asked(self, arm: Arm, subject: Subject) -> dict:
         """What scores depend on: with the same, they are not measured again."""

@@ -9,6 +9,7 @@ from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import write_json
+from ..common.pictures import read_image
 from ..training import photos, report, resume, snapshots
 from . import drawing, judges, tables
 from .metrics import METRICS, Mean, Picture, real_rows, score
@@ -56,7 +57,7 @@ def evaluate(config: SingleConfig) -> dict[str, Mean]:
         Path(config.generated)
     )
     judge = judges.load(config)
-    real = [photos.read_image(file) for file in files]
+    real = [read_image(file) for file in files]
     find = found if is_folder_of_pictures else drawn
     pictures, bare = find(config, out)
     scores = score(judge, real, pictures, bare)
@@ -110,10 +111,10 @@ def found(config: SingleConfig, out: Path) -> tuple[list[Picture], list[Image.Im
             known = config.prompt[0] if config.prompt else None
             prompt = image.info["prompt"] if says else known
         if prompt is not None and prompt == config.class_prompt:
-            bare.append(photos.read_image(file))
+            bare.append(read_image(file))
         else:
             text = prompt and text_of(prompt, config)
-            pictures.append(Picture(photos.read_image(file), prompt, text))
+            pictures.append(Picture(read_image(file), prompt, text))
     if not pictures:
         raise UserError(f"{config.generated} holds pictures of the bare class only")
     return pictures, bare
@@ -133,7 +134,7 @@ def drawn(config: SingleConfig, out: Path) -> tuple[list[Picture], list[Image.Im
     drawing.draw(sd, wanted + bare, config, "drawing")
     pictures = drawing.pictures(wanted)
     rows = {prompt: [p.image for p in pictures if p.prompt == prompt] for prompt in config.prompt}
-    real = [photos.read_image(file) for file in photos.image_files(config.real)]
+    real = [read_image(file) for file in photos.image_files(config.real)]
     report.save_image(drawing.grid(real, rows, config.generated), out / "grid.png")
     return pictures, [p.image for p in drawing.pictures(bare)]
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
+from ..common.pictures import read_image
 from ..training import photos, report, resume, snapshots
 from ..training.settings import TrainConfig
 from . import drawing, judges, tables
@@ -62,7 +63,7 @@ def evaluate(config: SnapshotsConfig) -> dict[int, dict[str, Mean]]:
     out = Path(config.output_dir) if config.output_dir else run / "evaluation"
     cli.check_folder("--output_dir", out)
     prompts = config.prompt or tuple(training.instance_prompt + where for where in WHERE)
-    real = [photos.read_image(f) for f in photos.image_files(training.instance_data_dir)]
+    real = [read_image(f) for f in photos.image_files(training.instance_data_dir)]
     models = stages(run, training)
     judge = judges.load(config)
     drawn_with = {name: getattr(config, name) for name in ("steps", "guidance_scale", "seed")}

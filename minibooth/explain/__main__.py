@@ -6,10 +6,11 @@ It takes the options of minibooth.train and shows the first step of that run, wh
 from dataclasses import replace
 from pathlib import Path
 
-from .. import toybox, train
+from .. import toybox
 from ..common import cli
-from ..training import methods, optimizer, start
+from ..training import methods, parameters, prepare, start
 from ..training.settings import TrainConfig
+from ..training.start import Run
 from . import first_step
 
 CLASS_IMAGES = 8  # drawn unless a number is given; the step takes only train_batch_size of them
@@ -22,10 +23,10 @@ def explain(config: TrainConfig) -> Path:
     """
     config = replace(config, resume_from_checkpoint=None, num_validation_images=0)
     device = start.check(config, has_model=False)
-    run = start.set_up(config, start.load(config), device)
-    batches, loss, _ = train.gather(run)
-    adam = train.make_optimizer(run)
-    weights = optimizer.named_weights(run.trained)
+    run = Run(config, start.load(config), device)
+    batches, loss, _ = prepare.gather(run)
+    adam = prepare.make_optimizer(run)
+    weights = parameters.named_weights(run.trained)
     return first_step.explain(run, batches, loss, weights, adam.scale)
 
 

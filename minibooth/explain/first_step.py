@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from ..common.errors import first_line
 from ..common.files import atomic
+from ..device import memory, ranks
 from ..dreambooth import Step
-from ..training import memory, ranks, report
+from ..training import report
 from ..training.data import Batches
 from ..training.loss import Loss
 from ..training.start import Run

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import dreambooth, schedule
+from ..device import graphs, memory
 from ..dreambooth import Half, Step, Term
 from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..tokenizer import Tokenizer
-from ..training import graphs, memory
 from ..unet import Attention, UNet
 
 SHOWN = 4  # samples of each term whose pictures are kept

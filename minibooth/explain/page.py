@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..common.files import write_text
-from ..training import photos
+from ..common.pictures import to_pil
 from . import microscope
 from .microscope import Entry, Frame, Gradient, Look, LowRank, Sample
 
@@ -191,7 +191,7 @@ def img(image: Image.Image, alt: str) -> str:
 
 def picture(pixels: Tensor, alt: str) -> str:
     """(3, H, W) in [0, 1]."""
-    return img(photos.to_pil(2 * pixels[None] - 1)[0], alt)
+    return img(to_pil(2 * pixels[None] - 1)[0], alt)
 
 
 def channels(latent: Tensor, alt: str) -> str:
@@ -199,7 +199,7 @@ def channels(latent: Tensor, alt: str) -> str:
     grey = F.pad(latent.detach().float().cpu() / 3, (0, 1, 0, 1), value=1.0)  # a line between
     top, bottom = torch.cat([*grey[:2]], dim=1), torch.cat([*grey[2:]], dim=1)
     square = torch.cat([top, bottom])[:-1, :-1]  # (2h + 1, 2w + 1)
-    return img(photos.to_pil(square.expand(1, 3, -1, -1))[0], alt)
+    return img(to_pil(square.expand(1, 3, -1, -1))[0], alt)
 
 
 def figure(image: str, caption: str, kind: str = "") -> str:
@@ -401,7 +401,7 @@ def product(seen: LowRank) -> str:
     r = len(A)
     whole = torch.ones(r + 1 + len(update), r + 1 + update.shape[1])  # a white line between
     whole[:r, r + 1 :], whole[r + 1 :, :r], whole[r + 1 :, r + 1 :] = A, dB, update
-    return img(photos.to_pil(whole.expand(1, 3, -1, -1))[0], "the update is a product")
+    return img(to_pil(whole.expand(1, 3, -1, -1))[0], "the update is a product")
 
 
 def film(strip: list[Frame]) -> str:

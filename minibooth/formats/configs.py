@@ -156,6 +156,7 @@ OTHER_FILES = (
     ),
     (r"^(emb_params|\*)$", "a word: give it as --embedding to sample"),
 )
+ONLY = ": only Stable Diffusion 1.x and 2.x can be used here"
 
 
 def other_class(name: str) -> str | None:

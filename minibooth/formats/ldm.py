@@ -41,6 +41,13 @@ OPEN_CLIP_NAMES = [
 ]
 STACKED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)")
 
+# Beside the networks, single files carry the noise schedule, training state and unused parts.
+IGNORED = re.compile(
+    r"\w+|model_ema\..*|loss\..*|.*\.position_ids|cond_stage_model\.logit_scale|"
+    r"cond_stage_model\.model\.(text_projection|logit_scale|attn_mask|"
+    r"transformer\.resblocks\.(23\..*|\d+\.attn\.in_proj_\w+))"
+)
+
 
 def unet_modules(config: dict) -> dict[str, str]:
     """Our module → its name in the file, where the levels are not nested but counted through."""

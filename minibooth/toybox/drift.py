@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from .. import dreambooth, pipeline
-from ..common import cli
+from ..common import cli, sheets
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import write_json, write_text
@@ -29,6 +29,8 @@ from ..pipeline import StableDiffusion
 from ..training import class_images, photos, report, resume
 from ..training.data import Latents, draw_term, encode
 from ..training.optimizer import Update, rate
+from ..training.settings import TrainConfig
+from ..training.subjects import Subject
 from . import judge as judges
 from . import score, world
 from .score import Kept, Learned, Yardstick
@@ -179,20 +181,18 @@ class Experiment:
         pictures = photos.load_photos(toybox / "subjects" / config.subject, world.SIDE)
         self.real = pictures.images
         self.yard = score.yardstick(self.judge, self.real, self.subject.kind)
-        drawn = class_images.ensure(
-            self.frozen,
-            self.folder / "class_images",
-            count=config.num_class_images,
-            prompt=self.subject.class_prompt,
-            seed=0,
-            resolution=world.SIDE,
-            batch_size=score.BATCH,
-            **score.SAMPLING,
-        )
+        drawn = class_images.ensure(self.frozen, self.wanted_images())
         self.instance = encode(self.frozen, pictures, False, "pictures")
         self.prior = encode(
             self.frozen, photos.load_photos(drawn, world.SIDE), False, "class images"
         )
+
+    def wanted_images(self) -> class_images.Images:
+        settings = {f"class_{name}": value for name, value in score.SAMPLING.items()}
+        settings |= {"num_class_images": self.config.num_class_images}
+        run = TrainConfig(output_dir=str(self.folder), sample_batch_size=score.BATCH, **settings)
+        subject = Subject(None, None, self.subject.class_prompt)
+        return class_images.find(run, subject, world.SIDE, self.frozen.fingerprint())
 
     def identity(self) -> dict:
         kept = ("subject", "steps", "learning_rate", "batch_size")
@@ -366,7 +366,7 @@ def figure(
     places = [place.split()[-1] for place in world.PLACES]
     headings = [subject.class_prompt] * SHOWN + [f"the subject: {p}" for p in places]
     names = [name.replace("λ", "lambda") for name in results]  # Pillow's font has no Greek
-    pictures = photos.grid(photos.enlarged(rows), labels=names, headings=headings)
+    pictures = sheets.grid(sheets.enlarged(rows), labels=names, headings=headings)
     measures = {k: COLUMNS[k] for k in ("subject fidelity, held out", "PRES", "DIV")}
     width, line, top = pictures.width, 22, 34
     panel = Image.new("RGB", (width, top + line * len(results) + 30), "white")

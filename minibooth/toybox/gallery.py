@@ -26,13 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pipeline
-from ..common import cli
+from ..common import cli, sheets
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import write_text
+from ..common.pictures import to_pil
 from ..formats import hub
 from ..pipeline import StableDiffusion
-from ..training import photos, report
+from ..training import report
 from . import default_run, score, world
 from . import judge as judges
 from .judge import Judge, self_similarity, similarity
@@ -253,13 +254,13 @@ def strip(
     pictures: Tensor, title: str, headings: list[str], instead: list[list[str]]
 ) -> Image.Image:
     """(N, 3, 64, 64) in a line, what was asked for above each, and what is there instead."""
-    [shown] = photos.enlarged([photos.to_pil(pictures)])
+    [shown] = sheets.enlarged([to_pil(pictures)])
     for image, wrong in zip(shown, instead, strict=True):
         if wrong:
             box = (0, 0, image.width - 1, image.height - 1)
             ImageDraw.Draw(image).rectangle(box, outline="#dd0000", width=5)
     said = [", but ".join([h, *wrong]) for h, wrong in zip(headings, instead, strict=True)]
-    return photos.grid([shown], headings=said, title=title)
+    return sheets.grid([shown], headings=said, title=title)
 
 
 def main() -> None:

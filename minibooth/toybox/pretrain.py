@@ -28,18 +28,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from .. import dreambooth, pipeline
-from ..common import cli
+from ..common import cli, sheets
 from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import atomic, write_text
+from ..common.pictures import to_pil
+from ..device.precision import Precision
 from ..dreambooth import Term, min_snr_weight
 from ..formats.configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
-from ..pipeline import StableDiffusion, read_schedule
+from ..formats.scheduler import read_schedule
+from ..pipeline import StableDiffusion
 from ..text_encoder import TextEncoder
 from ..tokenizer import BOS, EOS, Tokenizer
-from ..training import photos, report
+from ..training import report
 from ..training.data import rng
-from ..training.optimizer import Precision
 from ..unet import UNet
 from ..vae import VAE
 from . import judge, score, world
@@ -282,8 +284,8 @@ def show_decoded(config: PretrainConfig, name: str) -> Callable[[int, nn.ModuleD
         again = averaged["vae"].decode(averaged["vae"].encode(x)[0])
         mae = (again.clamp(-1, 1) - x).abs().mean().item() / 2
         print(f"\n{name} after {step} steps: mean absolute error {mae:.4f} on [0, 1]")
-        rows = [photos.to_pil(half) for half in (x[:10], again[:10], x[10:], again[10:])]
-        grid = photos.grid(photos.enlarged(rows), labels=["render", "decoded"] * 2)
+        rows = [to_pil(half) for half in (x[:10], again[:10], x[10:], again[10:])]
+        grid = sheets.grid(sheets.enlarged(rows), labels=["render", "decoded"] * 2)
         report.save_image(grid, Path(config.work_dir) / f"{name}-{step:05d}.png")
 
     return show
@@ -425,7 +427,7 @@ def sample_grid(sd: StableDiffusion) -> Image.Image:
     prompts = [plain, *([f"{p} {place}" for p in plain] for place in world.PLACES), coloured]
     rows = [sd.generate(row, **score.SAMPLING) for row in prompts]
     labels = ["", *world.PLACES, "coloured"]
-    return photos.grid(photos.enlarged(rows), labels=labels, headings=plain)
+    return sheets.grid(sheets.enlarged(rows), labels=labels, headings=plain)
 
 
 # ---- how good it is ----------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..common.files import write_json
+from ..device import graphs, ranks
 from ..formats import hub
 from ..pipeline import StableDiffusion
-from ..training import graphs, photos, ranks
+from ..training import photos
 from . import judge as judges
 from . import world
 from .judge import Judge, diversity, self_similarity, share, similarity

@@ -1,5 +1,5 @@
-"""What surrounds the step: settings, photographs, class images, latents, optimizer, memory, CUDA
-graphs, the state to resume from, and what a run tells.
+"""What surrounds the step: settings, photographs, class images, latents, optimizer, the memory that
+a run will need, the state to resume from, and what a run tells.
 
-May import common, formats and what one reads; never a program.
+May import common, formats, device and what one reads; never a program.
 """

@@ -10,23 +10,23 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import PngImagePlugin
-from torch import Tensor
 from tqdm import tqdm
 
 from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic
+from ..device import ranks
 from ..pipeline import StableDiffusion
-from . import photos, ranks
+from . import photos
 from .settings import TrainConfig
 from .subjects import Subject
 
 
 class Images(NamedTuple):
-    """The class images of some settings, there or not."""
+    """The class images of a subject, there or not."""
 
+    folder: Path
     own: list[Path]  # the user's
     drawn: list[Path]  # with image i from seed + i
     missing: list[int]  # where this rank's batches of these begin that are not all there
@@ -35,31 +35,6 @@ class Images(NamedTuple):
 
     def batch(self, first: int) -> list[Path]:
         return self.drawn[first : first + self.batch_size]
-
-
-def of_run(
-    sd: StableDiffusion, config: TrainConfig, resolution: int, fingerprint: str
-) -> tuple[list[Path], Tensor]:
-    """As `ensure`, of all subjects of a run; and which subject's each class image is: (M,)."""
-    found = [
-        (i, file)
-        for i, subject in enumerate(config.subjects)
-        for file in ensure(
-            sd,
-            **settings_of(config, subject, resolution, fingerprint),
-            begin=zlib.crc32(config.output_dir.encode()),
-        )
-    ]
-    return [file for _, file in found], torch.tensor([i for i, _ in found])
-
-
-def missing_of_run(
-    sd: StableDiffusion, config: TrainConfig, resolution: int, fingerprint: str
-) -> list[int]:
-    """How many pictures are in each batch that `of_run` is going to draw."""
-    subjects = (settings_of(config, s, resolution, fingerprint) for s in config.subjects)
-    found = [find(sd, **settings) for settings in subjects]
-    return [len(images.batch(first)) for images in found for first in images.missing]
 
 
 def there(folder: str | Path) -> list[Path]:
@@ -76,74 +51,47 @@ def check_folder(folder: str | Path, count: int) -> None:
         cli.check_folder("--class_data_dir", folder)
 
 
-def settings_of(config: TrainConfig, subject: Subject, resolution: int, fingerprint: str) -> dict:
-    """What `find` and `ensure` are asked for."""
-    return {
-        "folder": subject.class_folder(config.output_dir),
-        "count": config.num_class_images,
+def find(config: TrainConfig, subject: Subject, resolution: int, fingerprint: str) -> Images:
+    """The user's own class images of a subject, all of them, and as many drawn ones as bring the
+    number to --num_class_images. `fingerprint`: the model's, before its weights are rounded.
+
+    Runs that draw into one folder at the same time share the work: each begins with another one of
+    the missing batches.
+    """
+    folder, size = subject.class_folder(config.output_dir), config.sample_batch_size
+    own = photos.own(folder)
+    settings = {
+        "model": fingerprint,
         "prompt": subject.class_prompt,
         "sampler": config.class_sampler,
         "steps": config.class_steps,
-        "guidance_scale": config.class_guidance_scale,
+        "guidance_scale": float(config.class_guidance_scale),  # 7 and 7.0 are one key
         "seed": config.seed,
-        "resolution": resolution,
-        "batch_size": config.sample_batch_size,
-        "fingerprint": fingerprint,
-    }
-
-
-def find(
-    sd: StableDiffusion,
-    folder: Path,
-    *,
-    count: int,
-    prompt: str,
-    sampler: str,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    resolution: int,
-    batch_size: int,
-    fingerprint: str | None = None,
-) -> Images:
-    """The user's own class images in `folder`, all of them, and as many drawn ones as bring the
-    number to `count`. `fingerprint`: the model's, where its weights have been rounded since."""
-    own = photos.own(folder)
-    settings = {
-        "model": fingerprint or sd.fingerprint(),
-        "prompt": prompt,
-        "sampler": sampler,
-        "steps": steps,
-        "guidance_scale": float(guidance_scale),  # 7 and 7.0 are one key
-        "seed": seed,
         "resolution": resolution,
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    wanted = [folder / f"{key}-{i:05d}.png" for i in range(max(0, count - len(own)))]
+    count = max(0, config.num_class_images - len(own))
+    wanted = [folder / f"{key}-{i:05d}.png" for i in range(count)]
     # Whole batches, always the same ones: their rounding is that of an uninterrupted run.
-    starts = ranks.mine(range(0, len(wanted), batch_size))
-    todo = [i for i in starts if not all(path.exists() for path in wanted[i : i + batch_size])]
-    return Images(own, wanted, todo, batch_size, settings)
+    starts = ranks.mine(range(0, count, size))
+    todo = [i for i in starts if not all(path.exists() for path in wanted[i : i + size])]
+    first = zlib.crc32(config.output_dir.encode()) % max(1, len(todo))
+    return Images(folder, own, wanted, todo[first:] + todo[:first], size, settings)
 
 
-def ensure(sd: StableDiffusion, folder: Path, *, begin: int = 0, **settings) -> list[Path]:
-    """The class images that `find` finds with these settings, which are drawn where they are
-    missing. Image i is drawn from seed + i.
+def ensure(sd: StableDiffusion, images: Images) -> list[Path]:
+    """Draw those that are missing, image i from seed + i; the files of all.
 
-    Each rank draws its share; raises UserError where it does not see the others'. Runs that draw
-    into one folder at the same time, and `begin` with another one of the missing batches, share the
-    work.
+    Each rank draws its share; raises UserError where it does not see the others'.
     """
-    images = find(sd, folder, **settings)
-    own, wanted, todo = images.own, images.drawn, images.missing
-    first = begin % max(1, len(todo))
-    todo = todo[first:] + todo[:first]
+    folder, own, wanted, todo = images.folder, images.own, images.drawn, images.missing
+    settings = images.settings
     if todo:
         cli.check_folder("--class_data_dir", folder)
     if own:
         print(f"class images: {len(own)} of your own in {folder}, {len(wanted)} drawn")
     info = PngImagePlugin.PngInfo()
-    for name, value in images.settings.items():
+    for name, value in settings.items():
         info.add_itxt(name, str(value))
     steps, seed, resolution = (settings[name] for name in ("steps", "seed", "resolution"))
     with tqdm(total=len(todo) * steps, desc="class images", unit="step", disable=not todo) as bar:

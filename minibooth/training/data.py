@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..common.pictures import as_floats
+from ..device import ranks
 from ..dreambooth import Term
 from ..pipeline import StableDiffusion, to_device, vae_batch
-from . import ranks
-from .photos import Photos, as_floats
+from .photos import Photos
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..common.cli import is_out_of_memory
+from ..device import memory, ranks
 from ..dreambooth import Step
-from . import memory, ranks, snapshots
+from . import snapshots
 from .data import Batches
 from .loss import Loss
 from .start import Run

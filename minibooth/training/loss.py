@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import dreambooth
+from ..device import memory
+from ..device.precision import Precision
 from ..dreambooth import Step, Term
 from ..pipeline import StableDiffusion
-from . import memory
-from .optimizer import Precision
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Loss:
     # unless the batches say which of more they drew
     contexts: Tensor | None  # (prompts, 77, D) encoded once; None where they change with training
     prior_loss_weight: float  # λ
-    snr_gamma: float | None  # γ of Min-SNR; None for the plain loss
+    min_snr: Tensor | None  # (T,) a weight for each timestep; None for the plain loss
     precision: Precision
     gradient_checkpointing: bool
     prompts: Sequence[str] = ()  # that `ids` are of, for those who look
@@ -40,11 +40,7 @@ class Loss:
         c = self.encoded(drawn)  # (terms, B, 77, D)
         instance = Term(*drawn[:3], c[0])
         prior = Term(*drawn[3:6], c[1]) if len(c) == 2 else None
-        weight = None
-        if self.snr_gamma is not None:
-            weight = dreambooth.min_snr_weight(
-                self.sd.schedule, torch.cat(drawn[2::3]), self.snr_gamma
-            )
+        weight = None if self.min_snr is None else self.min_snr[torch.cat(drawn[2::3])]
         return instance, prior, weight
 
     def encoded(self, drawn: Sequence[Tensor]) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .. import lora, textual_inversion
 from ..common import cli
 from ..common.files import write_text
+from ..device import ranks
 from ..formats import adapters
 from ..pipeline import StableDiffusion
-from . import optimizer, ranks, report
+from . import parameters, report
 from .settings import TrainConfig
 
 # What is usual for LoRA: B starts at zero, and steps that suit whole weights would hardly move it.
@@ -68,12 +69,6 @@ def to_train(sd: StableDiffusion, config: TrainConfig) -> dict[str, nn.Module]:
         name: lora.create(sd.networks[name], config.rank, alpha, config.lora_targets, config.seed)
         for name in names
     }
-
-
-def rates(config: TrainConfig) -> dict[str, float]:
-    """Learning rates, by what `to_train` gives."""
-    of_text = config.learning_rate if config.trains_word else config.text_encoder_learning_rate
-    return {"unet": config.learning_rate, "text_encoder": of_text}
 
 
 def prompts_of(
@@ -183,7 +178,7 @@ def moved(
         if isinstance(module, textual_inversion.Word):
             what = "the word's vectors"
         if not isinstance(module, nn.ModuleDict):
-            shares[what] = optimizer.moved(name, module, originals)
+            shares[what] = parameters.moved(name, module, originals)
             continue
         change = norm = 0.0
         for a in module.values():

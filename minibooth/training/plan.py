@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import lora
+from ..device import ranks
 from ..pipeline import StableDiffusion
-from . import ranks
-from .optimizer import AdamW8bit
+from .eight_bit import AdamW8bit
 
 # ---- what is sure ------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     if ranks.count() > 1:  # no graph, but gradients are always there, in the buckets they travel in
         step, stays = activations + need["gradients"], need["gradients"]
     pictures = 0
-    if config.num_validation_images:  # as Grids.draw does it: the UNet, then the VAE
+    if config.num_validation_images:  # as grids.draw does it: the UNet, then the VAE
         text = 0 if config.text_changes else size_of(sd.text_encoder)
         predicting = text + drawing(sd, config, pixels, half, config.grid_batch_size)
         pictures = max(predicting, size_of(sd.vae) + pixels * CODING)

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, named_after, write_text
+from ..device import ranks
 from ..formats import hub
 from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
-from . import ranks
 from .events import Events
 from .settings import TrainConfig
 from .subjects import Subject

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
 from ..common.files import read_text, write_json
+from ..device import ranks
 from ..formats.tensor_files import read_tensors, write_safetensors
 from ..pipeline import StableDiffusion
-from . import plan, ranks, report
+from . import plan, report
 from .optimizer import Update, fresh_state
 from .photos import Photos
 from .settings import TrainConfig

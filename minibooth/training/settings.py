@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from .. import lora, ops, pipeline, textual_inversion
+from .. import lora, ops, textual_inversion
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
+from ..formats import checks
 from . import subjects
 from .subjects import Subject
 
@@ -140,7 +141,7 @@ class TrainConfig:
         "ddim",
         "sampler that draws them; dpm++ wants fewer steps, say 20: on the toybox nothing is lost, "
         "on the public weights nobody has looked (docs/class_images.md)",
-        choices=pipeline.SAMPLERS,
+        choices=checks.SAMPLERS,
     )
     class_steps: int = option(
         50, "its steps; the paper's sampler is ddpm, which wants many, up to 1000"

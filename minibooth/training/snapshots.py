@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..device import ranks
 from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
-from . import ranks
 
 
 def is_model(folder: Path) -> bool:

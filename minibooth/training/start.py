@@ -4,7 +4,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,38 +14,37 @@ from .. import ops, pipeline, schedule
 from ..common import cli
 from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
+from ..device import memory, ranks, settle
+from ..device.precision import Precision
 from ..formats.configs import what_else_it_sees
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
 from . import (
     class_images,
     events,
-    memory,
+    fit,
     methods,
-    no_gpu,
+    on_cpu,
     photos,
     plan,
-    ranks,
     report,
     resume,
-    settle,
     snapshots,
     subjects,
 )
-from .optimizer import Precision, bitsandbytes
+from .eight_bit import bitsandbytes
 from .photos import Photos
 from .resume import State
 from .settings import TrainConfig
 
 
-@dataclass(frozen=True)
 class Run:
     """A run that can begin: its settings hold for its model, photographs, device and folder."""
 
     config: TrainConfig  # with the modes that the device's memory asks for
     sd: StableDiffusion  # on the CPU still, or where it was given
-    folder: Path
     device: torch.device
+    folder: Path
     resolution: int  # side of the training pictures in pixels
     photos: Photos
     shown: Tensor  # (P,): which of the subjects each photograph shows
@@ -56,6 +55,49 @@ class Run:
     identity: dict  # what must be the same when a run goes on, but for the class images
     trained: dict[str, nn.Module]  # by network: itself, its adapters, or a word for it
     events: events.Events  # for TensorBoard
+
+    def __init__(self, config: TrainConfig, sd: StableDiffusion, device: torch.device):
+        """Read the photographs and, for a run that goes on, its state. Raises UserError where the
+        model cannot be trained as `config` says, or another run is in its folder."""
+        if config.trains_word:
+            config = spelled(config, sd.tokenizer)
+        folder, side = Path(config.output_dir), config.resolution or sd.image_size
+        check_model(sd, side, (config.class_steps, config.validation_inference_steps))
+        found = [photos.photographs(subject.instance_data_dir) for subject in config.subjects]
+        shown = [i for i, files in enumerate(found) for _ in files]
+        files = [file for files in found for file in files]
+        self.photos = photos.load_photos(files, side, config.center_crop)
+        self.captions = subjects.captions(files, config.caption_extension, config.caption_column)
+        saved = resume.load(folder) if config.resume_from_checkpoint else None
+        if config.resume_from_checkpoint and saved is None:
+            print(f"no state in {folder} yet: starting at the first step")
+        memory.keep_to_what_is_free(device)
+        if config.fit_memory and device.type == "cuda":
+            config = fitted(config, sd, side, device, saved)
+        precision = Precision(config.mixed_precision, device, not config.gradient_checkpointing)
+        if config.optimizer_in_backward and precision.name == "fp16":
+            raise UserError(
+                "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
+                "be thrown away together: give --mixed_precision bf16 or no"
+            )
+        self.fingerprint = sd.fingerprint()
+        of_run = self.fingerprint, self.photos, side, precision.name, device
+        self.identity = resume.identify(config, *of_run)
+        self.identity["prompts"] = subjects.identity(config.subjects, shown, self.captions)
+        if saved is not None:
+            resume.check(folder, saved.identity, self.identity)
+            if saved.step > config.max_train_steps:
+                raise UserError(
+                    f"{folder} is already at step {saved.step}: give --max_train_steps "
+                    f"{saved.step} or more"
+                )
+        fit.require(sd, config, device, half=precision.dtype is not None)
+        self.trained = methods.to_train(sd, config)
+        self.config, self.sd, self.device, self.folder = config, sd, device, folder
+        self.resolution, self.precision, self.saved = side, precision, saved
+        self.shown = torch.tensor(shown)
+        logging = bool(config.report_to) and ranks.rank() == 0
+        self.events = events.Events(folder, logging, saved.step if saved else 0)
 
     @property
     def idle(self) -> list[nn.Module]:
@@ -147,63 +189,6 @@ def check_folder(folder: Path, goes_on: bool) -> None:
         )
 
 
-def set_up(config: TrainConfig, sd: StableDiffusion, device: torch.device) -> Run:
-    """Read the photographs and, for a run that goes on, its state. Raises UserError where the model
-    cannot be trained as `config` says, or another run is in its folder."""
-    if config.trains_word:
-        config = spelled(config, sd.tokenizer)
-    folder = Path(config.output_dir)
-    resolution = config.resolution or sd.image_size
-    check_model(sd, resolution, (config.class_steps, config.validation_inference_steps))
-    found = [photos.photographs(subject.instance_data_dir) for subject in config.subjects]
-    shown = [i for i, files in enumerate(found) for _ in files]
-    files = [file for files in found for file in files]
-    pictures = photos.load_photos(files, resolution, config.center_crop)
-    captions = subjects.captions(files, config.caption_extension, config.caption_column)
-    saved = resume.load(folder) if config.resume_from_checkpoint else None
-    if config.resume_from_checkpoint and saved is None:
-        print(f"no state in {folder} yet: starting at the first step")
-    memory.keep_to_what_is_free(device)
-    if config.fit_memory and device.type == "cuda":
-        config = fitted(config, sd, resolution, device, saved)
-    precision = Precision(config.mixed_precision, device, not config.gradient_checkpointing)
-    if config.optimizer_in_backward and precision.name == "fp16":
-        raise UserError(
-            "--optimizer_in_backward cannot go with fp16, where gradients that overflow must "
-            "be thrown away together: give --mixed_precision bf16 or no"
-        )
-    fingerprint = sd.fingerprint()
-    identity = resume.identify(config, fingerprint, pictures, resolution, precision.name, device)
-    identity["prompts"] = subjects.identity(config.subjects, shown, captions)
-    if saved is not None:
-        resume.check(folder, saved.identity, identity)
-        if saved.step > config.max_train_steps:
-            raise UserError(
-                f"{folder} is already at step {saved.step}: give --max_train_steps {saved.step} "
-                "or more"
-            )
-    memory.require(sd, config, device, half=precision.dtype is not None)
-    trained = methods.to_train(sd, config)
-    logging = bool(config.report_to) and ranks.rank() == 0
-    logged = events.Events(folder, logging, saved.step if saved else 0)
-    return Run(
-        config,
-        sd,
-        folder,
-        device,
-        resolution,
-        pictures,
-        torch.tensor(shown),
-        captions,
-        precision,
-        saved,
-        fingerprint,
-        identity,
-        trained,
-        logged,
-    )
-
-
 def spelled(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """With the word spelled as tokenizers do it, in all that is written and printed."""
     typed = config.placeholder_token
@@ -243,19 +228,19 @@ def fitted(
 ) -> TrainConfig:
     """With the modes that the free memory asks for; a run that goes on keeps those it had."""
     before = saved.identity if saved else {}
-    kept = {name: True for name in memory.LOSSY if before.get(name)}
+    kept = {name: True for name in fit.LOSSY if before.get(name)}
     precision = Precision(config.mixed_precision, device).name
     pixels = (resolution // sd.vae.factor) ** 2
-    config, line = memory.fit(
+    config, line = fit.choose(
         sd, replace(config, **kept), pixels, precision, device, resumed=saved is not None
     )
     print(line)
     return config
 
 
-def try_kernels(run: Run, captured: bool) -> None:
+def try_kernels(run: Run, captured: bool, found: list[class_images.Images]) -> None:
     """On a GPU, find out which kernels are the right ones for what this run will replay there from
-    CUDA graphs: its drawing and, if `captured`, its steps."""
+    CUDA graphs: its drawing, class images among it, and, if `captured`, its steps."""
     config, sd, side = run.config, run.sd, run.resolution
     drawing, training, learns = [], 0, run.trained.get("unet")
     wanted = settle.wanted(run.device)
@@ -263,10 +248,9 @@ def try_kernels(run: Run, captured: bool) -> None:
         pictures = len(config.grid_prompts) * config.num_validation_images
         strength = config.validation_guidance_scale
         drawing += settle.batches(pictures, config.grid_batch_size, strength)
-        if config.uses_prior:
-            missing = class_images.missing_of_run(sd, config, side, run.fingerprint)
-            strength = config.class_guidance_scale
-            drawing += [n for size in missing for n in settle.batches(size, size, strength)]
+        strength = config.class_guidance_scale
+        missing = [len(images.batch(first)) for images in found for first in images.missing]
+        drawing += [n for size in missing for n in settle.batches(size, size, strength)]
     if wanted and captured:
         training = config.train_batch_size * (1 + config.uses_prior)
     adapters = learns.values() if isinstance(learns, nn.ModuleDict) else ()
@@ -307,7 +291,7 @@ def disk_needed(
 def announce(run: Run) -> None:
     """Take the folder: say and write what is about to run."""
     config, folder = run.config, run.folder
-    no_gpu.refuse(run.sd, config, run.resolution, run.device)
+    on_cpu.refuse(run.sd, config, run.resolution, run.device)
     resume.remove_leftovers(folder)
     finished = snapshots.is_model(folder)
     need = disk_needed(run.sd, config, resumed=run.saved is not None, finished=finished)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..common.errors import Stopped
-from . import ranks
+from ..device import ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HEARD = b"\nstopping after this step; once more stops at once, without saving it\n"

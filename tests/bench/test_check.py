@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from minibooth.bench import check
+from minibooth.device.trial import make_inputs, results
 from minibooth.ops import Case
-from minibooth.training.trial import make_inputs, results
 
 
 def test_exact_attention_is_computed_a_few_heads_at_a_time():

@@ -14,8 +14,8 @@ from minibooth.bench import counter, launches, models
 from minibooth.bench.counter import Counter
 from minibooth.bench.no_card import CARD, card, walk_backward
 from minibooth.bench.sides import OURS, Row
+from minibooth.device.memory import checkpoint_gradients
 from minibooth.formats.configs import SD1_UNET
-from minibooth.training.memory import checkpoint_gradients
 from minibooth.unet import UNet
 
 CONFIG = SD1_UNET | dict(

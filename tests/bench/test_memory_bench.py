@@ -9,7 +9,8 @@ import torch
 
 from minibooth.bench import memory as bench
 from minibooth.bench.memory import Row
-from minibooth.training import finite, memory
+from minibooth.device import memory
+from minibooth.training import finite, fit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHORT = ("gradient_checkpointing",)
@@ -28,7 +29,7 @@ def small(monkeypatch, tiny_networks):
 
 
 def test_each_row_is_a_whole_run_measured_by_phase(small, tmp_path, capsys, monkeypatch):
-    rows = [Row("dreambooth", memory.MODES[-1], "no"), Row("textual_inversion", (), "no")]
+    rows = [Row("dreambooth", fit.MODES[-1], "no"), Row("textual_inversion", (), "no")]
     monkeypatch.setattr(bench, "rows", lambda device: rows)
     looked, first_not_finite = [], finite.first_not_finite
 
@@ -80,8 +81,8 @@ def test_the_rows_are_what_can_be_done_in_each_precision():
     [
         ("lora", SHORT, 6e9),
         ("lora", (), 8e9),
-        ("dreambooth", memory.MODES[-1], 8e9),
-        ("dreambooth", memory.MODES[3], 12e9),
+        ("dreambooth", fit.MODES[-1], 8e9),
+        ("dreambooth", fit.MODES[3], 12e9),
     ],
 )
 def test_a_run_goes_under_the_smallest_cap_that_it_is_counted_to_fit(method, mode, size):

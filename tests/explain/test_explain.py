@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from minibooth import dreambooth, lora, train
+from minibooth.device import memory
+from minibooth.device.precision import Precision
 from minibooth.dreambooth import Term
 from minibooth.explain import __main__ as explain
 from minibooth.explain import first_step, microscope
 from minibooth.pipeline import StableDiffusion
-from minibooth.training import memory, optimizer, report
+from minibooth.training import parameters, prepare, report
 from minibooth.training.data import rng
-from minibooth.training.optimizer import Precision
 
 PROMPT = "a sks dog"
 
@@ -296,7 +297,7 @@ def test_the_low_rank_update_is_what_gradient_descent_would_do(fresh):
     if not fresh:
         for i, a in enumerate(adapters["unet"].values()):
             a.B.data = 0.1 * torch.randn(a.B.shape, generator=torch.Generator().manual_seed(i))
-    named = optimizer.named_weights(adapters)
+    named = parameters.named_weights(adapters)
     instance, prior = term(sd, PROMPT, 2, 1), term(sd, "a dog", 3, 2)
     given = (sd, instance, prior, 0.5, None, named, PROMPT, "sks")
     seen = microscope.look(*given, scale=8.0, adapters=adapters).low_rank
@@ -418,11 +419,11 @@ def test_the_last_step_stands_beside_the_first_also_where_the_run_was_resumed(
     tmp_path, monkeypatch
 ):
     """Neither averages and gradients nor a step's CUDA graph are there while it is looked at."""
-    seen, made, there, look, adamw = [], [], [], microscope.look, optimizer.adamw
-    updates, one_update = [], train.one_update
+    seen, made, there, updates = [], [], [], []
+    look, make_optimizer, one_update = microscope.look, prepare.make_optimizer, train.one_update
 
-    def make(*given, **more):
-        made.append(adamw(*given, **more))
+    def make(run):
+        made.append(make_optimizer(run))
         return made[-1]
 
     def update_of(*given):
@@ -436,7 +437,7 @@ def test_the_last_step_stands_beside_the_first_also_where_the_run_was_resumed(
         there.append((len(made[-1].adam.state), len(gradients), len(alive)))
         return look(sd, *given, **more)
 
-    monkeypatch.setattr(optimizer, "adamw", make)
+    monkeypatch.setattr(prepare, "make_optimizer", make)
     monkeypatch.setattr(train, "one_update", update_of)
     monkeypatch.setattr(microscope, "look", looked)
     run, more = tmp_path / "run", {"explain": True, "train_batch_size": 2}

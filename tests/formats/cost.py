@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 import minibooth
-from minibooth.common import cli
+from minibooth.common import cli, pictures
 from minibooth.common.errors import UserError, first_line
-from minibooth.formats import adapters, checkpoint, tensor_files
+from minibooth.formats import adapters, folders, tensor_files
 from minibooth.textual_inversion import add_word
 from minibooth.tokenizer import Tokenizer
-from minibooth.training import photos, resume
+from minibooth.training import resume
 from minibooth.training.settings import TrainConfig
 
 
@@ -31,11 +31,11 @@ def read_word(path: Path) -> None:
 READERS = {
     "model": lambda path: minibooth.load(path).encode_prompt(["a sks dog, 7"]),
     "tensors": tensor_files.read_tensors,
-    "vae": lambda path: checkpoint.read_vae(path, {}),
+    "vae": lambda path: folders.read_vae(path, {}),
     "lora": lambda path: adapters.read_lora(path, toybox.networks),
     "word": read_word,
     "tokenizer": Tokenizer.from_folder,
-    "photograph": photos.read_image,
+    "photograph": pictures.read_image,
     "settings": lambda path: TrainConfig(**cli.read_config(path, TrainConfig)).check(),
     "run": resume.load,
 }

@@ -10,7 +10,7 @@ from weight_files import KINDS, assert_same, assert_same_state, legacy, one_line
 
 import minibooth
 from minibooth.common.errors import UserError
-from minibooth.formats import checkpoint, tensor_files
+from minibooth.formats import single_files, tensor_files
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,10 +95,10 @@ def test_half_an_average_is_never_mixed_in(tmp_path, no_warnings):
     tensors = with_average(0.5)(peers.ldm(peers.model("sd1")[1]))
     names = [key for key in tensors if key.startswith("model.diffusion_model.")]
     kept = {name: tensors[name] for name in names}
-    checkpoint.choose_average(tmp_path, names, tensors, ema=False)
+    single_files.choose_average(tmp_path, names, tensors, ema=False)
     assert all(tensors[name] is kept[name] for name in names)
     with pytest.raises(UserError, match=r"has \d+ of \d+ averaged weights"):
-        checkpoint.choose_average(tmp_path, names, tensors, ema=True)
+        single_files.choose_average(tmp_path, names, tensors, ema=True)
 
 
 def test_a_folder_has_no_average(no_warnings):
@@ -200,14 +200,14 @@ SAYS = [
 @pytest.mark.parametrize(("tensors", "header", "said"), SAYS)
 def test_what_a_single_file_says_that_it_predicts(tensors, header, said, tmp_path):
     path = tmp_path / "single.safetensors"
-    assert checkpoint.stated_prediction(path, tensors, header) == said
+    assert single_files.stated_prediction(path, tensors, header) == said
 
 
 @pytest.mark.parametrize(("letter", "said"), [("v", "v_prediction"), ("eps", "epsilon")])
 def test_a_yaml_beside_it_says_it_too(letter, said, tmp_path):
     config = f"model:\n  params:\n    parameterization: '{letter}'  # as A1111 reads it\n"
     (tmp_path / "single.yaml").write_text(config)
-    assert checkpoint.stated_prediction(tmp_path / "single.safetensors", {}, {}) == said
+    assert single_files.stated_prediction(tmp_path / "single.safetensors", {}, {}) == said
 
 
 def test_an_sd1_file_that_says_v_is_read_so_and_says_it_again(tmp_path, monkeypatch, no_warnings):
@@ -232,7 +232,7 @@ def test_an_sd1_file_that_says_v_is_read_so_and_says_it_again(tmp_path, monkeypa
     ],
 )
 def test_what_a_single_file_says_of_its_last_timestep(tensors, header, zero):
-    assert checkpoint.zero_terminal_snr(tensors, header) == zero
+    assert single_files.zero_terminal_snr(tensors, header) == zero
 
 
 def test_zero_terminal_snr_is_refused_as_in_a_folder(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minibooth
-from minibooth.formats import checkpoint
+from minibooth.formats import single_files
 
 KINDS = ("sd1", "sd2", "inpaint")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -53,7 +53,7 @@ def single(tmp_path, monkeypatch, kind="sd1", change=lambda t: t, pipe=None, **l
     configs["text_encoder"]["num_hidden_layers"] = pipe.text_encoder.config.num_hidden_layers
     configs["unet"]["in_channels"] = 4  # inpainting models have to be told apart by their weights
     scheduler = dict(pipe.scheduler.config, prediction_type="epsilon")
-    monkeypatch.setattr(checkpoint, "SINGLE_FILE", {32: {**configs, "scheduler": scheduler}})
+    monkeypatch.setattr(single_files, "SINGLE_FILE", {32: {**configs, "scheduler": scheduler}})
     path = tmp_path / "single.safetensors"
     save_file({k: v.contiguous() for k, v in change(peers.ldm(pipe)).items()}, path)
     return minibooth.load(path, tokenizer=folder / "tokenizer", **loading)

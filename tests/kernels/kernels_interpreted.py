@@ -21,8 +21,8 @@ from triton.runtime.jit import JITFunction
 from minibooth import ops
 from minibooth.bench import check, kernels, no_card
 from minibooth.bench.counter import Counter
+from minibooth.device import trial
 from minibooth.ops import Case
-from minibooth.training import trial
 
 FP16, FP32 = torch.float16, torch.float32
 

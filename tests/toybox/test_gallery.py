@@ -135,7 +135,7 @@ def test_the_gallery_shows_and_counts_every_picture(tmp_path, monkeypatch, capsy
 
 def test_misses_are_framed_and_named(monkeypatch):
     said = {}
-    monkeypatch.setattr(gallery.photos, "grid", lambda rows, **texts: said.update(texts, rows=rows))
+    monkeypatch.setattr(gallery.sheets, "grid", lambda rows, **texts: said.update(texts, rows=rows))
     black = torch.full((2, 3, 64, 64), -1.0)
     gallery.strip(black, "title", ["a dog at night", "a dog"], [["cat", "in the snow"], []])
     assert said["headings"] == ["a dog at night, but cat, but in the snow", "a dog"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minibooth import UserError
-from minibooth.training.optimizer import bitsandbytes
+from minibooth.training.eight_bit import bitsandbytes
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_errors_of_its_own_are_said(place):
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
 def test_the_real_one_says_nothing_from_a_folder_that_has_kernels():
-    code = "import torch; from minibooth.training.optimizer import bitsandbytes\n"
+    code = "import torch; from minibooth.training.eight_bit import bitsandbytes\n"
     code += "assert bitsandbytes(torch.device('cpu')).optimizer_update_8bit_blockwise"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

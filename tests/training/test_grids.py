@@ -7,20 +7,22 @@ import pytest
 import runs
 import torch
 
-from minibooth import train
-from minibooth.training import graphs, memory, start
-from minibooth.training.events import Events
-from minibooth.training.grids import Grids
-from minibooth.training.optimizer import Precision
+from minibooth.device import graphs, memory
+from minibooth.device.precision import Precision
+from minibooth.training import grids, prepare, start
 
 CPU = torch.device("cpu")
 MODES = ("gradient_checkpointing", "use_8bit_adam", "optimizer_in_backward")
 SMALL = {"num_validation_images": 3, "validation_inference_steps": 2}
 
 
-def grids(folder, **changes):
-    events = Events(folder, wanted=False, done=0)
-    return Grids.of(folder, runs.config(folder, **SMALL | changes), 32, events)
+def run_of(folder, sd, idle=("vae", "text_encoder"), **changes):
+    """What grids are drawn of: a run without all that only its training needs."""
+    config, idle = runs.config(folder, **SMALL | changes), [sd.networks[name] for name in idle]
+    precision = Precision("no", CPU)
+    return types.SimpleNamespace(
+        config=config, sd=sd, idle=idle, precision=precision, resolution=32
+    )
 
 
 def pixels(rows):
@@ -51,30 +53,30 @@ def test_the_text_encoder_is_there_while_the_unet_draws_and_the_vae_after_it(tmp
         network = sd.networks[name]
         call = partial(watched, name, getattr(network, method))
         monkeypatch.setattr(network, method, call)
-    precision = Precision("no", CPU)
-    grids(tmp_path).draw(sd, [sd.vae, sd.text_encoder], precision)
+    grids.draw(run_of(tmp_path, sd))
     assert seen == {
         "text_encoder": {frozenset({"text_encoder"})},
         "unet": {frozenset({"text_encoder"})},
         "vae": {frozenset({"vae"})},
     }
     seen.clear()
-    grids(tmp_path).draw(sd, [sd.vae], precision)  # the text encoder is trained: it stays
+    grids.draw(run_of(tmp_path, sd, ["vae"]))  # the text encoder is trained: it stays
     assert seen["unet"] == {frozenset()} and seen["vae"] == {frozenset({"vae"})}
     assert not there
 
 
 def test_the_pictures_are_those_of_generate(tmp_path):
-    sd, grid = runs.model(), grids(tmp_path)
-    drawn = grid.draw(sd, [sd.vae, sd.text_encoder], Precision("no", CPU))
+    sd = runs.model()
+    run = run_of(tmp_path, sd)
+    drawn, prompts = grids.draw(run), run.config.grid_prompts
     noises = [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     same = sd.generate(
-        [prompt for prompt in grid.prompts for _ in range(3)],
+        [prompt for prompt in prompts for _ in range(3)],
         steps=2,
-        latents=torch.stack(noises * len(grid.prompts)),
-        batch_size=grid.batch_size,
+        latents=torch.stack(noises * len(prompts)),
+        batch_size=run.config.grid_batch_size,
     )
-    assert [len(row) for row in drawn] == [3] * len(grid.prompts)
+    assert [len(row) for row in drawn] == [3] * len(prompts)
     assert pixels(drawn) == [image.tobytes() for image in same]
 
 
@@ -85,8 +87,9 @@ def test_a_grid_of_what_is_not_finite_is_black_and_says_why(network, tmp_path):
     with torch.no_grad():
         last.bias[0] = torch.inf
     with pytest.warns(UserWarning, match=f"the {network} gives NaN or infinity"):
-        grid = grids(tmp_path, num_validation_images=1, validation_prompt=("sks",))
-        drawn = grid.draw(sd, [sd.vae, sd.text_encoder], Precision("no", CPU))
+        drawn = grids.draw(
+            run_of(tmp_path, sd, num_validation_images=1, validation_prompt=("sks",))
+        )
     assert {pixel for row in pixels(drawn) for pixel in row} == {0}
 
 
@@ -104,20 +107,20 @@ def wanted(monkeypatch):
 
 
 def test_where_memory_is_short_no_graph_is_recorded_and_fewer_are_drawn_at_once(tmp_path, wanted):
-    sd = runs.model()
+    sd, at_once = runs.model(), []
+    generate = sd.generate
+    sd.generate = lambda prompts, **more: at_once.append(len(prompts)) or generate(prompts, **more)
     for mode in MODES:
-        grid = grids(tmp_path, **{mode: True})
-        grid.draw(sd, [sd.vae, sd.text_encoder], Precision("no", CPU))
-        assert wanted.pop() is False and grid.batch_size == 4
-    grid = grids(tmp_path)
-    grid.draw(sd, [sd.vae, sd.text_encoder], Precision("no", CPU))
-    assert wanted.pop() is True and grid.batch_size == 8
+        grids.draw(run_of(tmp_path, sd, **{mode: True}))
+        assert wanted.pop() is False and max(at_once) == 4
+    grids.draw(run_of(tmp_path, sd))
+    assert wanted.pop() is True and max(at_once) == 8
 
 
 @pytest.mark.parametrize("short", [True, False])
 def test_nor_is_one_for_the_class_images(short, tmp_path, wanted):
     config = runs.config(tmp_path, gradient_checkpointing=short)
-    train.gather(start.set_up(config, runs.model(), CPU))
+    prepare.gather(start.Run(config, runs.model(), CPU))
     assert wanted == [not short]
 
 

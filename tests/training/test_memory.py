@@ -20,10 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from minibooth import UserError, lora, ops, train
 from minibooth.bench import models
+from minibooth.device import graphs, memory
+from minibooth.device.precision import Precision
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.train import TrainConfig
-from minibooth.training import graphs, memory, optimizer, plan, start
-from minibooth.training.optimizer import AdamW8bit, Precision, Update
+from minibooth.training import fit, parameters, plan, start
+from minibooth.training.eight_bit import AdamW8bit, bitsandbytes
+from minibooth.training.optimizer import Update
 from minibooth.training.resume import State
 from minibooth.unet import UNet
 from minibooth.vae import VAE
@@ -200,7 +203,7 @@ def test_8bit_adamw_where_it_cannot_run_is_one_line(monkeypatch, capsys, tmp_pat
     assert status == 2 and err.count("\n") == 1 and "pip install bitsandbytes" in err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="needs a CUDA device or a CPU"):
-        optimizer.bitsandbytes(torch.device("mps"))
+        bitsandbytes(torch.device("mps"))
 
 
 # ---- what is needed ----------------------------------------------------------------------------
@@ -344,7 +347,7 @@ def test_explaining_the_first_step_is_counted(half):
 
 
 def test_with_all_modes_a_card_of_8_gb_has_room_to_spare_and_with_lora_one_of_6():
-    sd, least = sd15(), dict.fromkeys(memory.MODES[-1], True)
+    sd, least = sd15(), dict.fromkeys(fit.MODES[-1], True)
     for explain in (True, False):
         assert plan.peak(sd, config(**least, explain=explain), 64 * 64, half=True) < 7.0e9
         for method in ("lora", "textual_inversion"):
@@ -369,13 +372,13 @@ def test_the_tables_are_what_is_counted(monkeypatch, capsys):
         given = [config(method=method, **dict.fromkeys(mode, True)) for method in methods]
         return [f"{plan.peak(sd, one, 64 * 64, half=True) / 1e9:.1f}" for one in given]
 
-    for (name, *shown, graph), mode in zip(rows("| GB at most |")[2:], memory.MODES, strict=True):
+    for (name, *shown, graph), mode in zip(rows("| GB at most |")[2:], fit.MODES, strict=True):
         assert name == (", ".join(f"`{option}`" for option in mode) or "none of them")
         assert shown == peaks(mode)
         kept = plan.parts(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)["graph"]
         assert graph == ("yes" if kept else "no")
     assert f"All three options together need {shown[0]} GB" in guide
-    assert f"stops at {peaks(memory.MODES[3])[0]} GB" in guide
+    assert f"stops at {peaks(fit.MODES[3])[0]} GB" in guide
     _, _, numbers, _, most = rows("| | all weights |")
     assert most[1:] == [f"{x} GB" for x in peaks(())]
     for shown, method in zip(numbers[1:], methods, strict=True):
@@ -387,7 +390,7 @@ def test_every_mode_needs_less_than_the_one_before_where_gradients_weigh_most():
     sd = sd15()
     sizes = [
         plan.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
-        for mode in memory.MODES
+        for mode in fit.MODES
         if mode != ("optimizer_in_backward", "gradient_checkpointing")  # for want of bitsandbytes
     ]
     assert sizes == sorted(sizes, reverse=True)
@@ -398,9 +401,9 @@ def test_a_model_that_is_on_the_gpu_is_not_kept_there_twice():
     with FakeTensorMode():
         networks = {"unet": torch.nn.Linear(20, 30, device="meta")}
         given = [weakref.ref(p.untyped_storage()) for p in networks["unet"].parameters()]
-        originals = optimizer.originals(networks)
+        originals = parameters.originals(networks)
         assert {p.device.type for p in originals.values()} == {"cpu"}
-        optimizer.make_trainable(networks.values(), torch.device("meta"))
+        parameters.make_trainable(networks.values(), torch.device("meta"))
         assert {p.device.type for p in networks["unet"].parameters()} == {"meta"}
         assert [storage() for storage in given] == [None, None]
 
@@ -453,28 +456,28 @@ def test_a_model_that_is_there_is_not_counted_as_still_to_come(monkeypatch):
     need = plan.peak(sd, config(), 64 * 64, half=True)
     there = 4 * (UNET_SIZE + VAE_SIZE + TEXT_SIZE)
     monkeypatch.setattr(memory, "available", lambda device: need - there)
-    plain, line = memory.fit(sd, config(), 64 * 64, "bf16", meta, resumed=False)
+    plain, line = fit.choose(sd, config(), 64 * 64, "bf16", meta, resumed=False)
     assert plain == config() and "switched on" not in line
-    assert memory.fit(sd, config(), 64 * 64, "bf16", torch.device("cuda"), False)[0] != config()
+    assert fit.choose(sd, config(), 64 * 64, "bf16", torch.device("cuda"), False)[0] != config()
 
     sure = 16 * UNET_SIZE - there
     monkeypatch.setattr(memory, "available", lambda device: sure)
-    memory.require(sd, config(), meta, half=True)
+    fit.require(sd, config(), meta, half=True)
     with pytest.raises(UserError, match="out of memory"):
-        memory.require(sd, config(), torch.device("cuda"), half=True)
+        fit.require(sd, config(), torch.device("cuda"), half=True)
     monkeypatch.setattr(memory, "available", lambda device: sure - 1)
     with pytest.raises(UserError, match="out of memory"):
-        memory.require(sd, config(), meta, half=True)
+        fit.require(sd, config(), meta, half=True)
 
 
 # ---- what is chosen ----------------------------------------------------------------------------
 
 
-def fit(monkeypatch, free, given=None, precision="bf16", resumed=False):
+def chosen_for(monkeypatch, free, given=None, precision="bf16", resumed=False):
     monkeypatch.setattr(memory, "available", lambda device: free)
     given = given or config()
-    chosen, line = memory.fit(sd15(), given, 64 * 64, precision, CPU, resumed)
-    names = {name for name in memory.MODES[-1] if getattr(chosen, name)}
+    chosen, line = fit.choose(sd15(), given, 64 * 64, precision, CPU, resumed)
+    names = {name for name in fit.MODES[-1] if getattr(chosen, name)}
     unchanged = {name: getattr(given, name) for name in names}
     assert dataclasses.replace(chosen, **unchanged) == given
     return names, line
@@ -482,57 +485,57 @@ def fit(monkeypatch, free, given=None, precision="bf16", resumed=False):
 
 def test_the_first_mode_that_fits_is_chosen_and_said(eight_bit, monkeypatch):
     sd = sd15()
-    for mode in memory.MODES:
+    for mode in fit.MODES:
         need = plan.peak(sd, config(**dict.fromkeys(mode, True)), 64 * 64, half=True)
-        names, line = fit(monkeypatch, need)
+        names, line = chosen_for(monkeypatch, need)
         fitting = [
             m
-            for m in memory.MODES
+            for m in fit.MODES
             if plan.peak(sd, config(**dict.fromkeys(m, True)), 64 * 64, half=True) <= need
         ]
         assert names == set(fitting[0])
         assert f"{need / 1e9:.2f} GB are free" in line and "not be enough" not in line
         assert all(f"--{name}" in line for name in names)
-    assert fit(monkeypatch, 80e9)[0] == set()
-    names, line = fit(monkeypatch, 4e9)
-    assert names == set(memory.MODES[-1]) and "may not be enough" in line
+    assert chosen_for(monkeypatch, 80e9)[0] == set()
+    names, line = chosen_for(monkeypatch, 4e9)
+    assert names == set(fit.MODES[-1]) and "may not be enough" in line
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lora_and_a_word_fit_a_card_of_6_gb_by_themselves(monkeypatch, precision):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     lora, word = config(method="lora"), config(method="textual_inversion")
-    names, line = fit(monkeypatch, 5.5e9, lora, precision)
+    names, line = chosen_for(monkeypatch, 5.5e9, lora, precision)
     assert names == {"gradient_checkpointing"} and "not be enough" not in line
-    assert fit(monkeypatch, 5.5e9, word, precision)[0] == set()
+    assert chosen_for(monkeypatch, 5.5e9, word, precision)[0] == set()
     for given in (lora, word):
-        names, line = fit(monkeypatch, 4.0e9, given, precision)
+        names, line = chosen_for(monkeypatch, 4.0e9, given, precision)
         assert names == {"gradient_checkpointing"} and "not be enough" not in line
-        assert fit(monkeypatch, 7.5e9, given, precision)[0] == set()
+        assert chosen_for(monkeypatch, 7.5e9, given, precision)[0] == set()
 
 
 def test_what_is_given_stays(eight_bit, monkeypatch):
     given = config(optimizer_in_backward=True)
-    assert fit(monkeypatch, 80e9, given)[0] == {"optimizer_in_backward"}
-    assert fit(monkeypatch, 4e9, given)[0] == set(memory.MODES[-1])
+    assert chosen_for(monkeypatch, 80e9, given)[0] == {"optimizer_in_backward"}
+    assert chosen_for(monkeypatch, 4e9, given)[0] == set(fit.MODES[-1])
 
 
 def test_what_cannot_be_is_not_chosen(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     without = {"gradient_checkpointing", "optimizer_in_backward"}
-    assert fit(monkeypatch, 4e9)[0] == without
-    assert fit(monkeypatch, 4e9, config(gradient_accumulation_steps=2))[0] == {
+    assert chosen_for(monkeypatch, 4e9)[0] == without
+    assert chosen_for(monkeypatch, 4e9, config(gradient_accumulation_steps=2))[0] == {
         "gradient_checkpointing"
     }
-    names, line = fit(monkeypatch, 4e9, precision="fp16")
+    names, line = chosen_for(monkeypatch, 4e9, precision="fp16")
     assert names == {"gradient_checkpointing"} and line.endswith("card can train is --method lora")
-    assert "lora" not in fit(monkeypatch, 4e9)[1]
+    assert "lora" not in chosen_for(monkeypatch, 4e9)[1]
     lora = config(method="lora")
-    assert "lora" not in fit(monkeypatch, 4e8, lora, precision="fp16")[1]
+    assert "lora" not in chosen_for(monkeypatch, 4e8, lora, precision="fp16")[1]
 
 
 def test_a_run_that_goes_on_keeps_what_changes_its_results(eight_bit, monkeypatch, tmp_path):
-    assert fit(monkeypatch, 4e9, resumed=True)[0] == {"gradient_checkpointing"}
+    assert chosen_for(monkeypatch, 4e9, resumed=True)[0] == {"gradient_checkpointing"}
     given = runs.config(tmp_path / "out")
     before = State(3, {}, {"use_8bit_adam": True, "optimizer_in_backward": False})
     for free in (10**12, 1):
@@ -543,7 +546,7 @@ def test_a_run_that_goes_on_keeps_what_changes_its_results(eight_bit, monkeypatc
 
 
 def test_on_a_cpu_nothing_is_chosen(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(memory, "fit", None)  # would fail if it were called
+    monkeypatch.setattr(fit, "choose", None)  # would fail if it were called
     train.train(runs.config(tmp_path / "out"), runs.model())
     assert "memory:" not in capsys.readouterr().out
 
@@ -557,11 +560,11 @@ def test_the_modes_that_were_chosen_are_those_of_the_run(eight_bit, monkeypatch,
     monkeypatch.setattr(start, "fitted", fitted)
     monkeypatch.setattr(memory, "available", lambda device: None)
     given = runs.config(tmp_path, mixed_precision="no")
-    run = start.set_up(given, runs.model(), torch.device("cuda"))
+    run = start.Run(given, runs.model(), torch.device("cuda"))
     assert run.config.use_8bit_adam and run.identity["use_8bit_adam"]
     assert not run.precision.keep_copies
     unfitted = dataclasses.replace(given, fit_memory=False)
-    run = start.set_up(unfitted, runs.model(), torch.device("cuda"))
+    run = start.Run(unfitted, runs.model(), torch.device("cuda"))
     assert run.config == unfitted
 
 
@@ -576,7 +579,7 @@ def test_with_checkpointing_no_16_bit_copies_of_the_weights_stay(tmp_path):
             assert torch.is_autocast_cache_enabled() == keep
     for wanted in (True, False):
         settings = runs.config(tmp_path, gradient_checkpointing=wanted)
-        assert start.set_up(settings, runs.model(), CPU).precision.keep_copies != wanted
+        assert start.Run(settings, runs.model(), CPU).precision.keep_copies != wanted
 
 
 class Live(TorchDispatchMode):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minibooth.bench import models
-from minibooth.training import memory, plan
+from minibooth.device import memory
+from minibooth.training import fit, plan
 from minibooth.training.settings import TrainConfig
 
 PIXELS = 64 * 64
@@ -25,7 +26,7 @@ def said(monkeypatch, free, precision="bf16", **changes):
     monkeypatch.setattr(memory, "available", lambda device: free)
     resumed = changes.pop("resumed", False)
     device = torch.device("cuda")
-    return memory.fit(sd15(), TrainConfig(**changes), PIXELS, precision, device, resumed)[1]
+    return fit.choose(sd15(), TrainConfig(**changes), PIXELS, precision, device, resumed)[1]
 
 
 def needs(*modes, half=True):
@@ -38,7 +39,7 @@ def without_bitsandbytes(monkeypatch):
 
 
 def test_bitsandbytes_is_named_where_only_it_makes_the_run_fit(without_bitsandbytes, monkeypatch):
-    least = needs(*memory.MODES[-1])
+    least = needs(*fit.MODES[-1])
     line = said(monkeypatch, least)
     assert f"{INSTALL} would make it fit: --use_8bit_adam saves 5.1" in line
     assert INSTALL not in said(monkeypatch, least - 1)  # nor would that help
@@ -54,8 +55,8 @@ def test_bitsandbytes_is_not_named_where_it_is_there(monkeypatch):
 
 
 def test_advice_after_running_out_says_how_to_install_it():
-    assert INSTALL in memory.advice(sd15(), TrainConfig())
-    assert INSTALL not in memory.advice(sd15(), TrainConfig(use_8bit_adam=True))
+    assert INSTALL in fit.advice(sd15(), TrainConfig())
+    assert INSTALL not in fit.advice(sd15(), TrainConfig(use_8bit_adam=True))
 
 
 def test_the_benchmark_imports_where_there_is_no_resource_module():

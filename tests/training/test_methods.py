@@ -17,7 +17,7 @@ from minibooth.bench import measure, models
 from minibooth.common import cli
 from minibooth.explain import microscope
 from minibooth.formats import adapters
-from minibooth.training import class_images, data, methods, plan, report, start
+from minibooth.training import class_images, data, methods, plan, prepare, report, start
 from minibooth.training.settings import TrainConfig
 
 LORA = {"method": "lora", "rank": 2, "lora_alpha": 4.0}
@@ -97,8 +97,8 @@ def test_frozen_weights_are_rounded_before_pictures_are_drawn_whose_names_stay(
 ):
     ensure, seen = class_images.ensure, {}
 
-    def watched(sd, *arguments, **settings):
-        files = ensure(sd, *arguments, **settings)
+    def watched(sd, images):
+        files = ensure(sd, images)
         kinds = [next(sd.networks[name].parameters()).dtype for name in ("unet", "text_encoder")]
         seen[method] = kinds, files
         return files
@@ -106,7 +106,7 @@ def test_frozen_weights_are_rounded_before_pictures_are_drawn_whose_names_stay(
     monkeypatch.setattr(class_images, "ensure", watched)
     for method in ("dreambooth", "lora"):
         config = runs.config(tmp_path, method=method, mixed_precision="bf16")
-        train.gather(start.set_up(config, runs.model(), torch.device("cpu")))
+        prepare.gather(start.Run(config, runs.model(), torch.device("cpu")))
     (plain, files), (rounded, same_files) = seen.values()
     assert plain == [torch.float32] * 2 and rounded == [torch.bfloat16, torch.float32]
     assert files == same_files

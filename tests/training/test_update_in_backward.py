@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibooth.training.optimizer import AdamW8bit, UpdateInBackward
+from minibooth.training.eight_bit import AdamW8bit
+from minibooth.training.in_backward import UpdateInBackward
 
 SHAPES = [(32, 16, 3, 3), (70, 100), (10,), (64, 64)]
 RATES = (2**-7, 2**-9)  # of the first two weights and of the others

@@ -19,9 +19,10 @@ import torch
 
 from minibooth import ops, sample, train
 from minibooth.bench import models
+from minibooth.device import ranks, settle, verdicts
+from minibooth.device.verdicts import Verdict
 from minibooth.ops import Case
-from minibooth.training import ranks, settle, start, verdicts
-from minibooth.training.verdicts import Verdict
+from minibooth.training import prepare, start
 
 CPU = torch.device("cpu")
 CASES = [Case("attention", (1, 1, n, n, 8), "float16", False) for n in (1, 2, 3)]
@@ -500,10 +501,10 @@ def test_class_images_that_are_there_are_not_foreseen(compared, tmp_path):
     folder = tmp_path / "class"
     settings = {"num_class_images": 5, "sample_batch_size": 2, "class_data_dir": str(folder)}
     config = runs.config(tmp_path / "out", class_steps=1, **settings)
-    train.gather(start.set_up(config, runs.model(), CPU))
+    prepare.gather(start.Run(config, runs.model(), CPU))
     sorted(folder.glob("*.png"))[4].unlink()  # the last batch's only one
-    run = start.set_up(config, runs.model(), CPU)
-    foreseen, met = compared(run.sd, lambda: train.gather(run))
+    run = start.Run(config, runs.model(), CPU)
+    foreseen, met = compared(run.sd, lambda: prepare.gather(run))
     assert foreseen == met and sizes(met) == [{2}, set()]
 
 

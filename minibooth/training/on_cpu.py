@@ -1,20 +1,16 @@
-"""Where --device auto ends on the CPU: why, and how long a run takes there."""
+"""Where --device auto ends on the CPU: how long a run takes there, before it is begun."""
 
-import os
-import shutil
-import subprocess
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 
 from .. import dreambooth
 from ..common.errors import UserError
+from ..device import no_gpu
+from ..device.memory import checkpoint_gradients
 from ..dreambooth import Term
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
-from .memory import checkpoint_gradients
 
 STEPS = 2  # that are measured; the first one also reads the weights from the disk
 
@@ -24,46 +20,13 @@ def refuse(sd: StableDiffusion, config, resolution: int, device: torch.device) -
     takes a day, and few of those who begin it mean to. Small models go on."""
     if config.device != "auto" or device.type != "cpu" or not is_public_size(sd.configs):
         return
-    print(f"no GPU can be used: {why()}. Measuring {STEPS} steps on the CPU …", flush=True)
+    print(f"no GPU can be used: {no_gpu.why()}. Measuring {STEPS} steps on the CPU …", flush=True)
     step = seconds_per_step(sd, config, resolution)
     raise UserError(
-        f"no GPU can be used: {why()}. On the CPU this run takes about "
+        f"no GPU can be used: {no_gpu.why()}. On the CPU this run takes about "
         f"{in_words(foretold(config, step))} ({step:.2g} s a step, as measured): --device cpu goes "
         "on with it all the same"
     )
-
-
-def why() -> str:
-    """Why PyTorch has no GPU here and what to install, as far as the system shows it."""
-    card = visible_card()
-    if card is None:
-        return "the system shows no NVIDIA card (nvidia-smi lists them)"
-    if torch.version.cuda is None:
-        return (
-            f"there is {card}, but this PyTorch, {torch.__version__}, is built without CUDA: get "
-            "the one that https://pytorch.org/get-started/locally/ gives for CUDA"
-        )
-    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return f"there is {card}, but CUDA_VISIBLE_DEVICES is {hidden!r}: unset it"
-    return (
-        f"there is {card}, but its driver is too old for this PyTorch's CUDA {torch.version.cuda}: "
-        "update it"
-    )
-
-
-def visible_card() -> str | None:
-    """The name of an NVIDIA card that the driver knows, whatever PyTorch is built for."""
-    if tool := shutil.which("nvidia-smi"):
-        query = [tool, "--query-gpu=name", "--format=csv,noheader"]
-        with suppress(OSError, subprocess.SubprocessError):
-            names = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=30)
-            if names.strip():
-                return names.splitlines()[0].strip()
-    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
-        for line in file.read_text().splitlines():
-            if line.startswith("Model:"):
-                return line.removeprefix("Model:").strip()
-    return None
 
 
 def seconds_per_step(sd: StableDiffusion, config, resolution: int) -> float:

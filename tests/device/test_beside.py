@@ -13,7 +13,7 @@ import time
 import pytest
 
 from minibooth.common import cli
-from minibooth.training import beside, verdicts
+from minibooth.device import beside, verdicts
 
 SOON = 3.0  # seconds: of a sleep of 60 nothing is waited for
 START = """

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minibooth.device import trial
+from minibooth.device.verdicts import NO_MEMORY
 from minibooth.ops import Case
-from minibooth.training import trial
-from minibooth.training.verdicts import NO_MEMORY
 
 CPU = torch.device("cpu")
 ATTENTION = Case("attention", (2, 2, 400, 20, 8), "float16", False)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from minibooth import UserError, train
 from minibooth.bench import models
-from minibooth.training import data, memory, plan, ranks, report
+from minibooth.device import ranks
+from minibooth.training import data, fit, plan, report
 from minibooth.training.loss import Loss
 from minibooth.training.settings import TrainConfig
 
@@ -305,4 +306,4 @@ def test_several_ranks_keep_gradients_all_the_time_and_no_graph(monkeypatch):
     assert plan.phases(sd, config, 64 * 64, half=True)["training"][1] == max(
         two["step"], two["gradients"] + two["pictures"]
     )
-    assert not memory.possible(memory.MODES[-1], config, "bf16", resumed=False)
+    assert not fit.possible(fit.MODES[-1], config, "bf16", resumed=False)

@@ -6,7 +6,7 @@ import torch
 
 from minibooth import UserError, pipeline, train
 from minibooth.common import cli
-from minibooth.training import graphs, memory
+from minibooth.device import graphs, memory
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

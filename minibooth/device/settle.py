@@ -96,7 +96,7 @@ def try_all(cases: list[Case], device: torch.device, say: Callable[[str], object
         torch.cuda.empty_cache()
 
 
-CHILD = (sys.executable, "-m", "minibooth.training.settle")
+CHILD = (sys.executable, "-m", "minibooth.device.settle")
 
 
 def in_a_process(

@@ -5,9 +5,10 @@ import runs
 import tiny
 import torch
 
-from minibooth.training import graphs
-from minibooth.training.graphs import Captured
-from minibooth.training.optimizer import Update, UpdateInBackward
+from minibooth.device import graphs
+from minibooth.device.graphs import Captured
+from minibooth.training.in_backward import UpdateInBackward
+from minibooth.training.optimizer import Update
 
 CUDA = torch.device("cuda")
 

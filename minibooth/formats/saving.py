@@ -1,0 +1,92 @@
+"""A model out: diffusers' folder, and LDM's single file."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.files import write_json
+from ..tokenizer import Tokenizer
+from . import ldm, vocabulary
+from .checkpoint import NETWORKS, STEMS
+from .configs import PIPELINES
+from .tensor_files import require_range, write_safetensors
+
+
+def write_folder(
+    folder: Path,
+    configs: dict[str, dict],
+    tensors: dict[str, dict[str, Tensor]],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+) -> None:
+    """diffusers' layout. Each file is replaced atomically, model_index.json last.
+
+    Raises UserError, before the first, where a weight is not finite or would not be in `dtype`.
+    """
+    for name in NETWORKS:
+        require_range(folder / name, tensors[name], dtype)
+    # A model that was made for Flax has its name for the scheduler, which torch has not.
+    scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler").removeprefix("Flax")
+    index = {
+        "_class_name": PIPELINES.get(configs["unet"]["in_channels"], PIPELINES[4])[0],
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    # Where no dtype is named, diffusers computes in fp32 whatever the files hold, transformers 5 in
+    # what the text encoder's config says. This is the name for it that every version reads.
+    text = {key: value for key, value in configs["text_encoder"].items() if key != "dtype"}
+    configs = configs | {"text_encoder": text | {"torch_dtype": "float32"}}
+    for name in NETWORKS:
+        weights = tensors[name]
+        if name == "text_encoder":  # transformers 4 reads only this spelling, 5 reads both
+            weights = {f"text_model.{k}": v for k, v in weights.items()}
+        write_safetensors(folder / name / f"{STEMS[name][0]}.safetensors", weights, dtype)
+        write_json(folder / name / "config.json", configs[name])
+    write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": None} | configs["scheduler"] | {"_class_name": scheduler},
+    )
+    tokenizer.save(folder / "tokenizer")
+    write_json(folder / "model_index.json", index)
+
+
+def write_single_file(
+    path: Path,
+    configs: dict[str, dict],
+    tensors: dict[str, dict[str, Tensor]],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+    metadata: dict[str, str],
+) -> None:
+    """LDM layout, one safetensors file, for A1111, ComfyUI and from_single_file.
+
+    Raises UserError where a weight is not finite or would not be in `dtype`."""
+    v = configs["scheduler"].get("prediction_type") == "v_prediction"
+    version = "v2" if configs["text_encoder"].get("hidden_act") == "gelu" else "v1"
+    if version == "v2":
+        version = "v2-768-v" if v else "v2-512"
+    inpainting = "-inpainting" if configs["unet"]["in_channels"] == 9 else ""
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"stable-diffusion-{version}{inpainting}",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": path.stem,
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "minibooth.configs": json.dumps(configs),
+        **vocabulary.to_metadata(tokenizer, configs["text_encoder"]),
+    } | metadata
+    stored = ldm.to_ldm(configs, tensors)
+    if v and version == "v1":  # which nobody expects of it
+        stored["v_pred"] = torch.empty(0)
+    require_range(path, stored, dtype)
+    write_safetensors(path, stored, dtype, metadata)

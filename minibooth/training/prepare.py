@@ -1,0 +1,71 @@
+"""From a run that can begin to its first step: what the steps read, and the optimizer."""
+
+import torch
+
+from .. import dreambooth
+from ..device import graphs, ranks
+from . import class_images, methods, parameters, photos, resume, start
+from .data import Batches, encode
+from .in_backward import UpdateInBackward
+from .loss import Loss
+from .optimizer import Update
+from .start import Run
+
+
+def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
+    """What the steps read: class images, latents, contexts; and the identity with these images.
+
+    The networks go to the device. `captured`: whether the steps will be a CUDA graph.
+    """
+    config, sd, device = run.config, run.sd, run.device
+    methods.place(sd, run.trained, device, run.precision.dtype)
+    of_run = run.resolution, run.fingerprint
+    found = [class_images.find(config, s, *of_run) for s in config.subjects * config.uses_prior]
+    start.try_kernels(run, captured, found)
+
+    identity, class_photos, shown = run.identity, None, (run.shown,)
+    if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
+        graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
+        with graph, run.precision.autocast():
+            files = [class_images.ensure(sd, images) for images in found]
+        of_class = torch.tensor([i for i, those in enumerate(files) for _ in those])
+        files = [file for those in files for file in those]
+        class_photos = photos.load_photos(files, run.resolution, config.center_crop)
+        identity = {**identity, "class images": class_photos.content_hash()}
+        shown = (run.shown, of_class)
+    if run.saved is not None:
+        resume.check(run.folder, run.saved.identity, identity)
+
+    instance = encode(sd, run.photos, config.random_flip, "photographs")
+    prior = encode(sd, class_photos, False, "class images") if class_photos else None
+    T, size = sd.schedule.T, config.train_batch_size * ranks.count()
+    prompts, choice = methods.prompts_of(config, run.captions, shown)
+    drawn_from = T, config.seed, size, device, choice, shown, ranks.share()
+    batches = Batches(instance, prior, *drawn_from)
+
+    ids = sd.tokenizer(prompts).to(device)  # (prompts, 77)
+    contexts = None if config.text_changes else sd.encode_prompt(prompts)  # (prompts, 77, D)
+    min_snr, every_t = None, torch.arange(T, device=device)
+    if config.snr_gamma is not None:
+        min_snr = dreambooth.min_snr_weight(sd.schedule, every_t, config.snr_gamma)  # (T,)
+    how = run.precision, config.gradient_checkpointing
+    loss = Loss(sd, ids, contexts, config.prior_loss_weight, min_snr, *how, prompts)
+    return batches, loss, identity
+
+
+def make_optimizer(run: Run) -> Update:
+    """fp32 copies of the weights that train, in their networks, and AdamW over them."""
+    config = run.config
+    for network in run.idle:
+        network.to("cpu")
+    parameters.make_trainable(run.trained.values(), run.device)
+    methods.attach(run.sd, run.trained)
+    of_text = config.learning_rate if config.trains_word else config.text_encoder_learning_rate
+    rates = {"unet": config.learning_rate, "text_encoder": of_text}
+    groups = [(rates[name], list(network.parameters())) for name, network in run.trained.items()]
+    decay, eight_bit = config.adam_weight_decay, config.use_8bit_adam
+    if config.optimizer_in_backward:
+        print("the optimizer runs in the backward pass: gradients are not clipped")
+        return UpdateInBackward(groups, decay, eight_bit)
+    scaled = run.precision.name == "fp16"
+    return Update(groups, decay, config.max_grad_norm, scaled, eight_bit)
