@@ -90,7 +90,12 @@ FLOAT32 = {  # no tensor cores
     "forward": ((48, (32, 16, 4, 1)), (160, (32, 16, 8, 1)), (512, (16, 16, 8, 1))),
     "short_forward": (),
     "backward_dq": ((160, (16, 16, 8, 1)),),
-    "backward_dkv": ((32, (16, 32, 8, 1)), (160, (16, 32, 4, 1))),
+    "backward_dkv": (
+        (32, (16, 32, 8, 1)),
+        (64, (16, 32, 4, 1)),
+        (80, (16, 16, 4, 1)),  # with 32 it spills on 8.0
+        (160, (16, 32, 4, 1)),
+    ),
     "short_backward": (),
 }
 FLOAT32_BLACKWELL = FLOAT32 | {  # on 10.x the rows above spill

@@ -8,7 +8,7 @@ import triton
 # channels_last (True) or not. The backward holds x, dy and what is between them, so it stops at a
 # quarter of the size; contiguous tensors spill a step earlier.
 FORWARD_TILES = {True: ((4096, 4), (16384, 8), (32768, 16)), False: ((4096, 4), (16384, 8))}
-BACKWARD_TILES = {True: ((4096, 4), (8192, 8)), False: ((4096, 8),)}
+BACKWARD_TILES = {True: ((2048, 8), (4096, 4), (8192, 8)), False: ((4096, 8),)}
 COMBINE = {"BLOCK_CHUNKS": 128, "BLOCK_C": 16, "num_warps": 4}
 PROGRAMS = 1024  # that leave partial results: some eight per multiprocessor of a large card
 
