@@ -36,7 +36,7 @@ def defaults(given: dict) -> dict:
     rate that is another method's."""
     if "config" in given:
         warn_of_other_method(given)
-    method = None if "config" in given else given.get("method")
+    method = given.get("method")
     if method == "textual_inversion":
         return WORD | {"instance_prompt": f"a {given.get('placeholder_token')}"}
     return LORA_RATES if method == "lora" else {}

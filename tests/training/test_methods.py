@@ -361,6 +361,16 @@ def test_what_is_no_word(changes, message, tmp_path):
         inverted(tmp_path, **changes)
 
 
+def test_a_config_that_names_no_learning_rate_gets_its_methods(tmp_path, recwarn):
+    path = tmp_path / "config.json"
+    path.write_text('{"model": "m", "method": "lora"}')
+    for given, rates in ([], (1e-4, 5e-5)), (["--method", "dreambooth"], (5e-6, 2e-6)):
+        given = ["--config", str(path), *given]
+        config = cli.parse(TrainConfig, "x", "", given, defaults=methods.defaults)
+        assert (config.learning_rate, config.text_encoder_learning_rate) == rates
+    assert not recwarn.list
+
+
 def test_a_learning_rate_of_another_methods_config_is_said(tmp_path, recwarn):
     path = tmp_path / "config.json"
     path.write_text('{"model": "m", "learning_rate": 5e-6}')
