@@ -53,9 +53,10 @@ class Form:
     def __post_init__(self):
         first, *inner, last = self.structure if len(self.structure) > 1 else (0, 0)
         if not first == last == 1 or len(inner) > 16 or not all(0 < share <= 64 for share in inner):
+            given = ",".join(f"{x:g}" for x in self.structure)
             raise UserError(
-                f"layer structure {','.join(map(str, self.structure))}: give numbers that begin "
-                "and end with 1, at most 16 between them, each from 0 to 64"
+                f"layer structure {given}: give numbers that begin and end with 1, at most 16 "
+                "between them, each from 0 to 64"
             )
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")

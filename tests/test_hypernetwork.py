@@ -3,21 +3,41 @@
 import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import re
+from unittest import mock
 
+import numpy as np
+import peers
 import pytest
+import runs
 import tiny
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
-from minibooth import UserError, dreambooth, hypernetwork, load, pipeline
+from minibooth import (
+    UserError,
+    convert,
+    dreambooth,
+    hypernetwork,
+    load,
+    pipeline,
+    sample,
+    train,
+)
+from minibooth.bench import models
 from minibooth.device import graphs
+from minibooth.evaluate import drawing, protocol
+from minibooth.evaluate.options import Options
 from minibooth.formats import adapters, hypernetworks
 from minibooth.formats.tensor_files import read_tensors
 from minibooth.hypernetwork import Form
 from minibooth.schedule import Schedule
+from minibooth.training import data, plan, report
+from minibooth.training.settings import TrainConfig
 from minibooth.unet import UNet
 
 SCHEDULE = Schedule.from_config(tiny.scheduler_config())
@@ -372,3 +392,140 @@ def test_a_width_or_structure_that_cannot_be_is_refused():
     for structure in ((), (1,), (1, 2), (2, 1), (1, 0, 1), (1, -1, 1), (1, float("nan"), 1)):
         with pytest.raises(UserError, match="begin and end with 1"):
             Form(structure)
+
+
+# ---- a run -------------------------------------------------------------------------------------
+
+RUN = {"method": "hypernetwork", "learning_rate": 0.02, "activation_func": "relu", "kind": "half"}
+
+
+def run(folder, **changes):
+    sd = runs.model("half")
+    train.train(runs.config(folder, **RUN | changes), sd)
+    return sd
+
+
+def of_run(folder):
+    [file] = folder.glob("*.pt")
+    return torch.load(file, weights_only=True)
+
+
+def numbers(held):
+    return torch.cat(
+        [x.flatten() for d in held if type(d) is int for f in held[d] for x in f.values()]
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "my-dog"
+    return folder, run(folder, max_train_steps=4, checkpointing_steps=2, explain=True)
+
+
+def test_weights_stay_and_the_file_draws_what_the_run_drew(whole, monkeypatch, capsys, tmp_path):
+    folder, sd = whole
+    base = runs.model("half")
+    for name, network in sd.networks.items():
+        assert torch.equal(
+            runs.flat(network.state_dict()), runs.flat(base.networks[name].state_dict())
+        )
+    held = of_run(folder)
+    assert (held["name"], held["step"], held["activation_func"]) == ("my-dog", 4, "relu")
+    assert held["sd_checkpoint_name"] == peers.model("half")[0].name
+    assert held["weight_initialization"] == "zero" and numbers(held).dtype == torch.float32
+    snapshot = torch.load(folder / "checkpoint-2" / "my-dog-2.pt", weights_only=True)
+    assert snapshot["step"] == 2 and numbers(snapshot).dtype == torch.float16
+    assert "pairs.64" in (folder / "explain.html").read_text("utf-8")
+    given = ["--model", peers.model("half")[0], "--prompt", "a sks dog", "--num_images", 1]
+    given += ["--steps", 2, "--device", "cpu", "--output_dir"]
+    drawn = []
+    for name in (f"{folder}:0", folder / "my-dog.pt"):
+        out = tmp_path / str(len(drawn))
+        status, _, err = runs.program(
+            monkeypatch, capsys, sample, *given, out, "--hypernetwork", name
+        )
+        assert status == 0, err
+        with Image.open(out / "a-sks-dog-0.png") as image:
+            drawn.append((np.asarray(image, int), image.text["hypernetwork"]))
+    (none, name), (all_of_it, of_file) = drawn
+    assert (name, of_file) == ("my-dog:0", "my-dog.pt")
+    plain, wanted = (np.asarray(x.generate(["a sks dog"], steps=2)[0], int) for x in (base, sd))
+    assert (none == plain).all() and abs(all_of_it - wanted).max() <= 1
+    assert abs(plain - all_of_it).max() > 10
+
+
+def test_a_run_that_goes_on_ends_with_equal_bits(whole, tmp_path):
+    folder, _ = whole
+    run(tmp_path / "my-dog", max_train_steps=2)
+    run(tmp_path / "my-dog", max_train_steps=4, resume_from_checkpoint="latest")
+    assert torch.equal(numbers(of_run(tmp_path / "my-dog")), numbers(of_run(folder)))
+    with pytest.raises(UserError, match="activation_func was 'relu' and is 'linear'"):
+        more = {"max_train_steps": 9, "resume_from_checkpoint": "latest"}
+        run(tmp_path / "my-dog", activation_func="linear", **more)
+
+
+def test_the_loss_falls_also_checkpointed_and_is_the_same_in_16_bits(tmp_path):
+    """Of one batch that comes again and again, which is little to learn."""
+    draw, found = data.Batches.draw, []
+    with mock.patch.object(data.Batches, "draw", lambda self, n: draw(self, 0)):
+        for changes in ({"max_train_steps": 8}, {"max_train_steps": 1, "mixed_precision": "bf16"}):
+            folder = tmp_path / str(len(found))
+            run(folder, prior_loss_weight=0.0, gradient_checkpointing=True, **changes)
+            found.append([row[1] for row in report.read_losses(folder / "loss.csv")])
+    assert found[0][-1] < 0.9 * found[0][0]
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"hypernetwork_sizes": "a"}, "--hypernetwork_sizes 'a': give numbers"),
+        ({"layer_structure": "1,2"}, "layer structure 1,2: give numbers that begin and end with 1"),
+        ({"activation_func": "prelu"}, "--activation_func 'prelu': give one of linear"),
+        ({"train_text_encoder": True}, "no --train_text_encoder"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, said, tmp_path):
+    with pytest.raises(UserError, match=re.escape(said)):
+        runs.config(tmp_path / "out", **RUN | changes).check()
+
+
+def test_a_width_that_the_model_has_not_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="attention reads 768 numbers, but 32, 64"):
+        run(tmp_path / "out", hypernetwork_sizes="64,768")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_s_folder_is_no_model_and_cannot_be_merged(whole, monkeypatch, capsys, tmp_path):
+    folder, _ = whole
+    out = ["--output", tmp_path / "x.safetensors"]
+    base = ["--model", peers.model("half")[0], *out]
+    for given in (
+        ["--model", folder, *out],
+        [*base, "--merge_lora", folder],
+        [*base, "--merge_lora", folder / "my-dog.pt"],
+        [*base, "--hypernetwork", folder],
+    ):
+        status, _, err = runs.program(monkeypatch, capsys, convert, *given)
+        assert status == 2 and "cannot be merged into weights" in err, err
+
+
+def test_what_is_evaluated_is_the_model_with_it(whole):
+    folder, sd = whole
+    options = Options(device="cpu")
+    found = drawing.load_model(folder, options, str(peers.model("half")[0]))
+    draw = {"steps": 2, "output": "latent"}
+    want = sd.generate(["a sks dog"], **draw)
+    torch.testing.assert_close(found.generate(["a sks dog"], **draw), want)
+    assert protocol.BY_METHOD["hypernetwork"].prior
+
+
+def test_the_plan_counts_what_trains():
+    sd = models.model("SD 1.5", torch.device("meta"))
+    config = TrainConfig(method="hypernetwork")
+    part = plan.parts(sd, config, 64 * 64, half=True)
+    frozen = sum(p.numel() for p in sd.unet.parameters())
+    assert part["weights"] == 2 * frozen + 4 * 21_939_840
+    assert part["averages"] == 8 * 21_939_840 and part["gradients"] == 4 * 21_939_840
+    short = dataclasses.replace(config, hypernetwork_sizes="768,320")
+    assert sum(p.numel() for p in plan.trainable(sd, short)) == 4_723_200 + 821_120

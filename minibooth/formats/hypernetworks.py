@@ -140,7 +140,7 @@ def write(
     held |= {
         "step": 0,
         "name": path.stem,
-        "layer_structure": list(form.structure),
+        "layer_structure": [int(x) if x == int(x) else x for x in form.structure],
         "activation_func": form.activation,
         "is_layer_norm": form.layer_norm,
         "weight_initialization": "Normal",
