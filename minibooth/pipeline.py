@@ -20,8 +20,8 @@ VAE_PIXELS = 256 * 256  # that go through the VAE at once: its memory grows with
 
 
 class StableDiffusion(Parts):
-    """A whole model. Data flows tokenizer → text_encoder → unet (steps times, by the schedule) → vae:
-    these are its attributes, and formats/parts.py has their types and how they are saved."""
+    """A whole model. Data flows tokenizer → text_encoder → unet (steps times, as the schedule says)
+    → vae. These are its attributes; formats/parts.py has their types, and how they are saved."""
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor:

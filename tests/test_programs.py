@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import minibooth
-from minibooth import UserError, convert, load, ops, sample, train
+from minibooth import UserError, classify, convert, load, ops, sample, train
+from minibooth.classify import ClassifyConfig
 from minibooth.common import cli, files
 from minibooth.convert import ConvertConfig
 from minibooth.evaluate.protocol import DatasetConfig
@@ -41,6 +42,7 @@ PROGRAMS = {
     train: TrainConfig,
     sample: SampleConfig,
     convert: ConvertConfig,
+    classify: ClassifyConfig,
     explain: TrainConfig,
 }
 
@@ -126,7 +128,7 @@ def test_the_help_of_training_goes_from_what_most_runs_need_to_what_few_do(monke
 
 
 SETTINGS = [TrainConfig, SampleConfig, ConvertConfig, DatasetConfig, SingleConfig, SnapshotsConfig]
-SETTINGS += [DriftConfig, GalleryConfig, JudgeConfig, PretrainConfig]
+SETTINGS += [ClassifyConfig, DriftConfig, GalleryConfig, JudgeConfig, PretrainConfig]
 
 
 @pytest.mark.parametrize("cls", SETTINGS, ids=lambda cls: cls.__name__)

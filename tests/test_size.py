@@ -18,7 +18,7 @@ ORDER = [
     "formats",
     *("pipeline", "dreambooth", "textual_inversion"),
     *("device", "training", "explain", "toybox"),
-    *("train", "sample", "convert"),
+    *("train", "sample", "convert", "classify"),
     *("evaluate", "bench", "__init__"),
 ]
 INSIDE = {  # the same within a room
@@ -195,7 +195,9 @@ def test_what_a_device_needs_knows_no_settings():
 def test_the_microscope_imports_no_program():
     """Nor does its own: train calls it, and what both need of a run stands below them."""
     for path in sorted((PACKAGE / "explain").glob("*.py")):
-        assert not {place(n) for n in imports(path)} & {"train", "sample", "convert"}, path.name
+        assert not {place(n) for n in imports(path)} & {"train", "sample", "convert", "classify"}, (
+            path.name
+        )
 
 
 def test_nothing_stands_in_the_hall_but_what_one_reads_and_the_programs():
@@ -204,6 +206,7 @@ def test_nothing_stands_in_the_hall_but_what_one_reads_and_the_programs():
         "train",
         "sample",
         "convert",
+        "classify",
         "__init__",
     }
 

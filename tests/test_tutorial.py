@@ -33,6 +33,7 @@ import torch
 from pages import IS_OF_A_FILE, NUMBER, POINTER, ROOT, parsed, source, values
 
 from minibooth import toybox
+from minibooth.classify import ClassifyConfig
 from minibooth.common import cli
 from minibooth.evaluate.snapshots import SnapshotsConfig
 from minibooth.formats import hub
@@ -229,6 +230,7 @@ COMMANDS = {
     "minibooth.evaluate": SnapshotsConfig,  # all that is in the text is its command snapshots
     "minibooth.explain": TrainConfig,
     "minibooth.sample": SampleConfig,
+    "minibooth.classify": ClassifyConfig,
     "minibooth.toybox.drift": DriftConfig,
 }
 

@@ -1,5 +1,7 @@
 """What a run on a GPU needs of its memory, about, counted before it starts."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ def needed(sd: StableDiffusion, config, half: bool = False) -> dict[str, int]:
     trained = trainable(sd, config)
     averages = 2 * sum(size(p) for p in trained)
     if config.use_8bit_adam:
-        averages = sum(eight_bit(p) for p in trained)
+        averages = sum(eight_bit(p.numel()) for p in trained)
     trained = sum(size(p) for p in trained)
     weights = trained
     if config.method != "dreambooth":
@@ -66,9 +68,10 @@ def size_of(network: nn.Module) -> int:
     return sum(size(p) for p in network.parameters())
 
 
-def eight_bit(p: Tensor) -> int:
-    """Bytes of the averages that AdamW8bit keeps of it."""
-    state = AdamW8bit.fresh_state(torch.empty_like(p, device="meta"))
+@functools.cache
+def eight_bit(numbers: int) -> int:
+    """Bytes of the averages that AdamW8bit keeps of a weight of so many numbers."""
+    state = AdamW8bit.fresh_state(torch.empty(numbers, device="meta"))
     return sum(x.nbytes for name, x in state.items() if name != "step")
 
 

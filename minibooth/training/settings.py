@@ -361,7 +361,8 @@ class TrainConfig:
             )
         elif self.uses_prior and self.class_prompt is None:
             raise UserError(
-                'give --class_prompt ("a dog"), or --prior_loss_weight 0 for plain fine-tuning'
+                'give --class_prompt ("a dog"; minibooth.classify finds the noun), or '
+                "--prior_loss_weight 0 for plain fine-tuning"
             )
         if self.caption_extension is not None and self.caption_column is not None:
             raise UserError("--caption_extension and --caption_column exclude each other")
