@@ -21,7 +21,8 @@ starts. **Counted, not yet measured**; `python -m minibooth.bench memory` measur
 Stable Diffusion 1.5 at 512², one photograph and one class image per step, all other settings as
 they are where nothing is given. Where the networks compute in bf16 or in fp16 the bytes are the
 same, but with fp16 there is no `optimizer_in_backward`: gradients that overflow must be thrown away
-together. LoRA (of rank 4) and Textual Inversion have hardly a gradient or an average to save.
+together. LoRA (of rank 4), Textual Inversion and a hypernetwork have few gradients and averages to
+save.
 
 ## By part
 """

@@ -1,4 +1,5 @@
-"""python docs/methods.py: what is trained, compared: all weights, LoRA, one word, SVD of all.
+"""python docs/methods.py: what is trained, compared: all weights, LoRA, one word, networks before
+keys and values, SVD of all.
 
 The toybox's dog, in each way for three seeds. Writes docs/methods.csv, and docs/methods.png, whose
 pictures are of the first seed, and prints the table of docs/methods.md. Takes half an hour on
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from minibooth import StableDiffusion, load, lora, textual_inversion
 from minibooth.common import cli, sheets
-from minibooth.formats import adapters
+from minibooth.formats import adapters, hypernetworks
 from minibooth.formats.tensor_files import read_tensors
 from minibooth.toybox import score
 from minibooth.training import report
@@ -26,12 +27,13 @@ from minibooth.training.settings import TrainConfig
 
 HERE, WORK = Path(__file__).parent, Path("methods-work")
 SEEDS = (0, 1, 2)
-ALL, WORD = "all weights", "Textual Inversion"
+ALL, WORD, HYPERNETWORK = "all weights", "Textual Inversion", "hypernetwork"
 TRAINED = {
     ALL: [],
     "LoRA, rank 4": ["--method", "lora", "--rank", "4"],
     "LoRA, rank 16": ["--method", "lora", "--rank", "16"],
     WORD: ["--method", "textual_inversion"],
+    HYPERNETWORK: ["--method", "hypernetwork"],
 }
 EXTRACTED = {"SVD of all, rank 4": 4, "SVD of all, rank 16": 16}
 MARGIN = 0.05  # by which all weights must be above the word in fidelity: fixed beforehand
@@ -83,9 +85,17 @@ def model(name: str, seed: int) -> StableDiffusion:
     sd = load("toybox")
     if name == WORD:
         textual_inversion.add_word(sd, *adapters.read_embedding(folder))
+    elif name == HYPERNETWORK:
+        hypernetworks.attach_files(sd.unet, [str(folder)])
     else:
         adapters.merge_files(sd.networks, [str(folder)])
     return sd
+
+
+def numbers_in(file: Path) -> int:
+    if file.suffix == hypernetworks.ENDING:
+        return sum(p.numel() for p in hypernetworks.read(file, load("toybox").unet).parameters())
+    return sum(t.numel() for t in read_tensors(file)[0].values())
 
 
 def measured(name: str, seed: int) -> dict[str, float | str]:
@@ -94,9 +104,10 @@ def measured(name: str, seed: int) -> dict[str, float | str]:
     scores = json.loads((folder / "scores.json").read_text())
     subject, of_class = scores["subject"], scores["class after"]
     written = [folder / file for file in FILES if (folder / file).exists()]
+    written += hypernetworks.held_by(folder)
     if name == ALL:  # no small file, but the network that was trained
         written = [*folder.glob("unet/*.safetensors")]
-    numbers = sum(t.numel() for file in written for t in read_tensors(file)[0].values())
+    numbers = sum(map(numbers_in, written))
     cost = {} if name in EXTRACTED else json.loads((folder / "cost.json").read_text())
     found = {
         "trained": name,

@@ -20,6 +20,12 @@ from .pipeline import StableDiffusion
 
 @dataclass(frozen=True)
 class ConvertConfig:
+    elsewhere = dict.fromkeys(  # no setting: it has no type
+        ("hypernetwork", "merge_hypernetwork"),
+        "a hypernetwork stands before keys and values and cannot be merged into weights; "
+        "minibooth.sample draws with it",
+    )
+
     model: str | None = option(
         None,
         "folder, single file (.safetensors, .ckpt) or hub id",

@@ -15,7 +15,7 @@ from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic, shortened
 from .device import graphs, no_gpu, settle
-from .formats import adapters, checks
+from .formats import adapters, checks, hypernetworks
 from .formats.configs import is_public_size
 from .tokenizer import WordError
 
@@ -57,6 +57,9 @@ class SampleConfig:
         "Textual Inversion file, whose word prompts can then use, or FILE=WORD for another word; "
         "several as well",
         place="path",
+    )
+    hypernetwork: tuple[str, ...] = option(
+        (), "hypernetwork's file, or FILE:STRENGTH; several as well [:1]", place="path"
     )
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead", place="source")
     tokenizer: str | None = option(
@@ -104,6 +107,7 @@ def sample(config: SampleConfig) -> list[Path]:
     config.check()
     cli.check_folder("--output_dir", config.output_dir)
     adapters.check_there(config.lora, config.embedding)
+    hypernetworks.check_there(config.hypernetwork)
     device = cli.pick_device(config.device)
     if config.kernels:
         ops.use(config.kernels)
@@ -120,6 +124,7 @@ def sample(config: SampleConfig) -> list[Path]:
     if config.device == "auto" and device.type == "cpu" and is_public_size(sd.configs):
         warnings.warn(f"this takes long, as no GPU can be used: {no_gpu.why()}", stacklevel=2)
     adapters.merge_files(sd.networks, config.lora)
+    hypernetworks.attach_files(sd.unet, config.hypernetwork)
     for file in config.embedding:
         word, vectors = adapters.read_embedding(file)
         try:
@@ -168,6 +173,8 @@ def settings(config: SampleConfig, model: str, prompt: str, seed: int) -> dict[s
         settings["ema"] = "yes"
     if config.lora:
         settings["lora"] = ", ".join(map(adapters.public_name, config.lora))
+    if config.hypernetwork:
+        settings["hypernetwork"] = ", ".join(map(adapters.public_name, config.hypernetwork))
     if config.embedding:
         settings["embedding"] = ", ".join(map(adapters.public_word, config.embedding))
     return settings

@@ -108,7 +108,7 @@ def topics(cls, monkeypatch, capsys):
 TRAIN_TOPICS = {  # and one setting of each, which a person would look for there
     "what most runs need": "instance_prompt",
     "photographs (captions, subjects, crops)": "concepts_list",
-    "method (LoRA, Textual Inversion)": "rank",
+    "method (LoRA, word, hypernetwork)": "rank",
     "class images": "num_class_images",
     "training": "train_text_encoder",
     "memory": "use_8bit_adam",
@@ -222,14 +222,20 @@ def test_the_commands_that_come_next_can_be_pasted(method, tmp_path, monkeypatch
     assert parsed.prompt == ('a $5 "sks" dog in the snow',)
     base, result = "my models/base", str(run)
     small = {"lora": run / "my dog.safetensors", "textual_inversion": run / "my-dog.safetensors"}
+    small["hypernetwork"] = run / "my dog.pt"
     file = str(small.get(method, tmp_path / "my dog.safetensors"))
     places = {
         "dreambooth": ("models/checkpoints", "models/Stable-diffusion"),
         "lora": ("models/loras", "models/Lora"),
         "textual_inversion": ("models/embeddings", "embeddings"),
+        "hypernetwork": ("models/hypernetworks", "models/hypernetworks"),
     }[method]
     assert words["ComfyUI"] == ["cp", file, f"ComfyUI/{places[0]}"]
     assert words["A1111"] == ["cp", file, f"stable-diffusion-webui/{places[1]}"]
+    if method == "hypernetwork":  # diffusers does not know it, and nothing can be merged
+        assert parsed.hypernetwork == (result,) and parsed.model == base
+        assert set(words) == {"draw", "ComfyUI", "A1111"}
+        return
     assert words["diffusers"][:2] == ["python", "-c"]
     compile(words["diffusers"][2], "", "exec")
     for name, method_ in (("lora", "load_lora_weights"), ("embedding", "load_textual_inversion")):

@@ -13,7 +13,8 @@ CORE = ["schedule", "text_encoder", "vae", "unet", "dreambooth"]
 # From what stands alone to what uses all of it: a module or room imports only from those above it.
 ORDER = [
     "common",
-    *("schedule", "tokenizer", "ops", "text_encoder", "vae", "unet", "lora"),
+    *("schedule", "tokenizer", "ops", "text_encoder", "vae", "unet"),
+    *("lora", "hypernetwork"),
     "formats",
     *("pipeline", "dreambooth", "textual_inversion"),
     *("device", "training", "explain", "toybox"),
@@ -24,7 +25,8 @@ INSIDE = {  # the same within a room
     "common": ["errors", "files", "pictures", "sheets", "cli"],
     "formats": [
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
-        *("folders", "single_files", "sources", "scheduler", "checks", "saving", "parts"),
+        *("hypernetworks", "folders", "single_files", "sources", "scheduler", "checks", "saving"),
+        "parts",
     ],
     "device": [
         *("no_gpu", "precision", "memory", "ranks", "graphs", "beside", "verdicts", "trial"),
@@ -48,6 +50,7 @@ READ = [
     "pipeline",
     "lora",
     "textual_inversion",
+    "hypernetwork",
 ]  # imports no room but these
 ROOMS_READ = {"common", "formats"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

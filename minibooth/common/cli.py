@@ -255,6 +255,14 @@ def check_at_least_one(config, names: Iterable[str]) -> None:
             raise UserError(f"--{name} must be at least 1")
 
 
+def numbers(flag: str, given: str, kind: type) -> tuple:
+    """ "1,2,1" as numbers; none if it is empty. Raises UserError."""
+    try:
+        return tuple(map(kind, given.split(","))) if given else ()
+    except ValueError:
+        raise UserError(f"{flag} {given!r}: give numbers with commas between") from None
+
+
 def check_folder(flag: str, folder: str | Path, file: str = "file") -> None:
     """Raise UserError unless `folder` can be made and `file` written into it. It is not made yet:
     what is missing is tried in a folder beside it, which is removed again."""

@@ -14,7 +14,7 @@ from ..common.errors import UserError
 from ..common.files import atomic
 from ..common.pictures import read_image
 from ..device import graphs
-from ..formats import adapters
+from ..formats import adapters, hypernetworks
 from ..pipeline import StableDiffusion
 from ..sample import slug
 from ..training import snapshots
@@ -52,8 +52,9 @@ def jobs(folder: Path, prompts: dict[str, str | None], count: int, seed: int) ->
 
 
 def load_model(source: str | Path, options: Options, base: str | None = None) -> StableDiffusion:
-    """A model; or where `source` is a folder with a LoRA or a word, the model `base` with it, which
-    is the one that the run in that folder trained if none is given. Raises UserError."""
+    """A model; or where `source` is a folder with a LoRA, a word or a hypernetwork, the model
+    `base` with it, which is the one that the run in that folder trained if none is given. Raises
+    UserError."""
     device, folder = cli.pick_device(options.device), Path(source)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     if (folder / "model_index.json").exists() or not snapshots.is_model(folder):
@@ -66,8 +67,10 @@ def load_model(source: str | Path, options: Options, base: str | None = None) ->
     sd = pipeline.load(base, device=device, dtype=dtype, **of_run)
     if (folder / adapters.DIFFUSERS_LORA).exists():
         adapters.merge_files(sd.networks, [str(folder)])
-    else:
+    elif (folder / adapters.DIFFUSERS_EMBEDDING).exists():
         textual_inversion.add_word(sd, *adapters.read_embedding(folder))
+    else:
+        hypernetworks.attach_files(sd.unet, [str(folder)])
     return sd
 
 

@@ -59,7 +59,8 @@ class DatasetConfig(Options):
     prompts: int | None = option(None, "only so many of each subject's prompts [all]")
     tables: str = option("1,3,4", "of the paper, with commas between")
     methods: str = option(
-        "dreambooth", "of training, for Table 1, with commas between: also lora, textual_inversion"
+        "dreambooth",
+        "of training, for Table 1, with commas between: also lora, textual_inversion, hypernetwork",
     )
     averaging: str = option(
         "subjects",
@@ -128,6 +129,7 @@ NO_NOUN, WRONG_NOUN = Arm("no_noun", False, "none"), Arm("wrong_noun", False, "w
 BY_METHOD = {
     "dreambooth": WITH_PRIOR,
     "lora": Arm("lora", True, method="lora"),
+    "hypernetwork": Arm("hypernetwork", True, method="hypernetwork"),
     # The word stands alone in its prompts, as in that paper: what class it is of, it has learned.
     "textual_inversion": Arm("textual_inversion", False, "none", "textual_inversion"),
 }

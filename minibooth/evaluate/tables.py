@@ -28,6 +28,7 @@ NOUNS = {
 METHODS = {  # --method → its row of Table 1, and the paper's numbers
     "dreambooth": ("DreamBooth (paper: SD)", DREAMBOOTH_SD),
     "lora": ("DreamBooth with LoRA", {}),
+    "hypernetwork": ("DreamBooth with a hypernetwork", {}),
     "textual_inversion": ("Textual Inversion (paper: SD)", TEXTUAL_INVERSION_SD),
 }
 

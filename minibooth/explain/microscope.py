@@ -25,7 +25,9 @@ from ..unet import Attention, UNet
 SHOWN = 4  # samples of each term whose pictures are kept
 FRAMES = 9  # of the film of a sampling
 SIDE = 256  # pixels; larger pictures are reduced
-BLOCK = re.compile(r"unet\.(?:\w+_blocks\.\d+|\w+)|text_encoder\.(?:encoder\.layers\.\d+|\w+)")
+BLOCK = re.compile(
+    r"unet\.(?:(?:\w+_blocks|pairs)\.\d+|\w+)|text_encoder\.(?:encoder\.layers\.\d+|\w+)"
+)
 READS_TEXT = re.compile(r"\.attn2\.to_[kv]\.")  # the UNet's only weights that the prompt enters
 
 

@@ -178,6 +178,7 @@ def inside(path: str | Path, *names: str) -> Path:
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in names if (path / name).is_file()]
+        found = found or sorted(path.glob("*.pt"))  # a hypernetwork, whose reader says so
         path = (found or [path / names[0]])[0]
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")

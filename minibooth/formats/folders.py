@@ -26,7 +26,9 @@ def require_kind(file: Callable[..., Path | None], source: str | Path) -> None:
         for name, what in adapters.NO_MODEL.items():
             if file(name):
                 raise UserError(f"{source} {what}")
-        if Path(source).is_dir() and (held := list(map(str, single_files(Path(source))))):
+        if Path(source).is_dir() and (held := single_files(Path(source))):
+            if held[0].suffix == ".pt":
+                read_tensors(held[0])  # which says of a hypernetwork that it is one
             raise UserError(f"{source} is no folder of diffusers': give a file in it, {held[0]}")
     told = index or file("config.json")
     name = str(read_config(told, str(source)).get("_class_name", "")) if told else ""

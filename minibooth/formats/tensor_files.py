@@ -5,7 +5,8 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,9 +89,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     What kind it is says its content: files go round under every ending. Pickles (.ckpt, .bin, .pt)
     are read by torch's restricted unpickler: no code in them runs. Raises UserError for a file that
-    is damaged, wants to run code or is GGUF.
+    is damaged, wants to run code, is GGUF or a hypernetwork.
     """
-    try:
+    with explained(path):
         with open(path, "rb") as f:
             head = f.read(9)
         if head.startswith(b"GGUF"):
@@ -101,9 +102,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if named or head[8:] == b"{":  # the header, after its length in 8 bytes
             return read_safetensors(path)
         return read_pickle(path), {}
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Within it, what a damaged or hostile file does to its reader is a UserError."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as e:  # what a damaged file does to its reader has many names
+    except Exception as e:  # it has many names
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise wants_to_run_code(path, [foreign[1]]) from None
         # torch's first line advises to let the code in it run; what is wrong stands further below.
@@ -159,22 +167,34 @@ MOST_NESTED = 10  # state_dict within state_dict; a pickle can also hold itself,
 GREEDY = re.compile(rb"\nbytearray\n|(?i:[XU]\x08(?:\0\0\0)?punycode|[XU]\x04(?:\0\0\0)?idna)")
 
 
+A_HYPERNETWORK = (
+    "is a hypernetwork, which stands before keys and values and cannot be merged into weights: "
+    "give it as --hypernetwork to sample, and as --model the model that it was trained with"
+)
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A dictionary of tensors, those in a zip memory-mapped, from either format of torch.save."""
-    with open(path, "rb") as f:
-        if f.read(4) == b"PK\3\4":  # as torch tells them apart
-            value = read_zip(path, f)
-        else:
-            f.seek(0)
-            check_pickled(path, f.read(MOST_PICKLED))
-            f.seek(0)
-            value = torch.load(Frugal(path, f), map_location="cpu", weights_only=True)
+    value = unpickled(path)
     for key in NESTED * MOST_NESTED:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no dictionary of weights")
+    if any(type(key) is int and isinstance(x, tuple | list) for key, x in value.items()):
+        raise UserError(f"{path} {A_HYPERNETWORK}")
     return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def unpickled(path: Path):
+    """What is in a pickle, read without running what is in it."""
+    with open(path, "rb") as f:
+        if f.read(4) == b"PK\3\4":  # as torch tells them apart
+            return read_zip(path, f)
+        f.seek(0)
+        check_pickled(path, f.read(MOST_PICKLED))
+        f.seek(0)
+        return torch.load(Frugal(path, f), map_location="cpu", weights_only=True)
 
 
 def read_zip(path: Path, file: BinaryIO):

@@ -64,6 +64,8 @@ def train_settings(given: dict) -> dict:
     suitable = default_run()
     if given.get("method") == "lora":
         suitable |= {"rank": 16, "learning_rate": 4e-3}
+    if given.get("method") == "hypernetwork":
+        suitable |= {"learning_rate": 4e-3}
     if given.get("method") == "textual_inversion":
         word = {"placeholder_token": "<sks>", "initializer_token": "dog"} | given
         name, common = f"a {word['placeholder_token']}", suitable["instance_prompt"]

@@ -1,6 +1,7 @@
-"""What a run trains: all weights of a network, low-rank differences of some, or one new word.
+"""What a run trains: all weights of a network, low-rank differences of some, one new word, or
+networks before keys and values.
 
-One loss and one run for all three: what the optimizer is given for each network differs.
+One loss and one run for all four: what the optimizer is given for each network differs.
 """
 
 import json
@@ -11,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import lora, textual_inversion
+from .. import hypernetwork, lora, textual_inversion
 from ..common import cli
-from ..common.files import write_text
+from ..common.files import named_after, write_text
 from ..device import ranks
-from ..formats import adapters
+from ..formats import adapters, hypernetworks
+from ..hypernetwork import Hypernetwork
 from ..pipeline import StableDiffusion
 from . import parameters, report
 from .settings import TrainConfig
@@ -24,10 +26,13 @@ from .settings import TrainConfig
 LORA_RATES = {"learning_rate": 1e-4, "text_encoder_learning_rate": 5e-5}
 # As diffusers' script has them; no network trains.
 WORD = {"learning_rate": 5e-4, "max_train_steps": 3000, "train_text_encoder": False}
+# The rate that AUTOMATIC1111 begins with, and the steps that its guides name for it.
+HYPERNETWORK = {"learning_rate": 1e-5, "max_train_steps": 10_000}
 USUAL = {  # learning rates on public models
     "dreambooth": TrainConfig.learning_rate,
     "lora": LORA_RATES["learning_rate"],
     "textual_inversion": WORD["learning_rate"],
+    "hypernetwork": HYPERNETWORK["learning_rate"],
 }
 
 
@@ -39,7 +44,7 @@ def defaults(given: dict) -> dict:
     method = given.get("method")
     if method == "textual_inversion":
         return WORD | {"instance_prompt": f"a {given.get('placeholder_token')}"}
-    return LORA_RATES if method == "lora" else {}
+    return {"lora": LORA_RATES, "hypernetwork": HYPERNETWORK}.get(method, {})
 
 
 def warn_of_other_method(given: dict) -> None:
@@ -56,11 +61,14 @@ def warn_of_other_method(given: dict) -> None:
 
 
 def to_train(sd: StableDiffusion, config: TrainConfig) -> dict[str, nn.Module]:
-    """What is trained, by the name of its network: itself, adapters of it, or a word for it, which
-    is added to the model."""
+    """What is trained, by the name of its network: itself, adapters of it, a hypernetwork before
+    it, or a word for it, which is added to the model."""
     if config.method == "textual_inversion":
         word = (config.placeholder_token, config.initializer_token, config.num_vectors)
         return {"text_encoder": textual_inversion.create(sd, *word)}
+    if config.trains_hypernetwork:
+        how = config.hypernetwork_widths, config.hypernetwork_form, config.weight_init
+        return {"unet": hypernetwork.create(sd.unet, *how, config.seed)}
     names = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
     if config.method == "dreambooth":
         return {name: sd.networks[name] for name in names}
@@ -110,8 +118,19 @@ def attach(sd: StableDiffusion, trained: dict[str, nn.Module]) -> None:
     for name, of_it in trained.items():
         if isinstance(of_it, textual_inversion.Word):
             textual_inversion.attach(sd, of_it)
+        elif isinstance(of_it, Hypernetwork):
+            hypernetwork.attach(sd.unet, of_it)
         elif of_it is not sd.networks[name]:
             lora.attach(sd.networks[name], of_it)
+
+
+def frozen_beside(sd: StableDiffusion, trained: dict[str, nn.Module]) -> list[nn.Parameter]:
+    """The UNet's weights that stay while something trains beside or before them."""
+    of_unet = trained.get("unet")
+    if isinstance(of_unet, Hypernetwork):
+        return [layer.weight for layer, _ in hypernetwork.projections(sd.unet, of_unet)]
+    adapted = of_unet.values() if isinstance(of_unet, nn.ModuleDict) else ()
+    return [sd.unet.get_submodule(a.layer).weight for a in adapted]
 
 
 def write(
@@ -123,7 +142,7 @@ def write(
     dtype: torch.dtype | None = None,
 ) -> None:
     """The result after `step` updates, or a snapshot, and its card: the model as a diffusers
-    folder, or both forms of a LoRA's or a word's file."""
+    folder, both forms of a LoRA's or a word's file, or a hypernetwork's."""
     if config.method == "dreambooth":
         sd.save(folder, dtype)
     elif config.method == "textual_inversion":
@@ -132,6 +151,11 @@ def write(
         adapters.write_embedding(folder / adapters.DIFFUSERS_EMBEDDING, token, word.vectors)
         file = folder / report.small_file(config, step)
         adapters.write_embedding(file, "emb_params", word.vectors)
+    elif config.method == "hypernetwork":
+        about = {"step": step, "name": named_after(config.output_dir)}
+        about |= {"sd_checkpoint_name": sd.source, "weight_initialization": config.weight_init}
+        file = folder / report.small_file(config, step)
+        hypernetworks.write(file, trained["unet"], dtype, about)
     else:
         file, about = folder / report.small_file(config, step), header(sd, config, step)
         adapters.write_kohya_lora(file, sd.networks, trained, dtype, about)
@@ -177,6 +201,8 @@ def moved(
         network, what = sd.networks[name], f"the {name}'s weights"
         if isinstance(module, textual_inversion.Word):
             what = "the word's vectors"
+        if isinstance(module, Hypernetwork):
+            what = "the hypernetwork's weights"
         if not isinstance(module, nn.ModuleDict):
             shares[what] = parameters.moved(name, module, originals)
             continue

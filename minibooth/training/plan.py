@@ -5,8 +5,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .. import lora
+from .. import hypernetwork, lora
 from ..device import ranks
+from ..hypernetwork import Hypernetwork
 from ..pipeline import StableDiffusion
 from .eight_bit import AdamW8bit
 
@@ -49,6 +50,10 @@ def trainable(sd: StableDiffusion, config) -> list[Tensor]:
     if config.trains_word:
         width = sd.text_encoder.final_layer_norm.weight.shape[0]
         return [torch.empty(config.num_vectors, width, device="meta")]
+    if config.trains_hypernetwork:
+        widths = config.hypernetwork_widths or hypernetwork.widths(sd.unet)
+        with torch.device("meta"):
+            return list(Hypernetwork(config.hypernetwork_form, widths).parameters())
     if config.method == "lora":
         shapes = [s for n in networks for s in lora.shapes(n, config.rank, config.lora_targets)]
         return [torch.empty(shape, device="meta") for shape in shapes]
@@ -78,6 +83,7 @@ ACTIVATIONS = {  # where the UNet computes in 16 bits, and in fp32
     "dreambooth": {True: (304_000, 62_000), False: (464_000, 87_000)},
     "lora": {True: (261_000, 46_000), False: (382_000, 84_000)},
     "textual_inversion": {True: (234_000, 44_000), False: (353_000, 81_000)},
+    "hypernetwork": {True: (273_000, 50_000), False: (419_000, 88_000)},
 }
 LEFT = 0.33, 0.6  # of these, where the backward pass has most of the gradients
 PREDICTING = {True: 17_300, False: 32_000}  # the UNet without a backward pass

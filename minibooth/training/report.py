@@ -19,7 +19,7 @@ from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, named_after, write_text
 from ..device import ranks
-from ..formats import hub
+from ..formats import hub, hypernetworks
 from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
@@ -275,23 +275,31 @@ def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
 
 
 def small_file(config: TrainConfig, step: int) -> str:
-    """What A1111's and ComfyUI's form of a LoRA or a word is called after `step` updates: all of
-    them go into one folder there. A LoRA is named after the run's folder; of a word the file's name
-    is what stands in prompts, <my-dog> as my-dog. Those of snapshots also have their step."""
+    """What A1111's and ComfyUI's form of a LoRA, word or hypernetwork is called after `step`
+    updates: all of them go into one folder there. It is named after the run's folder; of a word the
+    file's name is what stands in prompts, <my-dog> as my-dog. Those of snapshots also have their
+    step."""
     name = named_after(config.output_dir)
     if config.trains_word:
         name = re.sub(r"[^\w-]", "", config.placeholder_token) or "word"
     if f"{name}.safetensors" in (DIFFUSERS_LORA, DIFFUSERS_EMBEDDING):
         name += "-a1111"
-    return f"{name}{f'-{step}' if step < config.max_train_steps else ''}.safetensors"
+    ending = hypernetworks.ENDING if config.trains_hypernetwork else ".safetensors"
+    return f"{name}{f'-{step}' if step < config.max_train_steps else ''}{ending}"
 
 
 # Where each kind of file goes in other programs.
-COMFYUI = {"dreambooth": "checkpoints", "lora": "loras", "textual_inversion": "embeddings"}
+COMFYUI = {
+    "dreambooth": "checkpoints",
+    "lora": "loras",
+    "textual_inversion": "embeddings",
+    "hypernetwork": "hypernetworks",
+}
 A1111 = {
     "dreambooth": "models/Stable-diffusion",
     "lora": "models/Lora",
     "textual_inversion": "embeddings",
+    "hypernetwork": "models/hypernetworks",
 }
 
 
@@ -306,11 +314,13 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
         what, draw, merged = "a LoRA", [*base, "--lora", result], [*base, "--merge_lora", result]
     if config.trains_word:
         what, draw = "a word", [*base, "--embedding", result]
+    if config.trains_hypernetwork:
+        what, draw = "a hypernetwork", [*base, "--hypernetwork", result]
     draw += ["--prompt", f"{prompt} in the snow"]
     if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
         draw += ["--guidance_scale", f"{config.validation_guidance_scale:g}"]
     lines = {"draw": command("minibooth.sample", *draw)}
-    if not config.trains_word:
+    if config.method in ("dreambooth", "lora"):  # what can be merged
         lines["one file"] = command("minibooth.convert", *merged, "--output", file)
     if sd and is_public_size(sd.configs):
         if config.method != "dreambooth":
@@ -318,7 +328,8 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
         lines["ComfyUI"] = cli.copying(file, f"ComfyUI/models/{COMFYUI[config.method]}")
         webui = f"stable-diffusion-webui/{A1111[config.method]}"
         lines["A1111"] = cli.copying(file, webui)
-        lines["diffusers"] = f"python -c {cli.pasted(for_diffusers(run, config))}"
+        if not config.trains_hypernetwork:  # which diffusers does not know
+            lines["diffusers"] = f"python -c {cli.pasted(for_diffusers(run, config))}"
     said = [f"done: {run} is {what}"]
     said += [f"  {name + ':':10} {line}" for name, line in lines.items()]
     if (state := run / "state").exists():
@@ -362,6 +373,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
         "dreambooth": "DreamBooth",
         "lora": f"LoRA of rank {config.rank}",
         "textual_inversion": f"Textual Inversion of the word `{config.placeholder_token}`",
+        "hypernetwork": f"a hypernetwork of layer structure {config.layer_structure}",
     }[config.method]
     return f"""---
 license: {sd.licence or "unknown"}{base}

@@ -160,6 +160,8 @@ def identify(
     names += ("random_flip", "num_class_images", "method")
     if config.method == "lora":
         names += ("rank", "lora_alpha", "lora_targets")
+    if config.trains_hypernetwork:
+        names += ("hypernetwork_sizes", "layer_structure", "activation_func", "weight_init")
     if config.trains_word:
         names += ("placeholder_token", "initializer_token", "num_vectors", "learnable_property")
     names += ("class_sampler", "class_steps", "class_guidance_scale")

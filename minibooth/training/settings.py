@@ -3,15 +3,16 @@
 import math
 from dataclasses import dataclass
 
-from .. import lora, ops, textual_inversion
+from .. import hypernetwork, lora, ops, textual_inversion
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
 from ..formats import checks
+from ..hypernetwork import Form
 from . import subjects
 from .subjects import Subject
 
-METHODS = ("dreambooth", "lora", "textual_inversion")
+METHODS = ("dreambooth", "lora", "textual_inversion", "hypernetwork")
 PROPERTIES = (*textual_inversion.TEMPLATES, "prompt")
 
 
@@ -75,7 +76,8 @@ class TrainConfig:
         "dreambooth",
         "what is trained: dreambooth all weights; lora low-rank differences of some layers (small "
         "files beside the model; learning rates 1e-4 and 5e-5 where none is given); "
-        "textual_inversion one new word (5e-4, 3000 steps, no prior term)",
+        "textual_inversion one new word (5e-4, 3000 steps, no prior term); hypernetwork small "
+        "networks before keys and values (1e-5, 10,000 steps)",
         choices=METHODS,
     )
     max_train_steps: int = option(800, "updates of the weights")
@@ -111,7 +113,7 @@ class TrainConfig:
         False, "also train on mirrored photographs; not for lettering or faces"
     )
 
-    rank: int = option(4, "of LoRA's matrices", topic="method (LoRA, Textual Inversion)")
+    rank: int = option(4, "of LoRA's matrices", topic="method (LoRA, word, hypernetwork)")
     lora_alpha: float | None = option(None, "LoRA's α, as in (α/rank) B A [the rank]")
     lora_targets: str = option(
         "attention",
@@ -126,6 +128,20 @@ class TrainConfig:
         "what the word is for, which chooses the prompts it is trained with: the paper's for an "
         "object or a style, or the instance prompt alone",
         choices=PROPERTIES,
+    )
+    hypernetwork_sizes: str | None = option(
+        None, "widths that get a pair of networks, with commas between, say 768,320 [the model's]"
+    )
+    layer_structure: str = option(
+        "1,2,1", "widths of these networks' layers, times the width that they are for"
+    )
+    activation_func: str = option(
+        "linear", "between these layers; linear is none", choices=tuple(hypernetwork.OFFERED)
+    )
+    weight_init: str = option(
+        "zero",
+        "of these layers: zero begins with the model itself, normal is as AUTOMATIC1111's",
+        choices=hypernetwork.STARTS,
     )
 
     prior_loss_weight: float = option(
@@ -249,6 +265,21 @@ class TrainConfig:
         return self.method == "textual_inversion"
 
     @property
+    def trains_hypernetwork(self) -> bool:
+        return self.method == "hypernetwork"
+
+    @property
+    def hypernetwork_form(self) -> Form:
+        """Raises UserError for a --layer_structure that is none."""
+        structure = cli.numbers("--layer_structure", self.layer_structure, float)
+        return Form(structure, self.activation_func)
+
+    @property
+    def hypernetwork_widths(self) -> tuple[int, ...]:
+        """Of its pairs; empty for all. Raises UserError for a --hypernetwork_sizes that is none."""
+        return cli.numbers("--hypernetwork_sizes", self.hypernetwork_sizes or "", int)
+
+    @property
     def subjects(self) -> list[Subject]:
         """Whom the run is taught. Raises UserError where the list of them is none."""
         if self.concepts_list:
@@ -341,6 +372,10 @@ class TrainConfig:
                 "--gradient_accumulation_steps; give a larger --train_batch_size"
             )
         cli.check_choices(self)
+        if self.trains_hypernetwork:
+            _ = self.hypernetwork_form, self.hypernetwork_widths
+            if self.train_text_encoder:
+                raise UserError("a hypernetwork stands in the UNet alone: no --train_text_encoder")
         at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
         at_least_one += ("sample_batch_size", "validation_steps", "checkpointing_steps")
         at_least_one += ("class_steps", "validation_inference_steps", "resolution")

@@ -1,4 +1,4 @@
-"""checkpoint-N: the model, LoRA or word alone after N steps, in fp16, whole or not there."""
+"""checkpoint-N: what was trained alone after N steps, in fp16, whole or not there."""
 
 import os
 import shutil
@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from ..device import ranks
+from ..formats import hypernetworks
 from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 
 
 def is_model(folder: Path) -> bool:
     names = ("model_index.json", DIFFUSERS_LORA, DIFFUSERS_EMBEDDING)
-    return any((folder / name).exists() for name in names)
+    return any((folder / name).exists() for name in names) or bool(hypernetworks.held_by(folder))
 
 
 def found(run: Path) -> list[Path]:

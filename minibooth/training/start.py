@@ -242,7 +242,7 @@ def try_kernels(run: Run, captured: bool, found: list[class_images.Images]) -> N
     """On a GPU, find out which kernels are the right ones for what this run will replay there from
     CUDA graphs: its drawing, class images among it, and, if `captured`, its steps."""
     config, sd, side = run.config, run.sd, run.resolution
-    drawing, training, learns = [], 0, run.trained.get("unet")
+    drawing, training = [], 0
     wanted = settle.wanted(run.device)
     if wanted and not config.saves_memory:
         pictures = len(config.grid_prompts) * config.num_validation_images
@@ -253,14 +253,13 @@ def try_kernels(run: Run, captured: bool, found: list[class_images.Images]) -> N
         drawing += [n for size in missing for n in settle.batches(size, size, strength)]
     if wanted and captured:
         training = config.train_batch_size * (1 + config.uses_prior)
-    adapters = learns.values() if isinstance(learns, nn.ModuleDict) else ()
     met = settle.met(
         sd,
         side,
         side,
         drawing=drawing,
         training=training,
-        adapted=[sd.unet.get_submodule(adapter.layer).weight for adapter in adapters],
+        adapted=methods.frozen_beside(sd, run.trained),
         text_changes=config.text_changes,
         autocast=run.precision.autocast,
     )
@@ -277,8 +276,9 @@ def disk_needed(
     file.
     """
     networks = [plan.size_of(network) for network in sd.networks.values()]
-    if config.method != "dreambooth":  # two files of it
-        networks = 2 * [sum(plan.size(p) for p in plan.trainable(sd, config))]
+    if config.method != "dreambooth":
+        files = 1 if config.trains_hypernetwork else 2
+        networks = files * [sum(plan.size(p) for p in plan.trainable(sd, config))]
     written = (config.max_train_steps - 1) // config.checkpointing_steps
     kept = min(written, config.checkpoints_total_limit or written)
     state = resume.size(sd, config)

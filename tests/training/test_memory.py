@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minibooth import UserError, lora, ops, train
+from minibooth import UserError, hypernetwork, lora, ops, train
 from minibooth.bench import models
 from minibooth.device import graphs, memory
 from minibooth.device.precision import Precision
@@ -635,6 +635,9 @@ def step_at_most(given, samples, side, half):
         if given.method == "lora":
             adapters = lora.create(unet, given.rank, given.rank, given.lora_targets)
             lora.attach(unet, adapters)
+        if given.method == "hypernetwork":
+            made = hypernetwork.create(unet)
+            hypernetwork.attach(unet, made)
         word = given.method == "textual_inversion"
         context = torch.empty(samples, 77, 768, requires_grad=word)
         inputs = torch.empty(samples, 4, side, side), torch.zeros(samples), context
