@@ -670,7 +670,8 @@ def test_the_plan_says_what_a_step_of_sd_15_takes(
     method, samples, side, modes, short, half, monkeypatch
 ):
     as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(torch.nn.ModuleDict, "to", lambda self, device: self)
+    for kind in (torch.nn.ModuleDict, hypernetwork.Hypernetwork):
+        monkeypatch.setattr(kind, "to", lambda self, device: self)
     settings = {"prior_loss_weight": 0.0, "train_batch_size": samples, **modes}
     given = config(method=method, gradient_checkpointing=short, **settings)
     part = plan.parts(sd15(), given, side * side, half)
