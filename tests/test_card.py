@@ -35,6 +35,7 @@ MATRIX = [
     ("word", "no", "in the backward"),
     ("word", "fp16", "8-bit"),
 ]
+HYPERNETWORK = ("hypernetwork", "bf16", "in full")  # which trains as a LoRA does: one run of it
 STEPS = 6  # three as they are, then the recording is replayed three times
 
 
@@ -52,7 +53,8 @@ def of_matrix(folder, method, precision, mode):
         ("lora", "no"): {"snr_gamma": 5.0},
         ("lora", "fp16"): {"train_text_encoder": True, "lora_targets": "all"},
     }
-    changes = METHODS[method] | MODES[mode] | own.get((method, precision), {})
+    trained = METHODS.get(method, {"method": method})
+    changes = trained | MODES[mode] | own.get((method, precision), {})
     return settings(
         folder / "-".join((method, precision, mode)), mixed_precision=precision, **changes
     )
@@ -78,7 +80,7 @@ def test_every_pair_of_settings_meets():
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_captured_and_eager_training_are_the_same(half, tmp_path):
-    rows = MATRIX[half::2]
+    rows = MATRIX[half::2] + [HYPERNETWORK] * half
     pairs = on_card.ask("both", runs=[of_matrix(tmp_path, *row) for row in rows])
     for row, (captured, eager) in zip(rows, pairs, strict=True):
         assert "error" not in captured, (row, captured)

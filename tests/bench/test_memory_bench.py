@@ -70,7 +70,7 @@ def test_a_run_that_ends_otherwise_did_not_fit(small, monkeypatch):
 
 def test_the_rows_are_what_can_be_done_in_each_precision():
     rows = bench.rows(CUDA)
-    assert len(rows) == len(set(rows)) == 6 + 2 + 2 + 4 + 2 + 2
+    assert len(rows) == len(set(rows)) == 6 + 2 + 2 + 2 + 4 + 2 + 2 + 2
     fp16 = [row for row in rows if row.precision == "fp16"]
     assert not any("optimizer_in_backward" in row.mode for row in fp16)
     assert {row.precision for row in bench.rows(CPU)} == {"no"}

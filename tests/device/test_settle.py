@@ -481,6 +481,7 @@ RUNS = {  # settings, and the UNet's batches where it draws and where it trains
         {12, 1},  # three prompts without a class; before the first adapter nothing has a gradient
         {1},
     ),
+    "a hypernetwork": ({"method": "hypernetwork", "prior_loss_weight": 0.0}, {12, 1}, {1}),
     "a word": (WORD | {"num_validation_images": 1, "validation_prompt": ("a <x>",)}, {2, 1}, {1}),
 }
 
