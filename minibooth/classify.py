@@ -100,9 +100,10 @@ def losses(sd: StableDiffusion, c: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -
             text = texts.setdefault(len(drawn[0]), c.expand(len(drawn[0]), -1, -1))
             term = Term(*drawn, text)
             done = step(lambda x_t, t, _, c=text: sd.unet(x_t, t, c), sd.schedule, term, None)
-            found.append(done.per_sample.float().cpu())
-    checks.require_finite(torch.cat(found), "unet")
-    return torch.cat(found)
+            found.append(done.per_sample)
+    every = torch.cat(found).float().cpu()  # only here the host waits for the device
+    checks.require_finite(every, "unet")
+    return every
 
 
 def who_stay(nouns: int, share: float) -> int:

@@ -38,6 +38,7 @@ def ask(function: str, count: int = 1, interpreted: bool = False, environment=No
         asked = {"function": f"card_cases.{function}", "count": count, "arguments": arguments}
         asked |= {"environment": environment or {}, "folder": folder}
         hangs = threading.Timer(300, of.kill)
+        hangs.daemon = True  # nobody waits for it where writing fails
         hangs.start()
         of.stdin.write(json.dumps(asked) + "\n")
         status = of.stdout.readline().strip()

@@ -78,7 +78,7 @@ def checkpoint_gradients(unet: UNet, wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def visiting(networks: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Networks that training does not need: on the device only while this lasts."""
+    """Within it the networks are on the device; afterwards on the CPU."""
     for network in networks:
         network.to(device)
     try:

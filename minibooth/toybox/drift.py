@@ -75,11 +75,8 @@ class DriftConfig:
         """The λ that --arms asks for, if it is given."""
         if self.arms is None:
             return None
-        try:
-            found = [float(text) for text in self.arms.split(",")]
-        except ValueError:
-            found = [-1.0]
-        if not all(0 <= weight < math.inf for weight in found):
+        found = cli.numbers("--arms", self.arms, float)
+        if not found or not all(0 <= weight < math.inf for weight in found):
             raise UserError(
                 f"--arms {self.arms!r}: give numbers from 0 up with commas between, say 0,1"
             )
