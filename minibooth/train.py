@@ -112,7 +112,7 @@ def learn(
 ) -> None:
     """All updates, and what is written on the way. `captured`: by a CUDA graph, on a GPU."""
     config, folder = run.config, run.folder
-    weights = parameters.named_weights(run.trained)
+    weights = parameters.that_train(run.trained)
     done = resume.restore(run.saved, folder, weights, adam)
     ranks.require_same({**identity, "step": done})
     if 0 < done < config.max_train_steps:  # it was stopped after its state, before these

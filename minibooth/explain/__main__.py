@@ -26,7 +26,7 @@ def explain(config: TrainConfig) -> Path:
     run = Run(config, start.load(config), device)
     batches, loss, _ = prepare.gather(run)
     adam = prepare.make_optimizer(run)
-    weights = parameters.named_weights(run.trained)
+    weights = parameters.that_train(run.trained)
     return first_step.explain(run, batches, loss, weights, adam.scale)
 
 

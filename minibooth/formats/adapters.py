@@ -310,7 +310,9 @@ def read_embedding(given: str | Path) -> tuple[str, Tensor]:
     return chosen or word, vectors.detach().float()
 
 
-def write_embedding(path: str | Path, word: str, vectors: Tensor) -> None:
+def write_embedding(path: str | Path, word: str, vectors: Tensor | list[Tensor]) -> None:
     """Write the vectors, (n, D), of a word: diffusers' form. With "emb_params" in the word's place
     it is A1111's and ComfyUI's, for which the file's name is the word."""
-    write_safetensors(path, {word: vectors})
+    vectors = [vectors] if isinstance(vectors, Tensor) else vectors
+    names = [word] if len(vectors) == 1 else ["clip_l", "clip_g"]
+    write_safetensors(path, dict(zip(names, vectors, strict=True)))

@@ -59,11 +59,13 @@ def make_optimizer(run: Run) -> Update:
     config = run.config
     for network in run.idle:
         network.to("cpu")
-    parameters.make_trainable(run.trained.values(), run.device)
+    parameters.make_trainable(run.trained, run.device, but=parameters.unread(run.sd))
     methods.attach(run.sd, run.trained)
     of_text = config.learning_rate if config.trains_word else config.text_encoder_learning_rate
-    rates = {"unet": config.learning_rate, "text_encoder": of_text}
-    groups = [(rates[name], list(network.parameters())) for name, network in run.trained.items()]
+    groups = []
+    for name, network in run.trained.items():
+        rate = config.learning_rate if name == "unet" else of_text
+        groups.append((rate, [p for p in network.parameters() if p.requires_grad]))
     decay, eight_bit = config.adam_weight_decay, config.use_8bit_adam
     if config.optimizer_in_backward:
         print("the optimizer runs in the backward pass: gradients are not clipped")
