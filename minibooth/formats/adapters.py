@@ -41,6 +41,7 @@ NO_MODEL = {  # what to say where one of these is given as a model
 DIFFUSERS = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 A1111_EMBEDDING = ("emb_params", "*")  # the tensor's name where the file's name is the word
+SDXL_EMBEDDING = ("clip_l", "clip_g")  # the tensors of one for SDXL
 MOST_RANK = 4096  # of a LoRA; those that are passed on have 4 to 512
 MOST_VECTORS = 10**6  # numbers in a word's vectors: a prompt holds 75 of SD 2.x's 1024
 PEFT = "base_model.model."  # with which all names in peft's own files begin
@@ -314,5 +315,5 @@ def write_embedding(path: str | Path, word: str, vectors: Tensor | list[Tensor])
     """Write the vectors, (n, D), of a word: diffusers' form. With "emb_params" in the word's place
     it is A1111's and ComfyUI's, for which the file's name is the word."""
     vectors = [vectors] if isinstance(vectors, Tensor) else vectors
-    names = [word] if len(vectors) == 1 else ["clip_l", "clip_g"]
+    names = [word] if len(vectors) == 1 else SDXL_EMBEDDING
     write_safetensors(path, dict(zip(names, vectors, strict=True)))

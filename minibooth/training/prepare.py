@@ -19,15 +19,14 @@ def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     """
     config, sd, device = run.config, run.sd, run.device
     methods.place(sd, run.trained, device, run.precision.dtype)
-    of_run = run.resolution, run.fingerprint
-    found = [class_images.find(config, s, *of_run) for s in config.subjects * config.uses_prior]
+    found = start.images_of(run)
     start.try_kernels(run, captured, found)
 
     identity, class_photos, shown = run.identity, None, (run.shown,)
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
         graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
         with graph, run.precision.autocast():
-            files = [class_images.ensure(sd, images) for images in found]
+            files = [class_images.ensure(sd, images, run.on_passes) for images in found]
         of_class = torch.tensor([i for i, those in enumerate(files) for _ in those])
         files = [file for those in files for file in those]
         class_photos = photos.load_photos(files, run.resolution, config.center_crop)

@@ -19,8 +19,8 @@ from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, named_after, write_text
 from ..device import ranks
-from ..formats import hub, hypernetworks
-from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
+from ..formats import families, hub, hypernetworks
+from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA, SDXL_EMBEDDING
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
@@ -317,7 +317,9 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
     if config.trains_hypernetwork:
         what, draw = "a hypernetwork", [*base, "--hypernetwork", result]
     draw += ["--prompt", f"{prompt} in the snow"]
-    if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
+    two = sd is not None and len(sd.text_encoders) == 2
+    usual = families.GUIDANCE if two else TrainConfig.validation_guidance_scale
+    if config.validation_guidance_scale != usual:
         draw += ["--guidance_scale", f"{config.validation_guidance_scale:g}"]
     lines = {"draw": command("minibooth.sample", *draw)}
     if config.method in ("dreambooth", "lora"):  # what can be merged
@@ -329,7 +331,7 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
         webui = f"stable-diffusion-webui/{A1111[config.method]}"
         lines["A1111"] = cli.copying(file, webui)
         if not config.trains_hypernetwork:  # which diffusers does not know
-            lines["diffusers"] = f"python -c {cli.pasted(for_diffusers(run, config))}"
+            lines["diffusers"] = f"python -c {cli.pasted(for_diffusers(run, config, two))}"
     said = [f"done: {run} is {what}"]
     said += [f"  {name + ':':10} {line}" for name, line in lines.items()]
     if (state := run / "state").exists():
@@ -341,18 +343,24 @@ def command(program: str, *given: str) -> str:
     return f"python -m {program} {' '.join(map(cli.pasted, map(str, given)))}"
 
 
-def for_diffusers(run: Path, config: TrainConfig) -> str:
-    """Python in one line that draws with the result."""
+def for_diffusers(run: Path, config: TrainConfig, two: bool) -> str:
+    """Python in one line that draws with the result; `two`: for SDXL's two text encoders."""
     base, small, folder = str(config.model), "", str(run)
     if config.method == "dreambooth":
         base = folder
     elif config.method == "lora":
         small = f"p.load_lora_weights({folder!r}); "
+    elif two:
+        token, file = config.placeholder_token, os.path.join(folder, DIFFUSERS_EMBEDDING)
+        small = f"from safetensors.torch import load_file; w = load_file({file!r}); "
+        for key, n in zip(SDXL_EMBEDDING, ("", "_2"), strict=True):
+            parts = f"text_encoder=p.text_encoder{n}, tokenizer=p.tokenizer{n}"
+            small += f"p.load_textual_inversion(w[{key!r}], token={token!r}, {parts}); "
     else:
         small = f"p.load_textual_inversion({folder!r}); "
     load = "from_single_file" if Path(base).is_file() else "from_pretrained"
     return (
-        f"from diffusers import StableDiffusionPipeline as S; p = S.{load}({base!r}); "
+        f"from diffusers import StableDiffusion{'XL' * two}Pipeline as S; p = S.{load}({base!r}); "
         f"{small}p({config.subjects[0].instance_prompt!r}).images[0].save('drawn.png')"
     )
 

@@ -275,7 +275,8 @@ def test_the_gradient_is_the_new_rows_of_the_whole_embedding_s(tmp_path, monkeyp
 
     other = runs.model()
     config = runs.config(tmp_path / "other", **WORD)
-    start = textual_inversion.embedding_of(other.text_encoder).weight[other.tokenizer.pieces("dog")[0][1]]
+    rows = textual_inversion.embedding_of(other.text_encoder).weight
+    start = rows[other.tokenizer.pieces("dog")[0][1]]
     textual_inversion.add_word(other, "<sks>", start.detach()[None])
     table = textual_inversion.embedding_of(other.text_encoder).weight.requires_grad_(True)
     [prompt] = {config.prompts[i] for i in drawn_prompt(config)}

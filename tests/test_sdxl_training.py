@@ -1,0 +1,187 @@
+"""Training SDXL, against loops written with diffusers, transformers, peft and torch's own AdamW."""
+
+import csv
+import functools
+
+import diffusers
+import peers
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+from test_lora import assert_same_gradients, peft_twin
+from test_lora import trained as adapters_of
+from tiny import randn, rel
+
+from minibooth import dreambooth, load, lora, train
+from minibooth.text_encoder import Condition
+from minibooth.training import class_images, photos
+from minibooth.training.data import pick, rng
+
+WHOLE = [32, 32, 0, 0, 32, 32]
+# Of runs.photographs(), crop by crop: (height, width) as it came, (top, left) of the crop, its own.
+SIZES = [WHOLE, *([32, 52, 0, left, 32, 32] for left in (0, 10, 20)), [48, 48, 0, 0, 32, 32]]
+PHOTO = [0, 1, 1, 1, 2]
+# What is shown to nobody: of the first text encoder the last layer and the norm behind it.
+UNREAD = ("encoder.layers.2.", "final_layer_norm.")
+
+
+def config(folder, **changes):
+    changes = {"max_train_steps": 2, "train_batch_size": 3, "max_grad_norm": 0.3} | changes
+    return runs.config(folder, kind="sdxl", num_class_images=2, **changes)
+
+
+def drawn_images(config):
+    sd, [subject] = load(config.model), config.subjects
+    return class_images.ensure(sd, class_images.find(config, subject, 32, sd.fingerprint()))
+
+
+def peer():
+    """A pipeline whose networks can be trained."""
+    pipe = peers.sdxl()
+    pipe.tokenizer, pipe.tokenizer_2 = (
+        getattr(peers.model("sdxl")[1], name) for name in ("tokenizer", "tokenizer_2")
+    )
+    return pipe
+
+
+def independent_loop(config, pipe, weights):
+    """Train `weights`, by rate, in a peer as `config` says. Only the draws are minibooth's. The
+    losses of all steps and the last norm of the gradients."""
+    scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    groups = [{"params": of_it, "lr": rate} for rate, of_it in weights]
+    adam = torch.optim.AdamW(groups, weight_decay=0.01, foreach=False, fused=False)
+    data = {"instance": (config.instance_data_dir, SIZES, PHOTO, config.instance_prompt)}
+    data["class"] = drawn_images(config), [WHOLE] * 2, [0, 1], config.class_prompt
+    losses = []
+    for n in range(config.max_train_steps):
+        parts, targets = [], []
+        for name, (files, sizes, photo, prompt) in data.items():
+            images = photos.load_photos(files, 32).images
+            with torch.no_grad():
+                found = pipe.vae.encode(images).latent_dist
+            of_photo = functools.partial(pick, seed=config.seed, name=name, n=n, batch=3)
+            rows = of_photo(type("Latents", (), {"photo": torch.tensor(photo)}))
+            g = rng(config.seed, name, "noise", n)
+            shape = (3, *found.mean.shape[1:])
+            x0 = 0.13025 * (found.mean[rows] + found.std[rows] * torch.randn(shape, generator=g))
+            eps = torch.randn(shape, generator=g)
+            t = torch.randint(1000, (3,), generator=g)
+            context, _, pooled, _ = pipe.encode_prompt(
+                [prompt] * 3, do_classifier_free_guidance=False
+            )
+            told = torch.tensor([sizes[row] for row in rows])
+            parts.append((scheduler.add_noise(x0, eps, t), t, context, pooled, told))
+            targets.append(eps)
+        loss = 0
+        for (noisy, t, context, pooled, sizes), eps in zip(parts, targets, strict=True):
+            added = {"text_embeds": pooled, "time_ids": sizes}
+            loss = loss + F.mse_loss(
+                pipe.unet(noisy, t, context, added_cond_kwargs=added).sample, eps
+            )
+        loss.backward()
+        losses.append(loss.item())
+        trained = [p for _, of_it in weights for p in of_it]
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        adam.step()
+        adam.zero_grad()
+    return losses, norm.item()
+
+
+def rows_of(folder):
+    with open(folder / "loss.csv") as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def assert_same_losses(folder, losses, norm):
+    assert norm > 0.3  # so that clipping does something
+    rows = rows_of(folder)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert rows[-1]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def encoder_weights(pipe):
+    return [*pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()]
+
+
+def test_all_weights_of_unet_and_both_encoders_equal_an_independent_loop(tmp_path):
+    """At batch 3 with prior preservation: each sample has its own text, sizes and picture."""
+    wanted = config(tmp_path, train_text_encoder=True)
+    sd, pipe = runs.model("sdxl"), peer()
+    names = ("unet", "text_encoder", "text_encoder_2")
+    start = {name: runs.flat(sd.networks[name].state_dict()) for name in names}
+    last = {k: v.clone() for k, v in sd.text_encoder.state_dict().items() if k.startswith(UNREAD)}
+    train.train(wanted, sd)
+    groups = [(1e-3, list(pipe.unet.parameters())), (5e-4, encoder_weights(pipe))]
+    assert_same_losses(tmp_path, *independent_loop(wanted, pipe, groups))
+    for name in names:
+        moved = runs.flat(sd.networks[name].state_dict()) - start[name]
+        expected = runs.flat(peers.tensors(getattr(pipe, name))) - start[name]
+        assert (moved - expected).norm() / expected.norm() < 3e-4, name
+    assert len(last) == 18
+    for key, before in last.items():
+        assert torch.equal(sd.text_encoder.state_dict()[key], before), key
+
+
+def test_a_lora_of_all_three_networks_equals_pefts(tmp_path, monkeypatch):
+    wanted = config(tmp_path, method="lora", rank=3, lora_alpha=5.0, train_text_encoder=True)
+    sd, pipe, kept = runs.model("sdxl"), peer(), {}
+    write = train.methods.write
+    monkeypatch.setattr(train.methods, "write", lambda *a: kept.update(a[2]) or write(*a))
+    fresh = {
+        name: lora.create(sd.networks[name], 3, 5.0, seed=wanted.seed)
+        for name in ("unet", "text_encoder", "text_encoder_2")
+    }
+    groups = []
+    for name, adapters in fresh.items():
+        module = getattr(pipe, name)
+        twin = peft_twin(getattr(module, "text_model", module), sd.networks[name], adapters, None)
+        rate = 1e-3 if name == "unet" else 5e-4
+        groups.append((rate, [p for p in twin.parameters() if p.requires_grad]))
+    train.train(wanted, sd)
+    assert_same_losses(tmp_path, *independent_loop(wanted, pipe, groups))
+    for name, adapters in kept.items():
+        module = getattr(pipe, name)
+        for a in adapters.values():
+            theirs = getattr(module, "text_model", module).get_submodule(a.layer)
+            for ours, half in ((a.A, "lora_A"), (a.B, "lora_B")):
+                weight = getattr(theirs, half)["default"].weight
+                torch.testing.assert_close(ours, weight, rtol=2e-3, atol=2e-5)
+            unread = name == "text_encoder" and a.layer.startswith(UNREAD)
+            assert a.B.any() != unread  # in the file it is all the same, as in others'
+
+
+def test_losses_and_gradients_of_a_lora_step_equal_diffusers_with_peft():
+    folder, _ = peers.model("sdxl")
+    ours, theirs = load(folder).unet.requires_grad_(False), peers.sdxl().unet
+    adapters = adapters_of(ours, "transformers")
+    peft_twin(theirs, ours, adapters, "transformers")
+    lora.attach(ours, adapters)
+    terms = [
+        dreambooth.Term(
+            randn(2, 4, 16, 16, seed=seed),
+            randn(2, 4, 16, 16, seed=seed + 1),
+            torch.tensor([seed, 900 - seed]),
+            Condition(
+                randn(2, 77, 80, seed=seed + 2),
+                randn(2, 24, seed=seed + 3),
+                torch.tensor([[480, 640, 0, seed, 32, 32], WHOLE]),
+            ),
+        )
+        for seed in (10, 20)
+    ]
+    schedule = load(folder).schedule
+
+    def diffusers_unet(x, t, c):
+        added = {"text_embeds": c.pooled, "time_ids": c.sizes}
+        return theirs(x, t, c.context, added_cond_kwargs=added).sample
+
+    step, peer_step = (
+        dreambooth.step(unet, schedule, *terms, prior_loss_weight=0.7)
+        for unet in (ours, diffusers_unet)
+    )
+    for name in ("loss", "loss_instance", "loss_prior"):
+        assert rel(getattr(step, name), getattr(peer_step, name)) < 1e-5
+    step.loss.backward()
+    peer_step.loss.backward()
+    assert_same_gradients(adapters, theirs)
