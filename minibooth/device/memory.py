@@ -97,6 +97,34 @@ def visiting(networks: list[nn.Module], device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def away(network: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Within it the network is on the CPU; afterwards where it was."""
+    device = next(network.parameters()).device
+    network.to("cpu" if wanted else device)
+    try:
+        yield
+    finally:
+        network.to(device)
+
+
+@contextmanager
+def by_turns(sd: StableDiffusion, wanted: bool) -> Iterator[None]:
+    """Within it, the UNet is away whenever latents are decoded."""
+    decode = sd.decode
+
+    def alone(latents: Tensor) -> Tensor:
+        with away(sd.unet):
+            return decode(latents)
+
+    if wanted:
+        sd.decode = alone
+    try:
+        yield
+    finally:
+        vars(sd).pop("decode", None)  # the class's own shows again
+
+
+@contextmanager
 def each_gradient(
     parameters: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
