@@ -107,6 +107,7 @@ DEEP_ACTIVATIONS = {  # SDXL's, whose transformers have up to ten blocks
 }
 LEFT = 0.33, 0.6  # of these, where the backward pass has most of the gradients
 PREDICTING = {True: 17_300, False: 32_000}  # the UNet without a backward pass
+DEEP_PREDICTING = {True: 12_200, False: 19_600}
 CODING = 197_000  # the VAE, which computes in fp32 and takes one picture of this size at once
 LARGE = 2e9  # bytes of what makes room, or of what room is made for, where memory is short
 SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
@@ -144,8 +145,11 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
 
 
 def activations(sd: StableDiffusion) -> dict[str, dict[bool, tuple[int, int]]]:
-    depths = sd.configs["unet"].get("transformer_layers_per_block", 1)
-    return ACTIVATIONS if depths == 1 else DEEP_ACTIVATIONS
+    return DEEP_ACTIVATIONS if is_deep(sd) else ACTIVATIONS
+
+
+def is_deep(sd: StableDiffusion) -> bool:
+    return sd.configs["unet"].get("transformer_layers_per_block", 1) != 1
 
 
 def visiting(sd: StableDiffusion, config) -> int:
@@ -163,7 +167,8 @@ def copies(sd: StableDiffusion, config, half: bool) -> int:
 
 def drawing(sd: StableDiffusion, config, pixels: int, half: bool, pictures: int) -> int:
     """Bytes that the UNet works in while it draws so many at once, with guidance."""
-    return copies(sd, config, half) + 2 * pictures * pixels * PREDICTING[half]
+    each = (DEEP_PREDICTING if is_deep(sd) else PREDICTING)[half]
+    return copies(sd, config, half) + 2 * pictures * pixels * each
 
 
 def phases(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, tuple[int, int]]:
