@@ -79,6 +79,10 @@ def add_word(sd: StableDiffusion, word: str, vectors: Tensor | list[Tensor]) -> 
         embeddings = sd.networks[name].embeddings
         embeddings["token_embedding"] = nn.Embedding.from_pretrained(rows)
         sd.configs[name] |= {"vocab_size": last}
+    if (
+        sd.text_encoder_2
+    ):  # which pools at the end: unsaid, transformers takes the largest id for it
+        sd.configs["text_encoder_2"] |= {"eos_token_id": sd.text_encoder_2.end}
 
 
 def create(
