@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common.errors import UserError
-from .formats.configs import FAMILIES, misfit
+from .formats.configs import family, misfit
 from .pipeline import StableDiffusion
 from .text_encoder import TextEncoder
 
@@ -67,7 +67,7 @@ def add_word(sd: StableDiffusion, word: str, vectors: Tensor | list[Tensor]) -> 
     old = [embedding_of(encoder).weight for encoder in sd.text_encoders.values()]  # (ids, D)
     given, wanted = ([tensor.shape[1] for tensor in those] for those in (vectors, old))
     if given != wanted:
-        other = misfit(*(FAMILIES.get(sum(widths)) for widths in (given, wanted)))
+        other = misfit(family(given), family(wanted))
         given, wanted = (" and ".join(map(str, widths)) for widths in (given, wanted))
         raise UserError(
             f"{word} {other}: its vectors have {given} numbers, this one's words have {wanted}"
