@@ -9,11 +9,13 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from test_lora import assert_same_gradients, peft_twin
 from test_lora import trained as adapters_of
 from tiny import randn, rel
 
-from minibooth import dreambooth, load, lora, train
+from minibooth import dreambooth, load, lora, textual_inversion, train
+from minibooth.formats import adapters
 from minibooth.text_encoder import Condition
 from minibooth.training import class_images, photos
 from minibooth.training.data import pick, rng
@@ -133,14 +135,14 @@ def test_a_lora_of_all_three_networks_equals_pefts(tmp_path, monkeypatch):
         for name in ("unet", "text_encoder", "text_encoder_2")
     }
     groups = []
-    for name, adapters in fresh.items():
+    for name, of_it in fresh.items():
         module = getattr(pipe, name)
-        twin = peft_twin(getattr(module, "text_model", module), sd.networks[name], adapters, None)
+        twin = peft_twin(getattr(module, "text_model", module), sd.networks[name], of_it, None)
         rate = 1e-3 if name == "unet" else 5e-4
         groups.append((rate, [p for p in twin.parameters() if p.requires_grad]))
     train.train(wanted, sd)
     assert_same_losses(tmp_path, *independent_loop(wanted, pipe, groups))
-    for name, adapters in kept.items():
+    for name, of_it in kept.items():
         module = getattr(pipe, name)
         for a in adapters.values():
             theirs = getattr(module, "text_model", module).get_submodule(a.layer)
@@ -185,3 +187,151 @@ def test_losses_and_gradients_of_a_lora_step_equal_diffusers_with_peft():
     step.loss.backward()
     peer_step.loss.backward()
     assert_same_gradients(adapters, theirs)
+
+
+# ---- text, sizes and picture together ----------------------------------------------------------
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Photographs of which each has a caption of its own, and is told by its brightness."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i, (size, text) in enumerate([((40, 32), "a"), ((32, 60), "the"), ((32, 32), "in")]):
+        Image.new("RGB", size, (80 * i, 80 * i, 80 * i)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{text} sks dog")
+    return folder
+
+
+def test_each_sample_of_a_batch_has_its_own_text_sizes_and_picture(
+    captioned, tmp_path, monkeypatch
+):
+    """At batch 3 with prior preservation, where the usual script gives the second photograph the
+    class's text, and class images the sizes of a photograph."""
+    seen, step = [], dreambooth.step
+    monkeypatch.setattr(dreambooth, "step", lambda *a: seen.append(a[2:4]) or step(*a))
+    changes = {"instance_data_dir": str(captioned), "caption_extension": ".txt"}
+    changes |= {"max_train_steps": 4, "train_batch_size": 3, "random_flip": True}
+    sd = runs.model("sdxl")
+    train.train(config(tmp_path / "out", **changes), sd)
+    texts = [f"{word} sks dog" for word in ("a", "the", "in")]
+    text, of_class = sd.encode(texts), sd.encode(["a dog"])
+    files = [captioned / f"{i}.png" for i in range(3)]
+    gray = [sd.vae.encode(photos.load_photos([f], 32).images)[0][0] * 0.13025 for f in files]
+    corners = [{(0, 0), (0, 4), (0, 8)}, {(0, 0), (14, 0), (28, 0)}, {(0, 0)}]
+    met = [set(), set(), set()]
+    for instance, prior in seen:
+        for x0, context, pooled, sizes in zip(
+            instance.x0, instance.c.context, instance.c.pooled, instance.c.sizes, strict=True
+        ):
+            height, width, top, left, *crop = sizes.tolist()
+            which = [(32, 40), (60, 32), (32, 32)].index((height, width))
+            near = [(x0 - other).norm().item() for other in gray]
+            assert near.index(min(near)) == which
+            assert rel(context, text.context[which]) < 1e-5
+            assert rel(pooled, text.pooled[which]) < 1e-5 and crop == [32, 32]
+            met[which].add((top, left))
+        assert prior.c.sizes.tolist() == [WHOLE] * 3
+        assert rel(prior.c.context, of_class.context.expand(3, -1, -1)) < 1e-5
+        assert rel(prior.c.pooled, of_class.pooled.expand(3, -1)) < 1e-5
+    assert all(found <= wanted for found, wanted in zip(met, corners, strict=True))
+    assert len(met[0] | met[1]) > 2
+
+
+# ---- a word for both encoders ------------------------------------------------------------------
+
+
+WORD = {
+    "method": "textual_inversion",
+    "placeholder_token": "<sks>",
+    "initializer_token": "dog",
+    "instance_prompt": "a <sks>",
+    "num_vectors": 2,
+}
+
+
+def test_a_word_has_vectors_for_both_encoders_and_nothing_else_changes(tmp_path):
+    sd = runs.model("sdxl")
+    before = {n: {k: v.clone() for k, v in s.items()} for n, s in sd.tensors().items()}
+    train.train(config(tmp_path, **WORD), sd)
+    first = len(peers.vocabulary()[0])
+    ids = sd.tokenizer(["a <sks>!"])
+    assert ids.shape == (1, 2, 77)
+    assert ids[0, :, 2:4].tolist() == [[first, first + 1]] * 2
+    assert ids[0, 0, 4] != ids[0, 1, 4] == sd.tokenizer.vocab["!"]
+    key = "embeddings.token_embedding.weight"
+    for name, tensors in sd.tensors().items():
+        for k, now in tensors.items():
+            same = now[:first] if k == key else now
+            assert torch.equal(same, before[name][k]), (name, k)
+    learned = [encoder.state_dict()[key][first:] for encoder in sd.text_encoders.values()]
+    assert [list(x.shape) for x in learned] == [[2, 32], [2, 48]]
+    dog = sd.tokenizer.vocab["dog</w>"]
+    for name, rows in zip(sd.text_encoders, learned, strict=True):
+        moved = (rows - before[name][key][dog]).abs().max()
+        assert 1e-3 < moved < 2.1e-3  # AdamW's two steps
+    again = runs.model("sdxl")
+    textual_inversion.add_word(again, *adapters.read_embedding(tmp_path))
+    c, other = (model.encode(["a <sks> dog"]) for model in (sd, again))
+    torch.testing.assert_close(c.context, other.context)
+    torch.testing.assert_close(c.pooled, other.pooled)
+
+
+# ---- modes, precision, going on ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer_in_backward": True, "gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2, "explain": True},
+        {"method": "lora", "explain": True, "prior_loss_weight": 0.0, "mixed_precision": "bf16"},
+        {"method": "hypernetwork", "train_text_encoder": False},
+    ],
+)
+def test_every_mode_takes_that_some_weights_get_no_gradient(changes, tmp_path):
+    changes = {"train_text_encoder": True, "max_train_steps": 1, "train_batch_size": 1} | changes
+    sd = runs.model("sdxl")
+    last = {k: v.clone() for k, v in sd.text_encoder.state_dict().items() if k.startswith(UNREAD)}
+    train.train(config(tmp_path, **changes), sd)
+    assert all(torch.equal(sd.text_encoder.state_dict()[k], v) for k, v in last.items())
+    if changes.get("explain"):
+        page = (tmp_path / "explain.html").read_text()
+        assert "text_encoder_2.encoder.layers.1" in page
+        assert ("text_encoder.encoder.layers.1" in page) > ("coder.encoder.layers.2" in page)
+        for part in ("instance.c.context", "instance.c.pooled", "instance.c.sizes"):
+            assert part in page
+
+
+def test_a_run_that_goes_on_ends_bit_for_bit_as_one_that_was_not_stopped(tmp_path):
+    changes = {"method": "lora", "train_text_encoder": True, "max_train_steps": 3}
+    train.train(config(tmp_path / "whole", **changes))
+    train.train(config(tmp_path / "parts", **changes | {"max_train_steps": 1}))
+    train.train(config(tmp_path / "parts", **changes, resume_from_checkpoint="latest"))
+    for file in (adapters.DIFFUSERS_LORA, "loss.csv", "state/step-00000003/state.safetensors"):
+        whole, parts = ((tmp_path / name / file).read_bytes() for name in ("whole", "parts"))
+        assert whole == parts, file
+
+
+def test_the_vae_never_computes_in_fp16(tmp_path, monkeypatch):
+    """SDXL's own overflows there: photographs, class images, grids, and pictures of a loaded model
+    in fp16, whose VAE stays in fp32."""
+    sd, seen = runs.model("sdxl"), []
+
+    def watched(call):
+        def inner(x):
+            autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+            seen.append((x.dtype, autocast or None))
+            return call(x)
+
+        return inner
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(sd.vae, name, watched(getattr(sd.vae, name)))
+    changes = {"mixed_precision": "bf16", "num_validation_images": 1, "max_train_steps": 1}
+    changes |= {"class_data_dir": None, "train_batch_size": 1}
+    train.train(config(tmp_path, **changes), sd)
+    assert len(seen) >= 5 and set(seen) == {(torch.float32, None)}
+    half = load(peers.model("sdxl")[0], dtype=torch.float16)
+    assert half.unet.conv_in.weight.dtype == torch.float16
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
