@@ -372,7 +372,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
         classes = ", ".join(f"`{s.class_prompt}`" for s in config.subjects)
         prior = f"prior preservation of {classes} (λ = {config.prior_loss_weight})"
     names = ", ".join(s.instance_prompt for s in config.subjects)
-    picture = "\n![before and after](before_after.png)\n"
+    picture, two = "\n![before and after](before_after.png)\n", len(sd.text_encoders) == 2
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
     known = hub.is_repo_id(sd.source)  # the head of a card can name what is on the hub alone
@@ -386,14 +386,14 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     return f"""---
 license: {sd.licence or "unknown"}{base}
 instance_prompt: {json.dumps(names, ensure_ascii=False)}
-tags: [text-to-image, stable-diffusion, {config.method}]
+tags: [text-to-image, stable-diffusion{"-xl" * two}, {config.method}]
 ---
 
 # {names}
 
 `{sd.source or "unknown"}` fine-tuned with {how} by minibooth on photographs of
 `{names}`, with {prior}. {steps} steps, learning rate
-{config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder
+{config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder{"s" * two}
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.
 
 The licence of the base model ({sd.licence or "see there"}) applies to these weights.
