@@ -17,7 +17,7 @@ from .formats.parts import Parts
 from .formats.scheduler import settle
 from .text_encoder import Condition, encode
 from .tokenizer import Tokenizer
-from .unet import TransformerBlock, UNet
+from .unet import TextBlock, TransformerBlock, UNet
 
 VAE_PIXELS = 256 * 256  # that go through the VAE at once: its memory grows with them
 
@@ -29,8 +29,7 @@ class StableDiffusion(Parts):
     def encode(self, prompts: list[str] | Tensor) -> Condition:
         """Prompts, or the tokenizer's ids of them → c without sizes, which belong to a picture."""
         ids = prompts if isinstance(prompts, Tensor) else self.tokenizer(prompts)
-        c = encode(list(self.text_encoders.values()), ids)
-        return each(lambda x: x.to(self.device), c)
+        return each(lambda x: x.to(self.device), encode(list(self.text_encoders.values()), ids))
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor | Condition:
@@ -159,7 +158,10 @@ def vae_batch(pixels: int) -> int:
 def text_projections(unet: UNet) -> list[torch.nn.Module]:
     """Every layer of the UNet that makes keys or values of the text."""
     blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
-    return [p for block in blocks for p in (block.attn2.to_k, block.attn2.to_v)]
+    attend = [block.attn2 for block in blocks] + [
+        b.attn1 for b in blocks if isinstance(b, TextBlock)
+    ]
+    return [project for attention in attend for project in (attention.to_k, attention.to_v)]
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class SampleConfig:
     )
     sampler: str = option("ddim", "how to step from noise to picture", choices=checks.SAMPLERS)
     eta: float = option(0.0, "DDIM's share of fresh noise per step, 0 to 1")
-    height: int | None = option(None, "pixels [the model's own]")
+    height: int | None = option(None, "pixels [the model's own]; SDXL is told it, and width, too")
     width: int | None = option(None, "pixels [the model's own]")
 
     lora: tuple[str, ...] = option(
@@ -135,7 +135,7 @@ def sample(config: SampleConfig) -> list[Path]:
             textual_inversion.add_word(sd, word, vectors)
         except WordError as e:
             raise UserError(f"{e}, as --embedding FILE=WORD") from None
-        print(f"{file}: {sd.tokenizer.spelled(word)} in a prompt is now {len(vectors)} vectors")
+        print(f"{file}: {sd.tokenizer.spelled(word)} in a prompt is now {len(vectors[0])} vectors")
     sizes = settle.batches(config.num_images, config.batch_size, config.guidance_scale)
     size = (config.height or sd.image_size, config.width or sd.image_size)
     met = settle.met(sd, *size, drawing=sizes if settle.wanted(device) else ())

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common.errors import UserError
+from .formats.configs import family, misfit
 from .pipeline import StableDiffusion
 from .text_encoder import TextEncoder
 
@@ -66,10 +67,10 @@ def add_word(sd: StableDiffusion, word: str, vectors: Tensor | list[Tensor]) -> 
     old = [embedding_of(encoder).weight for encoder in sd.text_encoders.values()]  # (ids, D)
     given, wanted = ([tensor.shape[1] for tensor in those] for those in (vectors, old))
     if given != wanted:
+        other = misfit(family(given), family(wanted))
         given, wanted = (" and ".join(map(str, widths)) for widths in (given, wanted))
         raise UserError(
-            f"{word} is for another model: its vectors have {given} numbers, this one's words have "
-            f"{wanted}"
+            f"{word} {other}: its vectors have {given} numbers, this one's words have {wanted}"
         )
     first, last = len(old[0]), len(old[0]) + len(vectors[0])
     sd.tokenizer = sd.tokenizer.with_word(word, list(range(first, last)))
@@ -78,6 +79,10 @@ def add_word(sd: StableDiffusion, word: str, vectors: Tensor | list[Tensor]) -> 
         embeddings = sd.networks[name].embeddings
         embeddings["token_embedding"] = nn.Embedding.from_pretrained(rows)
         sd.configs[name] |= {"vocab_size": last}
+    if (
+        sd.text_encoder_2
+    ):  # which pools at the end: unsaid, transformers takes the largest id for it
+        sd.configs["text_encoder_2"] |= {"eos_token_id": sd.text_encoder_2.end}
 
 
 def create(

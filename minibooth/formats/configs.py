@@ -119,6 +119,22 @@ SINGLE_FILE = {
     },
 }
 
+# By how many numbers their UNets are told of each token.
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+
+
+def family(widths: list[int]) -> str | None:
+    """Of a model whose text encoders make so many numbers of each token."""
+    return "SDXL" if len(widths) == 2 else FAMILIES.get(sum(widths))
+
+
+def misfit(made: str | None, this: str | None) -> str:
+    """What to say of what was made for one family and is given to another; None is unknown."""
+    if made in (None, this):
+        return "is for another model"
+    return f"is for {made}, " + (f"and this model is {this}" if this else "not for this model")
+
+
 # What an entry means that a scheduler's config lacks, as those of 2022 do: the default of the class
 # in diffusers that it names.
 UNSAID = {
@@ -299,7 +315,7 @@ def settle(configs: dict[str, dict]) -> None:
     """Have the configs of a model say what is meant, as diffusers' StableDiffusionPipeline reads
     them: what they leave out, and what files of 2022 have wrong. Warns of the latter.
 
-    Latents are not clipped, the "leading" timesteps begin at 1, and no Stable Diffusion of before
+    Latents are not clipped, SD's "leading" timesteps begin at 1, and no Stable Diffusion of before
     diffusers 0.9 was trained on less than 512² pixels: 64² latents.
     """
     scheduler, unet = configs["scheduler"], configs["unet"]
@@ -316,7 +332,8 @@ def settle(configs: dict[str, dict]) -> None:
 
     if scheduler["clip_sample"] is True:
         correct(scheduler, "clip_sample", False)
-    if type(scheduler["steps_offset"]) is int and scheduler["steps_offset"] != 1:
+    offset = scheduler["steps_offset"]
+    if type(offset) is int and offset != 1 and "text_encoder_2" not in configs:
         correct(scheduler, "steps_offset", 1)
     version = re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version")))
     size = unet.get("sample_size")

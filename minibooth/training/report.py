@@ -20,7 +20,7 @@ from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, named_after, write_text
 from ..device import ranks
 from ..formats import families, hub, hypernetworks
-from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA, SDXL_EMBEDDING
+from ..formats.adapters import CLIP_L_G, DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
@@ -353,7 +353,7 @@ def for_diffusers(run: Path, config: TrainConfig, two: bool) -> str:
     elif two:
         token, file = config.placeholder_token, os.path.join(folder, DIFFUSERS_EMBEDDING)
         small = f"from safetensors.torch import load_file; w = load_file({file!r}); "
-        for key, n in zip(SDXL_EMBEDDING, ("", "_2"), strict=True):
+        for key, n in zip(CLIP_L_G, ("", "_2"), strict=True):
             parts = f"text_encoder=p.text_encoder{n}, tokenizer=p.tokenizer{n}"
             small += f"p.load_textual_inversion(w[{key!r}], token={token!r}, {parts}); "
     else:
@@ -372,7 +372,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
         classes = ", ".join(f"`{s.class_prompt}`" for s in config.subjects)
         prior = f"prior preservation of {classes} (λ = {config.prior_loss_weight})"
     names = ", ".join(s.instance_prompt for s in config.subjects)
-    picture = "\n![before and after](before_after.png)\n"
+    picture, two = "\n![before and after](before_after.png)\n", len(sd.text_encoders) == 2
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
     known = hub.is_repo_id(sd.source)  # the head of a card can name what is on the hub alone
@@ -386,14 +386,14 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     return f"""---
 license: {sd.licence or "unknown"}{base}
 instance_prompt: {json.dumps(names, ensure_ascii=False)}
-tags: [text-to-image, stable-diffusion, {config.method}]
+tags: [text-to-image, stable-diffusion{"-xl" * two}, {config.method}]
 ---
 
 # {names}
 
 `{sd.source or "unknown"}` fine-tuned with {how} by minibooth on photographs of
 `{names}`, with {prior}. {steps} steps, learning rate
-{config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder
+{config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder{"s" * two}
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.
 
 The licence of the base model ({sd.licence or "see there"}) applies to these weights.
