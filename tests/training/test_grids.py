@@ -21,7 +21,13 @@ def run_of(folder, sd, idle=("vae", "text_encoder"), **changes):
     config, idle = runs.config(folder, **SMALL | changes), [sd.networks[name] for name in idle]
     precision, on_passes = Precision("no", CPU), lambda n: None
     return types.SimpleNamespace(
-        config=config, sd=sd, idle=idle, precision=precision, resolution=32, on_passes=on_passes
+        config=config,
+        sd=sd,
+        idle=idle,
+        by_turns=False,
+        precision=precision,
+        resolution=32,
+        on_passes=on_passes,
     )
 
 
