@@ -29,7 +29,8 @@ class StableDiffusion(Parts):
     def encode(self, prompts: list[str] | Tensor) -> Condition:
         """Prompts, or the tokenizer's ids of them → c without sizes, which belong to a picture."""
         ids = prompts if isinstance(prompts, Tensor) else self.tokenizer(prompts)
-        return encode(list(self.text_encoders.values()), ids.to(self.device))
+        c = encode(list(self.text_encoders.values()), ids)
+        return each(lambda x: x.to(self.device), c)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor | Condition:

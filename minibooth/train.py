@@ -175,7 +175,7 @@ def finish(run: Run, before: list[list], originals: dict[str, Tensor]) -> None:
     grids.save(run, run.config.max_train_steps, after)
     grids.save_before_after(run, before, after)
     write_result(run, originals)
-    run.sd.to(run.device)
+    run.sd.to(run.device, but=run.resting)
 
 
 @ranks.by_first

@@ -12,7 +12,7 @@ from ..common.files import gigabytes
 from ..device import memory, ranks
 from ..pipeline import StableDiffusion
 from .eight_bit import bitsandbytes
-from .plan import ACTIVATIONS, needed, peak
+from .plan import activations, needed, peak
 
 # What can be switched on, in the order in which it is tried: what changes no weight comes first.
 MODES = (
@@ -57,7 +57,7 @@ def advice(sd: StableDiffusion, config, half: bool = False) -> str:
         share = 1 - 1 / config.train_batch_size
         helps.append(f"--train_batch_size 1 (about -{share:.0%} of the activations)")
     if not config.gradient_checkpointing:
-        full, short = ACTIVATIONS[config.method][half]
+        full, short = activations(sd)[config.method][half]
         share = 1 - short / full
         helps.append(f"--gradient_checkpointing (about -{share:.0%} of the activations)")
     saved = need["averages"] - needed(sd, replace(config, use_8bit_adam=True))["averages"]

@@ -105,10 +105,25 @@ class Run:
         self.on_passes = lambda n: None
 
     @property
+    def resting(self) -> tuple[str, ...]:
+        """The networks that stay on the CPU."""
+        return plan.resting(self.sd, self.config)
+
+    @property
+    def by_turns(self) -> bool:
+        """Whether the UNet makes room for the VAE."""
+        return plan.by_turns(self.config, self.pixels)
+
+    @property
+    def pixels(self) -> int:
+        """Of the latents of a training picture."""
+        return (self.resolution // self.sd.vae.factor) ** 2
+
+    @property
     def idle(self) -> list[nn.Module]:
-        """The networks that have no part in training."""
-        at_work = {"unet", *self.trained}
-        return [net for name, net in self.sd.networks.items() if name not in at_work]
+        """The networks that have no part in training, but visit the device."""
+        out = {"unet", *self.trained, *self.resting}
+        return [net for name, net in self.sd.networks.items() if name not in out]
 
 
 def check(config: TrainConfig, has_model: bool) -> torch.device:
