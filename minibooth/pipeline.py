@@ -159,9 +159,7 @@ def vae_batch(pixels: int) -> int:
 def text_projections(unet: UNet) -> list[torch.nn.Module]:
     """Every layer of the UNet that makes keys or values of the text."""
     blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
-    attend = [block.attn2 for block in blocks] + [
-        b.attn1 for b in blocks if isinstance(b, TextBlock)
-    ]
+    attend = [b.attn2 for b in blocks] + [b.attn1 for b in blocks if isinstance(b, TextBlock)]
     return [project for attention in attend for project in (attention.to_k, attention.to_v)]
 
 
