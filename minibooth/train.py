@@ -57,6 +57,7 @@ def train(
     device = start.check(config, has_model=sd is not None)
     with start.folder_of(config):
         if sd is None:
+            start.look_ahead(config, device)
             sd = start.load(config)
         with fit.advised(sd, config):
             run = Run(config, sd, device)

@@ -2,16 +2,18 @@
 
 import contextlib
 import functools
+import sys
 
+import eight_bit_stand_in
 import pytest
 import runs
 import torch
 
-from minibooth import train
+from minibooth import UserError, train
 from minibooth.bench import models
 from minibooth.device import memory, settle
-from minibooth.formats import families
-from minibooth.training import plan
+from minibooth.formats import families, folders
+from minibooth.training import plan, start
 from minibooth.training.settings import TrainConfig
 
 UNET, VAE, TEXT = 2_567_463_684, 83_653_863, 123_060_480 + 694_659_840  # weights
@@ -66,6 +68,37 @@ def test_what_fits_which_card():
     assert needed(**short, **turns, prior_loss_weight=0.0) < 7e9  # of one of 8 GB
     every = short | turns | {"optimizer_in_backward": True, "method": "dreambooth"}
     assert needed(**every) < 24e9
+
+
+def test_what_cannot_fit_is_refused_before_it_is_downloaded(monkeypatch):
+    """By configs alone: 8 GB of which 7 are free hold a LoRA, and 4 hold none."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", eight_bit_stand_in.MODULE)
+    read, configs = [], models.CONFIGS["SDXL"]
+
+    def file(name, **_):
+        read.append(name)
+        return name
+
+    def config(path, where):
+        return configs[path.removesuffix("/config.json")]
+
+    monkeypatch.setattr(folders, "file_getter", lambda source, revision: file)
+    monkeypatch.setattr(folders, "require_kind", lambda file, source: dict.fromkeys(configs))
+    monkeypatch.setattr(folders, "read_config", config)
+    ours = families.SDXL | families.SDXL_LORA
+    given = TrainConfig(model="some/sdxl", method="lora", mixed_precision="bf16", **ours)
+    cuda = torch.device("cuda")
+    for free in (7.0e9, 80e9):
+        monkeypatch.setattr(memory, "available", lambda device, free=free: int(free))
+        start.look_ahead(given, cuda)
+    monkeypatch.setattr(memory, "available", lambda device: int(4e9))
+    with pytest.raises(UserError) as refused:
+        start.look_ahead(given, cuda)
+    said = str(refused.value)
+    assert said.startswith("some/sdxl is not downloaded: 4.00 GB of memory are free, and even with")
+    assert "--prior_loss_weight 0" in said and "\n" not in said
+    assert all(name.endswith("config.json") for name in read)
+    start.look_ahead(given, torch.device("cpu"))
 
 
 class Places:
