@@ -142,11 +142,11 @@ def batches(pictures: int, at_once: int, guidance_scale: float) -> list[int]:
     return [size * (2 if guidance_scale > 1 else 1) for size in sorted(sizes)]
 
 
-def blank(config: dict, batch: int, device: torch.device) -> Condition:
-    """Zeros in the place of encoded prompts, for a UNet of this config."""
-    c = Condition(torch.zeros(batch, 77, config["cross_attention_dim"], device=device))
-    if told := config.get("projection_class_embeddings_input_dim"):  # the prompts', and six sizes'
-        pooled = told - 6 * config["addition_time_embed_dim"]
+def blank(unet: dict, batch: int, device: torch.device) -> Condition:
+    """Zeros in the place of encoded prompts, for a UNet whose config says so."""
+    c = Condition(torch.zeros(batch, 77, unet["cross_attention_dim"], device=device))
+    if told := unet.get("projection_class_embeddings_input_dim"):  # the prompts', and six sizes'
+        pooled = told - 6 * unet["addition_time_embed_dim"]
         c = replace(c.whole(0, 0), pooled=torch.zeros(batch, pooled, device=device))
     return c
 
