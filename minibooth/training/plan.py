@@ -100,7 +100,7 @@ ACTIVATIONS = {  # where the UNet computes in 16 bits, and in fp32
     "hypernetwork": {True: (273_000, 50_000), False: (419_000, 88_000)},
 }
 DEEP_ACTIVATIONS = {  # SDXL's, whose transformers have up to ten blocks
-    "dreambooth": {True: (532_000, 53_500), False: (800_000, 80_000)},
+    "dreambooth": {True: (532_000, 53_500), False: (800_000, 86_800)},
     "lora": {True: (443_000, 40_300), False: (683_000, 65_300)},
     "textual_inversion": {True: (390_000, 40_300), False: (628_000, 65_300)},
     "hypernetwork": {True: (477_000, 40_300), False: (770_000, 68_700)},
