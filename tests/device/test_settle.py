@@ -38,7 +38,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(verdicts, "machine", lambda device: "a card, driver 1")
     monkeypatch.setattr(ops, "_mode", "auto")  # whatever a bench's test has left behind
     yield
-    ops.prefer([])
+    ops.prefer({})
 
 
 def tried(todo, device, on_compiled):
@@ -66,7 +66,7 @@ def test_a_first_run_tries_and_a_second_remembers(tmp_path, capsys):
         "kernels: 1 of 3 attention shapes and 1 of 1 norms by Triton, 3.00× PyTorch's speed for "
         "them",
     ]
-    ops.prefer([])
+    ops.prefer({})
     assert settled(path) == GIVEN and tried.asked == []
     assert [taken(case) for case in CASES] == [True, False, False, True]
     assert capsys.readouterr().out.count("\n") == 1
@@ -224,6 +224,7 @@ CHILD = """
         if str(n) in DEADLY:
             END
         verdict = {"triton": True, "us": {"triton": n, "torch": 2 * n}, "why": None}
+        verdict |= {"choices": [1, 0], "others": {"0-0": 3 * n, "0-1": "wrong"}}
         print("verdict " + json.dumps(verdict), flush=True)
 """
 KILL, HANG = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"
@@ -354,9 +355,11 @@ def test_the_process_works_and_waits_on_the_device_that_it_is_given(two_cards, m
     said, launched = [], []
     card = ops.attention_kernels.card
     monkeypatch.setattr(card, "launch_one", lambda device: launched.append(two_cards.current[0]))
-    monkeypatch.setattr(settle, "compile_all", lambda cases, capability, say: say(capability))
-    monkeypatch.setattr(settle, "examine", lambda case, device, timer: GIVEN[case])
-    settle.try_all(CASES[:2], SECOND, said.append)
+    monkeypatch.setattr(
+        settle, "compile_all", lambda cases, capability, say, until: say(capability)
+    )
+    monkeypatch.setattr(settle, "examine", lambda case, device, timer, until: GIVEN[case])
+    settle.try_all(CASES[:2], SECOND, said.append, 9.0)
     assert launched == [1] and two_cards.waited == [1, 1]
     verdict = [settle.VERDICT + json.dumps(asdict(GIVEN[case])) for case in CASES[:2]]
     assert said == [90, settle.BEGIN, verdict[0], settle.BEGIN, verdict[1]]
@@ -378,7 +381,7 @@ def no_gcc(monkeypatch):
 @needs_triton
 def test_where_no_kernel_can_be_launched_none_is_compiled_or_tried(two_cards, no_gcc):
     said = []
-    settle.try_all(CASES, SECOND, said.append)
+    settle.try_all(CASES, SECOND, said.append, 9.0)
     assert said == ["cannot Triton finds no C compiler to launch kernels with: install gcc"]
 
 
@@ -414,7 +417,7 @@ def test_compiling_beforehand_fills_tritons_cache(tmp_path):
     def compile_both():
         os.environ["TRITON_CACHE_DIR"] = str(tmp_path)
         for case in (attention, norm):
-            settle.compile_case(case, 90)
+            settle.compile_case(case, (), 90)
 
     process = multiprocessing.get_context("fork").Process(target=compile_both)
     process.start()

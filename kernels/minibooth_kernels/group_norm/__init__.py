@@ -18,6 +18,8 @@ formula in PyTorch; large_forward.py and large_backward.py those of a large one;
 it is. Here stand the launches and the operator.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import card
@@ -47,6 +49,7 @@ def _group_norm(
     bias: torch.Tensor,
     eps: float,
     silu: bool,
+    choices: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = _dense(x)
     N, C = x.shape[:2]
@@ -58,7 +61,8 @@ def _group_norm(
     mean = x.new_empty(N, C, dtype=torch.float32)  # a group's, at each of its channels
     rstd = torch.empty_like(mean)
 
-    if tile := _one_pass(R, C // G, FORWARD_TILES, channels_last):
+    tile = _one_pass(R, C // G, FORWARD_TILES, channels_last)
+    if tile and card.chosen(choices, 0) == 0:
         arguments = (x, weight, bias, y, mean, rstd, *sizes, eps)
         _forward_one_pass[(G, N)](*arguments, SILU=silu, **layout, **tile)
     else:
@@ -73,7 +77,7 @@ def _group_norm(
 
 
 @_group_norm.register_fake
-def _(x, num_groups, weight, bias, eps, silu):
+def _(x, num_groups, weight, bias, eps, silu, choices):
     statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
     return torch.empty_like(_dense(x)), statistics, torch.empty_like(statistics)
 
@@ -89,6 +93,7 @@ def _group_norm_backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     silu: bool,
+    choices: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = _dense(x)
     dy = _matching(dy, x)
@@ -101,7 +106,8 @@ def _group_norm_backward(
     dx = torch.empty_like(x)
     sums = x.new_empty(2, N, C, dtype=torch.float32)
 
-    if tile := _one_pass(R, C // G, BACKWARD_TILES, channels_last):
+    tile = _one_pass(R, C // G, BACKWARD_TILES, channels_last)
+    if tile and card.chosen(choices, 1) == 0:
         _backward_one_pass[(G, N)](*inputs, dx, sums, *sizes, **layout, **tile)
     else:
         tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
@@ -115,24 +121,33 @@ def _group_norm_backward(
 
 
 @_group_norm_backward.register_fake
-def _(dy, x, num_groups, weight, bias, mean, rstd, silu):
+def _(dy, x, num_groups, weight, bias, mean, rstd, silu, choices):
     return torch.empty_like(_dense(x)), weight.new_empty(2, x.shape[1])
 
 
 def _setup_context(ctx, inputs, output):
-    x, ctx.num_groups, weight, bias, _, ctx.silu = inputs
+    x, ctx.num_groups, weight, bias, _, ctx.silu, ctx.choices = inputs
     ctx.set_materialize_grads(False)  # no zeros for mean and rstd, which have no gradient
     ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
 def _autograd_backward(ctx, dy, *_):
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    arguments = (dy, x, ctx.num_groups, weight, bias, mean, rstd, ctx.silu)
+    arguments = (dy, x, ctx.num_groups, weight, bias, mean, rstd, ctx.silu, ctx.choices)
     dx, (dweight, dbias) = _group_norm_backward(*arguments)
-    return dx, None, dweight, dbias, None, None
+    return dx, None, dweight, dbias, None, None, None
 
 
 _group_norm.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def candidates(x: torch.Tensor, num_groups: int, backward: bool) -> tuple[int, ...]:
+    """How many ways there are to choose from, forward and backward: a group that one program can
+    hold may also go the way of the large ones."""
+    R, channels_last = x[0, 0].numel(), not _dense(x).is_contiguous()
+    tables = (FORWARD_TILES, BACKWARD_TILES)[: 1 + backward]
+    group = x.shape[1] // num_groups
+    return tuple(1 + bool(_one_pass(R, group, tiles, channels_last)) for tiles in tables)
 
 
 def unsupported(
@@ -159,14 +174,16 @@ def group_norm(
     bias: torch.Tensor,
     eps: float,
     silu: bool = False,
+    choices: Sequence[int] = (),
 ) -> torch.Tensor:
     """GroupNorm, then SiLU if asked: one differentiable operator.
 
     x: (N, C, *spatial), fp16, bf16 or fp32, channels_last or contiguous (neither is copied)
     weight, bias: (C,), of x's dtype or another
+    choices: which of its `candidates` the forward takes, and which the backward
     Returns y of x's shape, dtype and layout. Statistics are fp32; two runs give equal bits,
     gradients included. Raises ValueError for what the kernel cannot take.
     """
     if reason := unsupported(x, num_groups, weight, bias):
         raise ValueError(reason)
-    return _group_norm(x, num_groups, weight, bias, eps, silu)[0]
+    return _group_norm(x, num_groups, weight, bias, eps, silu, choices)[0]
