@@ -22,7 +22,8 @@ import triton.language as tl
 from . import card
 
 MOST = 2048  # numbers in a row: a program holds it in registers
-TILES = ((2048, 4), (2048, 8))  # (elements, warps), candidates of both kernels
+# (elements, warps): candidates, the first is the default.
+FORWARD_TILES, BACKWARD_TILES = ((2048, 4), (2048, 8)), ((2048, 8), (1024, 4))
 PROGRAMS, LEAST_ROWS = 264, 4  # of the backward: two per multiprocessor of Hopper; rows of each
 
 
@@ -88,14 +89,15 @@ def _normalize_backward(
     weight = tl.load(Weight + column, mask=inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     d_bias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    offsets = tl.arange(0, BLOCK_R)[:, None] * C + column[None, :]
+    base = first.to(tl.int64) * C
     for start in range(first, last, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         mask = (row < last)[:, None] & inside[None, :]
-        offsets = row.to(tl.int64)[:, None] * C + column[None, :]
         mean = tl.load(Statistics + row, mask=row < last, other=0.0)
         rstd = tl.load(Statistics + rows + row, mask=row < last, other=0.0)
-        s = tl.load(S + offsets, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dY + offsets, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(S + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dY + base + offsets, mask=mask, other=0.0).to(tl.float32)
         s_hat = tl.where(mask, (s - mean[:, None]) * rstd[:, None], 0.0)
         d_weight += dy * s_hat
         d_bias += dy
@@ -103,23 +105,23 @@ def _normalize_backward(
         a, b = tl.sum(dy * s_hat, axis=1) / C, tl.sum(dy, axis=1) / C
         dx = rstd[:, None] * (dy - a[:, None] * s_hat - b[:, None])
         if ADD:
-            dx += tl.load(dS + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dX + offsets, dx, mask=mask)
+            dx += tl.load(dS + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dX + base + offsets, dx, mask=mask)
+        base += BLOCK_R * C
     Partial += program * C + column
     tl.store(Partial, tl.sum(d_weight, axis=0), mask=inside)
     tl.store(Partial + programs.to(tl.int64) * C, tl.sum(d_bias, axis=0), mask=inside)
 
 
-def _tile(C: int, choice: int) -> dict:
-    """Whole rows, as many as fit the tile."""
-    elements, warps = TILES[choice]
+def _tile(C: int, elements: int, warps: int) -> dict:
+    """Whole rows, as many as fit the tile: one at least."""
     block_c = triton.next_power_of_2(C)
     return {"BLOCK_R": max(1, elements // block_c), "BLOCK_C": block_c, "num_warps": warps}
 
 
 def candidates(backward: bool) -> tuple[int, ...]:
     """How many tiles there are to choose from, for each kernel."""
-    return (len(TILES),) * (1 + backward)
+    return tuple(len(tiles) for tiles in (FORWARD_TILES, BACKWARD_TILES)[: 1 + backward])
 
 
 @torch.library.custom_op("minibooth::layer_norm", mutates_args=())
@@ -136,7 +138,7 @@ def _layer_norm(
     x, rows = x.contiguous(), x.numel() // C
     h, s = (h.contiguous(), torch.empty_like(x)) if add else (None, None)
     y, statistics = torch.empty_like(x), x.new_empty(2, rows, dtype=torch.float32)
-    tile = _tile(C, card.chosen(choices, 0))
+    tile = _tile(C, *FORWARD_TILES[card.chosen(choices, 0)])
     grid = (triton.cdiv(rows, tile["BLOCK_R"]),)
     _normalize[grid](x, h, weight, bias, s, y, statistics, rows, C, eps, ADD=add, **tile)
     return s if add else x.new_empty(0), y, statistics
@@ -162,7 +164,7 @@ def _layer_norm_backward(
     add, C = ds is not None, s.shape[-1]
     s, dy, rows = s.contiguous(), dy.contiguous(), s.numel() // C
     ds, dx = ds.contiguous() if add else None, torch.empty_like(s)
-    tile = _tile(C, card.chosen(choices, 1))
+    tile = _tile(C, *BACKWARD_TILES[card.chosen(choices, 1)])
     least = max(LEAST_ROWS, triton.cdiv(rows, PROGRAMS))
     chunk_rows = triton.cdiv(least, tile["BLOCK_R"]) * tile["BLOCK_R"]
     programs = triton.cdiv(rows, chunk_rows)

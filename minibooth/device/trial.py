@@ -89,7 +89,7 @@ def ours(case: Case, choices: Sequence[int] = ()) -> Callable[..., Tensor]:
         return ops.geglu_kernels.geglu
     if case.op == "layer_norm":
         layer_norm = ops.layer_norm_kernels.layer_norm
-        return lambda x, *weights_h: layer_norm(x, *weights_h[:2], EPS, *weights_h[2:], choices)
+        return lambda x, w, b, h=None: layer_norm(x, w, b, EPS, h, choices)
     groups, silu, *_ = case.norm
     group_norm = ops.group_norm_kernels.group_norm
     return lambda x, *weights: group_norm(x, groups, *weights, EPS, silu, choices)
