@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from .. import ops
@@ -53,35 +53,26 @@ def compile_case(case: Case, choices: tuple[int, ...], capability: int) -> None:
     """Compile its kernels into Triton's cache, without a GPU: for a process beside others."""
     from minibooth_kernels import report
 
-    # What does not compile is found out, and said, when it is tried.
-    with contextlib.suppress(Exception), report.recording(capability):
-        inputs, upstream = unwritten(case)
-        results(ours(case, choices), inputs, upstream, case.backward)
-
-
-def unwritten(case: Case) -> tuple[list[Tensor], Tensor]:
-    """Inputs and an upstream gradient without values."""
     inputs, upstream = make_inputs(case, torch.device("meta"))
     *inputs, upstream = (
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in (*inputs, upstream)
     )
-    return inputs, upstream
+    # What does not compile is found out, and said, when it is tried.
+    with contextlib.suppress(Exception), report.recording(capability):
+        results(ours(case, choices), inputs, upstream, case.backward)
 
 
-def to_compile(cases: list[Case], capability: int) -> tuple[list[tuple], list[tuple]]:
+def to_compile(cases: list[Case], device: torch.device) -> tuple[list[tuple], list[tuple]]:
     """Cases with choices, of which each is compiled once: the first choice of every case, and the
     others that may be tried. Kernels do not know how large a batch is; and those of the forward
     pass are the same whether there is a backward pass or not."""
-    from minibooth_kernels import report
-
     backward: dict[Case, bool] = {}
     for case in cases:
         alike = case._replace(shape=(2, *case.shape[1:]), backward=False)
         backward[alike] = backward.get(alike, False) or case.backward
     first, others = [], []
     for case in (alike._replace(backward=both) for alike, both in backward.items()):
-        with report.recording(capability):
-            of_each = counts(case, unwritten(case)[0])
+        of_each = counts(case, device)
         none = (0,) * len(of_each)
         first.append((case, none))
         others += [
@@ -93,11 +84,12 @@ def to_compile(cases: list[Case], capability: int) -> tuple[list[tuple], list[tu
 
 
 def compile_all(
-    cases: list[Case], capability: int, say: Callable[[str], object], until: float
+    cases: list[Case], device: torch.device, say: Callable[[str], object], until: float
 ) -> None:
     """Side by side, which is only to save time: what is missing is compiled when it is tried. The
     other choices than the first only until then. Says COMPILED as often as there are cases."""
-    first, others = to_compile(cases, capability)
+    capability = ops.attention_kernels.card.capability(device)
+    first, others = to_compile(cases, device)
     todo, said = first + others, 0
     workers = min(8, os.cpu_count() or 1, len(todo))
     with (
@@ -124,11 +116,10 @@ def try_all(
     try:
         torch.cuda.set_device(device)  # Triton launches, and graphs record, on the current one
         card.launch_one(device)
-        capability = card.capability(device)
     except Exception as error:
         say(CANNOT + card.why_no_launch(error))
         return
-    compile_all(cases, capability, say, until)
+    compile_all(cases, device, say, until)
     for case in cases:
         say(BEGIN)
         verdict = examine(case, device, graph_time, until=until)

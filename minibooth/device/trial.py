@@ -95,15 +95,18 @@ def ours(case: Case, choices: Sequence[int] = ()) -> Callable[..., Tensor]:
     return lambda x, *weights: group_norm(x, groups, *weights, EPS, silu, choices)
 
 
-def counts(case: Case, inputs: list[Tensor]) -> tuple[int, ...]:
-    """How many candidates each of its kernels has on the inputs' card."""
+def counts(case: Case, device: torch.device) -> tuple[int, ...]:
+    """How many candidates each of its kernels has on that card."""
     if case.op == "attention":
-        return ops.attention_kernels.candidates(inputs[0], case.shape[3], case.backward)
+        _, _, N_q, N_k, d = case.shape
+        q = torch.empty(1, 1, N_q, d, dtype=getattr(torch, case.dtype), device=device)
+        return ops.attention_kernels.candidates(q, N_k, case.backward)
     if case.op == "geglu":
         return ()
     if case.op == "layer_norm":
         return ops.layer_norm_kernels.candidates(case.backward)
-    return ops.group_norm_kernels.candidates(inputs[0], case.norm[0], case.backward)
+    x = make_inputs(case, torch.device("meta"))[0][0]
+    return ops.group_norm_kernels.candidates(x, case.norm[0], case.backward)
 
 
 def implementations(case: Case) -> dict[str, Callable[..., Tensor]]:
@@ -241,7 +244,7 @@ def examine(
         except Exception as e:
             return said(e)
 
-    best, found = search(attempt, counts(case, inputs), until)
+    best, found = search(attempt, counts(case, device), until)
     times, why = {}, found[best] if isinstance(found[best], str) else None
     if why is None:
         times["triton"] = found[best]

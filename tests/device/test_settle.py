@@ -162,6 +162,28 @@ def test_another_driver_is_another_machine(tmp_path, monkeypatch):
     assert set(json.loads(path.read_text())) == {"a card, driver 1", "a card, driver 2"}
 
 
+def test_a_file_that_knows_of_no_tiles_is_made_anew(tmp_path):
+    """As those before them were; what it holds of other machines stays."""
+    path, old = tmp_path / "kernels.json", {"triton": True, "us": {"triton": 1.0}, "why": None}
+    before = {verdicts.key(case): old for case in CASES}
+    path.write_text(json.dumps({"a card, driver 1": before, "another": before}))
+    assert settled(path) == GIVEN and tried.asked == [CASES]
+    found = json.loads(path.read_text())
+    assert found["another"] == before and len(found["a card, driver 1"]) == len(CASES)
+
+
+def test_a_second_run_takes_the_same_tiles_and_the_file_says_which(tmp_path, monkeypatch):
+    path = tmp_path / "kernels.json"
+    chosen = Verdict(True, {"triton": 1.0}, None, (2, 0, 1), {"0-0-0": 2.0, "1-0-0": "wrong"})
+    monkeypatch.setitem(GIVEN, CASES[0], chosen)
+    assert settled(path)[CASES[0]] == chosen and ops._preferred[CASES[0]] == (2, 0, 1)
+    ops.prefer({})
+    assert settled(path)[CASES[0]] == chosen and ops._preferred[CASES[0]] == (2, 0, 1)
+    assert tried.asked == [] and ops._preferred[CASES[3]] == ()
+    kept = json.loads(path.read_text())["a card, driver 1"][verdicts.key(CASES[0])]
+    assert kept["choices"] == [2, 0, 1] and kept["others"]["1-0-0"] == "wrong"
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '{"a card, driver 1": 3}', '{"a card, driver 1": {"x": {"triton": 1}}}', "\0"],
@@ -297,6 +319,16 @@ def test_an_end_before_the_first_case_is_no_cases_fault(first, said, child):
         list(settle.in_a_process(LENGTHS, CPU, child=child("1", HANG, first)))
 
 
+def test_the_process_is_told_how_long_tiles_may_be_chosen_also_after_a_death(child, monkeypatch):
+    """The second has what the first has left of it."""
+    monkeypatch.setattr(settle, "CHOOSING", 50.0)
+    first = "assert float(sys.argv[2]) <= 50 - 0.3 * ('1' not in str(cases)), sys.argv"
+    found = dict(
+        settle.in_a_process(LENGTHS[:2], CPU, child=child("1", f"time.sleep(0.3); {KILL}", first))
+    )
+    assert [v.triton for v in found.values()] == [False, True]
+
+
 def test_a_process_that_hangs_is_ended(child, monkeypatch):
     monkeypatch.setattr(settle, "SILENCE", 0.5)
     found = dict(settle.in_a_process(LENGTHS, CPU, child=child("6", HANG)))
@@ -355,9 +387,8 @@ def test_the_process_works_and_waits_on_the_device_that_it_is_given(two_cards, m
     said, launched = [], []
     card = ops.attention_kernels.card
     monkeypatch.setattr(card, "launch_one", lambda device: launched.append(two_cards.current[0]))
-    monkeypatch.setattr(
-        settle, "compile_all", lambda cases, capability, say, until: say(capability)
-    )
+    compiling = lambda cases, device, say, until: say(card.capability(device))  # noqa: E731
+    monkeypatch.setattr(settle, "compile_all", compiling)
     monkeypatch.setattr(settle, "examine", lambda case, device, timer, until: GIVEN[case])
     settle.try_all(CASES[:2], SECOND, said.append, 9.0)
     assert launched == [1] and two_cards.waited == [1, 1]
@@ -406,6 +437,24 @@ def test_memory_is_given_back_before_another_process_wants_it(two_cards, tmp_pat
     assert two_cards.freed == [0]
     settle.settle(CASES[:1], CPU, path=tmp_path / "kernels.json", tried=tried)
     assert two_cards.freed == [0]  # for a process that is not started none is given back
+
+
+@needs_triton
+def test_each_kernel_is_compiled_once_and_every_candidate_that_may_be_tried(monkeypatch):
+    monkeypatch.setattr(ops.attention_kernels.card, "capability", lambda device: 90)
+    long = Case("attention", (2, 8, 4096, 4096, 40), "bfloat16", True)
+    text = Case("attention", (2, 8, 4096, 77, 40), "bfloat16", True)
+    small = Case("group_norm", (2, 320, 8, 8), "bfloat16", False, (32, True, True, "float32"))
+    rows = Case("layer_norm", (2, 64, 320), "bfloat16", True, (True, "float32"))
+    gate = Case("geglu", (2, 64, 320), "bfloat16", True)
+    drawn = [c._replace(backward=False, shape=(12, *c.shape[1:])) for c in (long, text, rows, gate)]
+    first, others = settle.to_compile([*drawn, long, text, small, rows, gate, small], CPU)
+    none = {long: (0, 0, 0), text: (0, 0), small: (0,), rows: (0, 0), gate: ()}
+    assert dict(first) == none and len(first) == len(none)
+    assert others == [
+        (long, (1, 0, 0)), (long, (2, 0, 0)), (long, (0, 1, 0)), (long, (0, 0, 1)),
+        (long, (0, 0, 2)), (rows, (1, 0)), (rows, (0, 1)), (small, (1,)),
+    ]  # fmt: skip
 
 
 @needs_triton

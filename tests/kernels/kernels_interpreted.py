@@ -499,7 +499,7 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     kinds = [(of, names) for (of, _), names in zip(kernels.KINDS, of_all, strict=True)]
     monkeypatch.setattr(kernels, "KINDS", kinds)
     monkeypatch.setattr(check, "ODD_ROWS", {})
-    monkeypatch.setattr(trial, "counts", lambda case, inputs: ())  # no other tiles
+    monkeypatch.setattr(trial, "counts", lambda case, device: ())  # no other tiles
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (0, 0))
