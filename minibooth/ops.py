@@ -44,8 +44,8 @@ class Case(NamedTuple):
     shape: tuple[int, ...]  # (B, H, N_q, N_k, d) | of x: (N, C, *spatial) | (B, N, C)
     dtype: str  # "bfloat16", …
     backward: bool  # whether there is a backward pass to come, which is chosen with the forward
-    # Of a norm: groups, SiLU, channels_last, weights' dtype | whether of a sum, weights' dtype.
-    norm: tuple[int, bool, bool, str] | tuple[bool, str] | None = None
+    # Of a norm: groups, SiLU, channels_last, weights' dtype, shifted | of a sum, weights' dtype.
+    norm: tuple[int, bool, bool, str, bool] | tuple[bool, str] | None = None
 
 
 def mode() -> str:
@@ -85,9 +85,9 @@ def _attention_case(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Case:
     return Case("attention", (B, H, N_q, k.shape[2], d), str(q.dtype)[6:], backward)
 
 
-def _norm_case(x: torch.Tensor, groups: int, weight: torch.Tensor, silu: bool) -> Case:
+def _norm_case(x: torch.Tensor, groups: int, weight: torch.Tensor, silu: bool, shift) -> Case:
     backward = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    norm = (groups, silu, not x.is_contiguous(), str(weight.dtype)[6:])
+    norm = (groups, silu, not x.is_contiguous(), str(weight.dtype)[6:], shift is not None)
     return Case("group_norm", tuple(x.shape), str(x.dtype)[6:], backward, norm)
 
 
@@ -145,17 +145,21 @@ def group_norm(
     bias: torch.Tensor,
     eps: float,
     silu: bool = False,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """GroupNorm over (N, C, *spatial), then SiLU if asked; weight and bias (C,).
+    """GroupNorm over (N, C, *spatial), then SiLU if asked; weight and bias (C,). Of x, or of
+    x + shift, the same for all pixels: (N, C).
 
     Returns y of x's shape. The kernels keep x's dtype and memory layout and compute in fp32;
     PyTorch under autocast returns fp32, which the next convolution rounds to the same values.
     Raises UserError if the kernels were asked for and cannot run.
     """
-    case = _norm_case(x, num_groups, weight, silu)
-    choices = _choose_triton(group_norm_kernels, case, x, num_groups, weight, bias)
+    case = _norm_case(x, num_groups, weight, silu, shift)
+    choices = _choose_triton(group_norm_kernels, case, x, num_groups, weight, bias, shift)
     if choices is not None:
-        return group_norm_kernels.group_norm(x, num_groups, weight, bias, eps, silu, choices)
+        return group_norm_kernels.group_norm(x, num_groups, weight, bias, eps, silu, shift, choices)
+    if shift is not None:
+        x = x + shift[:, :, None, None]
     y = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(y, inplace=not y.requires_grad) if silu else y
 

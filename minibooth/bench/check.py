@@ -68,7 +68,7 @@ def norm(B: int, name: str, dtype: torch.dtype, backward: bool) -> Case:
     channels, side = (NORMS | ODD_NORMS)[name]
     dtype = str(dtype)[6:]
     shape = (B, channels, side, side)
-    return Case("group_norm", shape, dtype, backward, (32, True, True, dtype))
+    return Case("group_norm", shape, dtype, backward, (32, True, True, dtype, True))
 
 
 def layer_norm(B: int, name: str, dtype: torch.dtype, backward: bool) -> Case:
@@ -139,7 +139,7 @@ def smoke() -> None:
     """Each kernel once on a small odd shape, for compute-sanitizer."""
     cases = [Case("attention", (1, 2, 130, N_k, 40), "float16", True) for N_k in (77, 201)]
     for side in (13, 130):
-        norm = (32, True, True, "float16")
+        norm = (32, True, True, "float16", True)
         cases.append(Case("group_norm", (1, 64, side, side), "float16", True, norm))
     cases.append(Case("layer_norm", (1, 77, 100), "float16", True, (True, "float16")))
     cases.append(Case("geglu", (1, 77, 100), "float16", True))

@@ -63,8 +63,13 @@ def make_inputs(case: Case, device: torch.device) -> tuple[list[Tensor], Tensor]
     if case.op == "geglu":
         return [x], upstream[..., : case.shape[-1] // 2].contiguous()
     width = case.shape[1 if case.op == "group_norm" else -1]
-    weights = torch.randn(2, width, device=device, dtype=getattr(torch, case.norm[-1]))
-    added = [torch.randn_like(x)] if case.op == "layer_norm" and case.norm[0] else []
+    of_weights = case.norm[3 if case.op == "group_norm" else 1]
+    weights = torch.randn(2, width, device=device, dtype=getattr(torch, of_weights))
+    added = []
+    if case.op == "layer_norm" and case.norm[0]:
+        added = [torch.randn_like(x)]
+    elif case.op == "group_norm" and case.norm[4]:
+        added = [torch.randn(case.shape[:2], device=device, dtype=dtype)]
     return [x + 1, *weights, *added], upstream
 
 
@@ -92,7 +97,7 @@ def ours(case: Case, choices: Sequence[int] = ()) -> Callable[..., Tensor]:
         return lambda x, w, b, h=None: layer_norm(x, w, b, EPS, h, choices)
     groups, silu, *_ = case.norm
     group_norm = ops.group_norm_kernels.group_norm
-    return lambda x, *weights: group_norm(x, groups, *weights, EPS, silu, choices)
+    return lambda x, w, b, shift=None: group_norm(x, groups, w, b, EPS, silu, shift, choices)
 
 
 def counts(case: Case, device: torch.device) -> tuple[int, ...]:
@@ -117,8 +122,9 @@ def implementations(case: Case) -> dict[str, Callable[..., Tensor]]:
     if case.op == "geglu":
         return {"triton": ours(case), "torch": ops.geglu_kernels.reference}
 
-    def eager_group_norm(x, weight, bias):
+    def eager_group_norm(x, weight, bias, *shift):
         groups, silu, *_ = case.norm
+        x = x + shift[0][:, :, None, None] if shift else x
         wide = x.to(weight.dtype)  # as autocast does, which has PyTorch's norm in fp32
         y = F.group_norm(wide, groups, weight, bias, EPS)
         y = F.silu(y) if silu else y

@@ -26,7 +26,7 @@ from minibooth.training import prepare, start
 
 CPU = torch.device("cpu")
 CASES = [Case("attention", (1, 1, n, n, 8), "float16", False) for n in (1, 2, 3)]
-CASES += [Case("group_norm", (1, 4, 2, 2), "float16", True, (2, True, True, "float32"))]
+CASES += [Case("group_norm", (1, 4, 2, 2), "float16", True, (2, True, True, "float32", False))]
 FASTER = Verdict(True, {"triton": 1.0, "torch": 3.0})
 SLOWER = Verdict(False, {"triton": 2.0, "torch": 1.0})
 WRONG = Verdict(False, {"torch": 1.0}, "the output is wrong by nan, allowed is 1.0e-04")
@@ -444,7 +444,9 @@ def test_each_kernel_is_compiled_once_and_every_candidate_that_may_be_tried(monk
     monkeypatch.setattr(ops.attention_kernels.card, "capability", lambda device: 90)
     long = Case("attention", (2, 8, 4096, 4096, 40), "bfloat16", True)
     text = Case("attention", (2, 8, 4096, 77, 40), "bfloat16", True)
-    small = Case("group_norm", (2, 320, 8, 8), "bfloat16", False, (32, True, True, "float32"))
+    small = Case(
+        "group_norm", (2, 320, 8, 8), "bfloat16", False, (32, True, True, "float32", False)
+    )
     rows = Case("layer_norm", (2, 64, 320), "bfloat16", True, (True, "float32"))
     gate = Case("geglu", (2, 64, 320), "bfloat16", True)
     drawn = [c._replace(backward=False, shape=(12, *c.shape[1:])) for c in (long, text, rows, gate)]
@@ -461,7 +463,7 @@ def test_each_kernel_is_compiled_once_and_every_candidate_that_may_be_tried(monk
 def test_compiling_beforehand_fills_tritons_cache(tmp_path):
     """Of a process of its own: Triton's driver is set for the whole of it."""
     attention = Case("attention", (1, 2, 64, 77, 40), "bfloat16", True)
-    norm = Case("group_norm", (1, 64, 8, 8), "bfloat16", False, (32, True, True, "float32"))
+    norm = Case("group_norm", (1, 64, 8, 8), "bfloat16", False, (32, True, True, "float32", False))
 
     def compile_both():
         os.environ["TRITON_CACHE_DIR"] = str(tmp_path)

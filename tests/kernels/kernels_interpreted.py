@@ -125,6 +125,27 @@ def test_group_norm_takes_any_layout_of_input_and_gradient():
     torch.testing.assert_close(y, gn.reference(sliced, 3, weight, bias, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_of_what_is_shifted_by_channel_matches_fp64(both_ways, layout, dtype):
+    """Shifts that are large beside what they are added to; and their gradients."""
+    inputs, upstream = group_norm_case((2, 24, 9, 7), dtype, layout)
+    shift = 20 * torch.randn(2, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = (*inputs, shift)
+
+    def run(f, inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = f(leaves[0], 4, *leaves[1:3], 1e-5, silu=True, shift=leaves[3])
+        return [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    outs, theirs = run(gn.group_norm, inputs), run(gn.reference, inputs)
+    expected = run(gn.reference, [x.double() for x in inputs])
+    for out, their, true in zip(outs[:4], theirs, expected, strict=False):
+        assert relative_error(out, true) <= max(2e-6, 3 * relative_error(their, true))
+    # A shift of all of a group's channels is none: the gradient is what little is left of the sum.
+    assert (outs[4] - expected[4]).abs().max() <= 2 * (theirs[4] - expected[4]).abs().max() + 1e-4
+
+
 def test_group_norm_takes_half_input_with_fp32_parameters():
     """What autocast hands it: the result and dx in fp16, dγ and dβ in fp32."""
     (x, weight, bias), upstream = group_norm_case((2, 16, 6, 6), FP16, torch.channels_last)
@@ -396,12 +417,14 @@ def operators():
     attention, _ = attention_case(1, 2, 20, 77, 16, FP16)
     norm, _ = group_norm_case((2, 8, 5, 6), FP32, torch.channels_last)
     (x, h, *weights), _ = rows_case((2, 3, 8), FP32)
+    shift = norm[0][..., 0, 0].contiguous()
     return [
         (torch.ops.minibooth.layer_norm, (x, None, *weights, 1e-5, ())),
         (torch.ops.minibooth.layer_norm, (x, h, *weights, 1e-5, (1, 0))),
         (torch.ops.minibooth.geglu, (x,)),
         (torch.ops.minibooth.attention, (*attention, 0.25, (0, 0))),
-        (torch.ops.minibooth.group_norm, (norm[0], 2, *norm[1:], 1e-5, True, ())),
+        (torch.ops.minibooth.group_norm, (norm[0], 2, *norm[1:], 1e-5, True, None, ())),
+        (torch.ops.minibooth.group_norm, (norm[0], 2, *norm[1:], 1e-5, True, shift, (1,))),
     ]
 
 
@@ -535,7 +558,9 @@ def test_the_work_of_a_case_is_what_the_formulas_say():
     assert kernels.work(case)["flops"] == 2 * 2 * heads * 4096 * 77
     assert kernels.work(both)["flops"] == 7 * 2 * heads * 4096 * 77
     assert kernels.work(case)["bytes"] == 2 * 2 * heads * (4096 + 77)
-    norm = Case("group_norm", (2, 320, 64, 64), "bfloat16", True, (32, True, True, "float32"))
+    norm = Case(
+        "group_norm", (2, 320, 64, 64), "bfloat16", True, (32, True, True, "float32", False)
+    )
     tensor = 2 * 2 * 320 * 64 * 64
     assert kernels.work(norm) == {"flops": 0, "bytes": 5 * tensor, "moved": 8 * tensor}
     small = norm._replace(shape=(2, 640, 8, 8))
@@ -555,7 +580,9 @@ def test_auto_takes_the_kernels_in_the_cases_that_are_preferred_and_in_no_others
     forward, training, norm = seen
     assert forward == Case("attention", (1, 2, 20, 77, 16), "float32", False)
     assert training == forward._replace(backward=True)
-    assert norm == Case("group_norm", (2, 8, 5, 6), "float32", False, (2, False, True, "float32"))
+    assert norm == Case(
+        "group_norm", (2, 8, 5, 6), "float32", False, (2, False, True, "float32", False)
+    )
     taken = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(at, "_attention", lambda *a: taken.append("attention") or [a[0]])
@@ -585,8 +612,8 @@ def test_the_smallest_kernel_is_launched():
     [
         Case("attention", (2, 2, 20, 77, 40), "float16", True),
         Case("attention", (1, 2, 70, 150, 40), "float16", False),
-        Case("group_norm", (2, 32, 12, 12), "float16", True, (4, True, True, "float32")),
-        Case("group_norm", (1, 64, 70, 70), "float16", True, (32, True, False, "float16")),
+        Case("group_norm", (2, 32, 12, 12), "float16", True, (4, True, True, "float32", False)),
+        Case("group_norm", (1, 64, 70, 70), "float16", True, (32, True, False, "float16", False)),
         Case("layer_norm", (2, 9, 40), "float16", True, (True, "float32")),
         Case("layer_norm", (2, 9, 40), "float16", False, (False, "float16")),
         Case("geglu", (2, 9, 40), "float16", True),
