@@ -341,7 +341,7 @@ def programs(calls: list[list[str]]) -> list[dict]:
 
 
 class Block(torch.nn.Module):
-    """A resnet and a transformer of the UNet, with a norm and both kinds of attention."""
+    """A resnet and a transformer of the UNet: all the kernels."""
 
     def __init__(self):
         super().__init__()
