@@ -51,6 +51,7 @@ READ = [
     "lora",
     "textual_inversion",
     "hypernetwork",
+    "upscaler",
 ]  # imports no room but these
 ROOMS_READ = {"common", "formats"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
