@@ -29,7 +29,7 @@ class StableDiffusion(Parts):
     def encode(self, prompts: list[str] | Tensor) -> Condition:
         """Prompts, or the tokenizer's ids of them → c without sizes, which belong to a picture."""
         ids = prompts if isinstance(prompts, Tensor) else self.tokenizer(prompts)
-        return encode(list(self.text_encoders.values()), ids.to(self.device))
+        return each(lambda x: x.to(self.device), encode(list(self.text_encoders.values()), ids))
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor | Condition:
@@ -158,9 +158,7 @@ def vae_batch(pixels: int) -> int:
 def text_projections(unet: UNet) -> list[torch.nn.Module]:
     """Every layer of the UNet that makes keys or values of the text."""
     blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
-    attend = [block.attn2 for block in blocks] + [
-        b.attn1 for b in blocks if isinstance(b, TextBlock)
-    ]
+    attend = [b.attn2 for b in blocks] + [b.attn1 for b in blocks if isinstance(b, TextBlock)]
     return [project for attention in attend for project in (attention.to_k, attention.to_v)]
 
 
@@ -200,12 +198,10 @@ def load(
 ) -> StableDiffusion:
     """Load a model: a folder in diffusers' layout, a single file, or an id on the hub.
 
-    `tokenizer` (a folder or id) and `vae` (folder, id or file) replace the model's own; a single
-    file that holds no vocabulary has CLIP's. `prediction_type` overrides what the model says,
-    "epsilon" or "v_prediction"; `revision` is a branch, tag or commit on the hub; `ema` takes the
-    averaged weights of a single file that has them beside the plain ones. With dtype fp16 the VAE
-    stays fp32, since some overflow to black pictures. Raises UserError where the source is
-    no model, damaged, hostile, of another kind or incomplete, or its parts do not fit together.
+    `tokenizer` (folder or id) and `vae` (folder, id or file) replace the model's own; `revision` is
+    the hub's; `prediction_type` overrides what the model says; `ema` takes a single file's averaged
+    weights. Under fp16 the VAE stays fp32, since some overflow to black pictures. Raises UserError
+    where the source is no model of these, damaged or hostile, or its parts do not fit together.
     """
     found = sources.read(source, tokenizer, vae, revision, ema)
     networks = checkpoint.build_all(found, dtype, device)
