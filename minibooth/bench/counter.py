@@ -180,7 +180,7 @@ class Counter(TorchDispatchMode):
         each kernel moves its arguments once."""
         name = func.overloadpacket.__name__
         attends = name.startswith("attention")
-        kernels = ops.attention_kernels if attends else ops.group_norm_kernels
+        kernels = getattr(ops, f"{name.removesuffix('_backward')}_kernels")
 
         def launch(kernel, *arguments, **options):
             self.add(name, total(arguments))
