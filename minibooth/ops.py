@@ -1,4 +1,5 @@
-"""Attention and group norm: PyTorch's own, or the Triton kernels. The choice is made here only.
+"""Attention, group norm and AdamW: PyTorch's own, or the Triton kernels. The choice is made here
+only.
 
 The switch is the environment variable MINIBOOTH_KERNELS, or `use`, which the programs' --kernels
 flag calls:
@@ -24,10 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .common.errors import UserError
 
 try:
+    from minibooth_kernels import adamw as adamw_kernels
     from minibooth_kernels import attention as attention_kernels
     from minibooth_kernels import group_norm as group_norm_kernels
 except ImportError:  # no Triton, as on macOS
-    attention_kernels = group_norm_kernels = None
+    adamw_kernels = attention_kernels = group_norm_kernels = None
 
 MODES = ("auto", "triton", "torch")
 _mode = os.environ.get("MINIBOOTH_KERNELS", "auto")
@@ -38,8 +40,8 @@ _seen: dict["Case", None] | None = None
 class Case(NamedTuple):
     """What the choice is made for: an operator, its sizes, and all else that its speed hangs on."""
 
-    op: str  # "attention" | "group_norm"
-    shape: tuple[int, ...]  # (B, H, N_q, N_k, d) | of x: (N, C, *spatial)
+    op: str  # "attention" | "group_norm" | "adamw"
+    shape: tuple[int, ...]  # (B, H, N_q, N_k, d) | of x: (N, C, *spatial) | none: of any weights
     dtype: str  # "bfloat16", …
     backward: bool  # whether there is a backward pass to come, which is chosen with the forward
     norm: tuple[int, bool, bool, str] | None = None  # groups, SiLU, channels_last, weights' dtype
@@ -145,3 +147,9 @@ def group_norm(
         return group_norm_kernels.group_norm(x, num_groups, weight, bias, eps, silu)
     y = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(y, inplace=not y.requires_grad) if silu else y
+
+
+def adamw_by_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether AdamW over weights such as this one, of a network that computes in `dtype`, is the
+    kernel's (training/by_kernel.py). Raises UserError if it was asked for and cannot run."""
+    return _choose_triton(adamw_kernels, Case("adamw", (), str(dtype)[6:], False), weight)

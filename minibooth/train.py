@@ -66,7 +66,7 @@ def train(
             batches, loss, identity = prepare.gather(run, captured)
             before = grids.draw(run)
             grids.save(run, 0, before)
-            adam = prepare.make_optimizer(run)
+            adam = prepare.make_optimizer(run, captured)
             learn(run, batches, loss, adam, identity, captured, on_step)
             finish(run, before, originals)
             if score.applies(run.config):
@@ -88,10 +88,11 @@ def one_update(
         losses, size = [], len(drawn) // accumulate
         batches = [drawn[first : first + size] for first in range(0, len(drawn), size)]
         for batch in ranks.each(loss_of, batches):
-            result = loss_of(batch)
-            loss = result.loss
-            adam.start(loss, rate)
-            (loss * adam.scale / accumulate).backward()
+            with adam.copies_in_place():
+                result = loss_of(batch)
+                loss = result.loss
+                adam.start(loss, rate)
+                (loss * adam.scale / accumulate).backward()
             losses.append(torch.stack([loss, result.loss_instance, result.loss_prior]).detach())
             if on_step:
                 on_step(int(step), result)

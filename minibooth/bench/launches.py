@@ -21,8 +21,8 @@ from ..formats.scheduler import read_schedule
 from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..train import one_update
+from ..training import prepare
 from ..training.loss import Loss
-from ..training.optimizer import Update
 from ..training.settings import TrainConfig
 from ..unet import UNet
 from .counter import KINDS, Counter
@@ -89,10 +89,11 @@ def our_step(
     config = TrainConfig(mixed_precision=row.precision, **dict(row.settings))
     schedule = replace(schedule, alpha_bar=torch.empty(schedule.T, device=CARD))
     sd = StableDiffusion(None, None, None, network, schedule, {})
-    how = Precision(row.precision, CARD), config.gradient_checkpointing
+    precision = Precision(row.precision, CARD)
+    how = precision, config.gradient_checkpointing
     loss = Loss(sd, None, contexts, config.prior_loss_weight, None, *how)
     groups = [(config.learning_rate, list(network.parameters()))]
-    adam = Update(groups, config.adam_weight_decay, config.max_grad_norm, scaled=False)
+    adam = prepare.update_of(config, precision, groups, [network], captured=True)
     update = one_update(loss, adam, accumulate=1)
     number, rate = torch.ones(2, device=CARD).unbind()
     return lambda: update(number, rate, *drawn)
