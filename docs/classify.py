@@ -29,7 +29,9 @@ def accuracies() -> list[dict]:
     with torch.no_grad():
         x = sd.vae.encode(pictures)[0] * sd.vae.scaling_factor  # (200, 4, h, w)
     right = torch.tensor([world.CLASSES.index(scene.kind) for scene in scenes])
-    contexts = sd.encode_prompt([classify.prompt_of(noun) for noun in world.CLASSES]).split(1)
+    with torch.no_grad():
+        texts = sd.encode([classify.prompt_of(noun) for noun in world.CLASSES])
+    contexts = [texts[i : i + 1] for i in range(len(texts))]
     found = {}
     for name in ("paired", "unpaired"):
         losses = torch.empty(len(contexts), DRAWS, COUNT)

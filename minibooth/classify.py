@@ -24,11 +24,13 @@ from . import pipeline
 from .common import cli
 from .common.cli import option
 from .common.errors import UserError
+from .common.trees import each
 from .device import no_gpu
 from .dreambooth import Term, step
 from .formats import checks, hub
 from .formats.configs import is_public_size
 from .pipeline import StableDiffusion, projected_once
+from .text_encoder import Condition
 from .toybox import world
 from .training import photos, report
 from .training.data import encode, rng
@@ -91,13 +93,14 @@ def draw(x: Tensor, T: int, seed: int, first: int, count: int) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def losses(sd: StableDiffusion, c: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Eq. 2's first term for every draw, (n,), under one text c: (1, 77, D). Raises NotFinite."""
+def losses(sd: StableDiffusion, c: Condition, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Eq. 2's first term for every draw, (n,), under one text c. Raises NotFinite."""
     found, texts = [], {}
     with projected_once(sd.unet):
         for drawn in zip(*(x.to(sd.device).split(BATCH) for x in (x0, eps, t)), strict=True):
             # `step` puts its terms' texts together anew: keys and values are kept for this tensor.
-            text = texts.setdefault(len(drawn[0]), c.expand(len(drawn[0]), -1, -1))
+            n = len(drawn[0])
+            text = texts.setdefault(n, each(lambda x, n=n: x.expand(n, *x.shape[1:]), c))
             term = Term(*drawn, text)
             done = step(lambda x_t, t, _, c=text: sd.unet(x_t, t, c), sd.schedule, term, None)
             found.append(done.per_sample)
@@ -127,7 +130,9 @@ def rank(
 ) -> list[Rank]:
     """The nouns, best first; those that dropped out early come last. `x`: (P, 4, h, w), scaled
     latents of the photographs; `on_passes` is told of every few passes. Raises NotFinite."""
-    c = dict(zip(nouns, sd.encode_prompt([prompt_of(n) for n in nouns]).split(1), strict=True))
+    with torch.no_grad():
+        texts = sd.encode([prompt_of(noun) for noun in nouns]).whole(sd.image_size, sd.image_size)
+    c = {noun: texts[i : i + 1] for i, noun in enumerate(nouns)}
     found = {noun: torch.zeros(0) for noun in nouns}  # the loss of each draw that it stayed for
     left, out, first = list(nouns), [], 0
     for count, share in STAGES:

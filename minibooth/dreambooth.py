@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .schedule import Schedule, q_sample, velocity
+from .text_encoder import Condition, cat
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Term:
     x0: Tensor  # (B, 4, h, w) x or x_pr: scaled latents
     eps: Tensor  # (B, 4, h, w) ε or ε': unit Gaussian noise
     t: Tensor  # (B,) t or t': int64, 0 … T − 1
-    c: Tensor  # (B, 77, D) c or c_pr: the encoded prompt
+    c: Tensor | Condition  # c or c_pr: the encoded prompt, (B, 77, D), or what has it
 
 
 class Half(NamedTuple):
@@ -67,7 +68,7 @@ class Step:
 
 
 def step(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    unet: Callable[[Tensor, Tensor, Tensor | Condition], Tensor],
     schedule: Schedule,
     instance: Term,
     prior: Term | None,
@@ -83,7 +84,7 @@ def step(
     x0 = torch.cat([term.x0 for term in terms])  # (B, 4, h, w)
     eps = torch.cat([term.eps for term in terms])
     t = torch.cat([term.t for term in terms])  # (B,)
-    c = torch.cat([term.c for term in terms])  # (B, 77, D)
+    c = cat([term.c for term in terms])  # (B, 77, D)
 
     alpha_bar_t = schedule.alpha_bar[t]  # (B,)
     x_t = q_sample(x0, eps, alpha_bar_t)

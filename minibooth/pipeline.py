@@ -9,10 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from . import schedule
+from .common.forwards import replaced
+from .common.trees import each
 from .formats import checkpoint, hub, sources
 from .formats.checks import check_fit, check_sampling, require_finite
 from .formats.parts import Parts
 from .formats.scheduler import settle
+from .text_encoder import Condition, encode
 from .tokenizer import Tokenizer
 from .unet import TransformerBlock, UNet
 
@@ -23,10 +26,17 @@ class StableDiffusion(Parts):
     """A whole model. Data flows tokenizer → text_encoder → unet (steps times, as the schedule says)
     → vae. These are its attributes; formats/parts.py has their types, and how they are saved."""
 
+    def encode(self, prompts: list[str] | Tensor) -> Condition:
+        """Prompts, or the tokenizer's ids of them → c without sizes, which belong to a picture."""
+        ids = prompts if isinstance(prompts, Tensor) else self.tokenizer(prompts)
+        return encode(list(self.text_encoders.values()), ids.to(self.device))
+
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str]) -> Tensor:
-        """Prompts → c: (B, 77, D)."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+    def encode_prompt(self, prompts: list[str]) -> Tensor | Condition:
+        """What the UNet and Term.c take for prompts: (B, 77, D); SDXL's with the sizes of a whole
+        picture."""
+        c = self.encode(prompts)
+        return c.context if c.pooled is None else c.whole(self.image_size, self.image_size)
 
     @torch.no_grad()
     def generate(
@@ -69,11 +79,12 @@ class StableDiffusion(Parts):
                 return to_device(torch.stack(drawn), self.device)  # (B, 4, h, w)
 
             x = noise() if latents is None else latents[batch].to(self.device, torch.float32)
-            context = self.encode_guided(prompts[batch], negative_prompt, guidance_scale)
+            c = self.encode_guided(prompts[batch], negative_prompt, guidance_scale)
+            c = c.whole(*(side * self.vae.factor for side in shape[1:]))
             last = None  # what dpm++ remembers of the step before
             with projected_once(self.unet):
                 for t, t_prev in schedule.trajectory(self.schedule, steps, sampler):
-                    prediction = self.predict(x, t, context, guidance_scale)
+                    prediction = self.predict(x, t, c, guidance_scale)
                     if sampler == "ddpm":
                         x = schedule.ddpm_step(x, prediction, t, t_prev, self.schedule, noise())
                     elif sampler == "dpm++":
@@ -83,31 +94,36 @@ class StableDiffusion(Parts):
                         x = schedule.ddim_step(x, prediction, t, t_prev, self.schedule, eta, fresh)
                     if on_step:
                         on_step()
-            require_finite(context, "text encoder")
+            require_finite(c.context, "text encoder")
             require_finite(x, "unet")
             finished.append(x if output == "latent" else self.decode(x))
         result = torch.cat(finished)
         return to_pil(result) if output == "pil" else result
 
+    @torch.no_grad()
     def encode_guided(
         self, prompts: list[str], negative_prompt: str, guidance_scale: float
-    ) -> Tensor:
-        """What `predict` wants: (2B, 77, D), first B times the negative prompt, then the prompts;
-        without guidance, guidance_scale ≤ 1, the prompts alone."""
+    ) -> Condition:
+        """What `predict` wants but sizes: of 2B, first B times the negative prompt, then the
+        prompts; without guidance, guidance_scale ≤ 1, of the prompts alone."""
         if guidance_scale <= 1:
-            return self.encode_prompt(prompts)
-        return self.encode_prompt([negative_prompt] * len(prompts) + prompts)
+            return self.encode(prompts)
+        n = len(prompts)
+        c = self.encode([negative_prompt] * n + prompts)
+        if not negative_prompt and self.zeros_for_empty:
+            c = each(lambda x: torch.cat([torch.zeros_like(x[:n]), x[n:]]), c)
+        return c
 
-    def predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float) -> Tensor:
+    def predict(self, x: Tensor, t: int, c: Tensor | Condition, guidance_scale: float) -> Tensor:
         """The UNet's ε̂ or v̂ for x: (B, 4, h, w), with guidance (arXiv 2207.12598 Eq. 6).
 
-        Both prompts go through the UNet in one batch, context as `encode_guided` gives it, and the
+        Both prompts go through the UNet in one batch, c as `encode_guided` gives it, and the
         difference that the prompt makes against the negative one is exaggerated.
         """
-        times = torch.full((len(context),), t, device=self.device)
+        times = torch.full((len(c),), t, device=self.device)
         if guidance_scale <= 1:
-            return self.unet(x, times, context).float()
-        without, towards = self.unet(torch.cat([x, x]), times, context).float().chunk(2)
+            return self.unet(x, times, c).float()
+        without, towards = self.unet(torch.cat([x, x]), times, c).float().chunk(2)
         return without + guidance_scale * (towards - without)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -168,22 +184,6 @@ def projected_once(unet: UNet) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def replaced(modules: list[torch.nn.Module], forwards: list[Callable]) -> Iterator[None]:
-    """Within it, each module computes what its `forwards` does; then what it did before."""
-    before = [vars(module).get("forward") for module in modules]
-    for module, forward in zip(modules, forwards, strict=True):
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.forward  # the class's own shows again
-            else:
-                module.forward = forward
-
-
 def load(
     source: str | Path,
     *,
@@ -214,5 +214,6 @@ def load(
         source=hub.public_name(source),
         licence=found.licence,
         licence_files=found.licence_files,
+        zeros_for_empty=found.zeros_for_empty,
         **networks,
     )

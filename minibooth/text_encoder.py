@@ -1,12 +1,16 @@
 """CLIP's text transformer (arXiv 2103.00020): 77 token ids → 77 vectors the UNet attends to.
 
-They are D numbers each: 768 in SD 1.x, 1024 in SD 2.x.
+They are D numbers each: 768 in SD 1.x, 1024 in SD 2.x. SDXL has two encoders, and 768 + 1280.
 Attribute names are the public checkpoint's keys, so loading is strict and needs no map.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .common.trees import each
 
 
 class SelfAttention(nn.Module):
@@ -56,7 +60,8 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Built from text_encoder/config.json: SD 1.x (CLIP ViT-L/14) or SD 2.x (OpenCLIP ViT-H)."""
+    """Built from text_encoder/config.json: SD 1.x (CLIP ViT-L/14), SD 2.x (OpenCLIP ViT-H), or one
+    of SDXL's two, both of these kinds (ViT-L/14 and OpenCLIP ViT-bigG, which has a projection)."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -69,11 +74,65 @@ class TextEncoder(nn.Module):
         layers = [Layer(width, hidden, heads, act, eps) for _ in range(c["num_hidden_layers"])]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.final_layer_norm = nn.LayerNorm(width, eps)
+        if "CLIPTextModelWithProjection" in c.get("architectures", ()):
+            self.text_projection = nn.Linear(width, c["projection_dim"], bias=False)
+        # Old configs say 2, and mean the last of CLIP's own 49,408 tokens.
+        end = c.get("eos_token_id", 2)
+        self.end = end if end != 2 else min(c["vocab_size"], 49_408) - 1
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (B, 77) int64 → (B, 77, D)."""
+        return self.final_layer_norm(self.hidden(ids)[1])
+
+    def hidden(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What leaves the last layer but one, and the last: (B, 77, D) each."""
         position = self.embeddings["position_embedding"].weight[: ids.shape[1]]
         x = self.embeddings["token_embedding"](ids) + position  # (B, 77, D)
         for layer in self.encoder["layers"]:
-            x = layer(x)
-        return self.final_layer_norm(x)
+            before, x = x, layer(x)
+        return before, x
+
+    def pooled(self, ids: Tensor, last: Tensor) -> Tensor:
+        """The prompts as one vector each, (B, P): at their first end token, which has seen all."""
+        end = (ids == self.end).int().argmax(dim=1)  # (B,): padding may be end tokens, too
+        h = last[torch.arange(len(ids), device=ids.device), end]  # (B, D)
+        return self.text_projection(self.final_layer_norm(h))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """c, all that a UNet is told beside x_t and t: what B prompts are encoded to.
+
+    SD 1.x and 2.x look at the context alone. SDXL (arXiv 2307.01952, Sec. 2.2) is told as well how
+    large a picture was and where it was cut, lest small ones be left out or heads cut off.
+    """
+
+    context: Tensor  # (B, 77, D) one vector for each token
+    pooled: Tensor | None = None  # (B, P) SDXL: one for the prompt
+    sizes: Tensor | None = None  # (B, 6) in pixels: height and width of the picture as it came, top
+    # and left of the crop in what it was resized to, height and width of the crop
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def __getitem__(self, which: slice | Tensor) -> "Condition":
+        return each(lambda x: x[which], self)
+
+    def whole(self, height: int, width: int) -> "Condition":
+        """With the sizes of pictures that came in this size, of which nothing was cut off."""
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.context.device)
+        return replace(self, sizes=sizes.expand(len(self), -1))
+
+
+def cat(conditions: list[Tensor | Condition]) -> Tensor | Condition:
+    """One behind the other, as torch.cat."""
+    return each(lambda *tensors: torch.cat(tensors), *conditions)
+
+
+def encode(encoders: list[TextEncoder], ids: Tensor) -> Condition:
+    """Prompts as each encoder's tokenizer has them, (B, 77); for SDXL's two (B, 2, 77)."""
+    if len(encoders) == 1:
+        return Condition(encoders[0](ids))
+    found = [encoder.hidden(i) for encoder, i in zip(encoders, ids.unbind(1), strict=True)]
+    context = torch.cat([before for before, _ in found], dim=-1)  # not normalised, as SD 2.x's is
+    return Condition(context, encoders[-1].pooled(ids[:, -1], found[-1][1]))

@@ -122,7 +122,7 @@ class Tokenizer:
             )
         names = [word, *(f"{word}_{i}" for i in range(1, len(ids)))]
         added = self.added | dict(zip(names, ids, strict=True))
-        return Tokenizer(self.vocab, self.merges, self.max_length, self.pad, added)
+        return type(self)(self.vocab, self.merges, self.max_length, self.pad, added)
 
     def spelled(self, word: str) -> str:
         """A word as prompts are read: in small letters. diffusers looks for it in a prompt as it is
@@ -196,6 +196,18 @@ class Tokenizer:
                 first = i if word is None else encoding.word_ids.index(word)
                 return text[: encoding.offsets[first][0]]
         return text
+
+
+class PairedTokenizer(Tokenizer):
+    """SDXL's, for two text encoders: one vocabulary, for the second padded with "!"."""
+
+    def __init__(self, *args, **named):
+        super().__init__(*args, **named)
+        self.second = Tokenizer(self.vocab, self.merges, self.max_length, "!", self.added)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Texts → (B, 2, 77) int64."""
+        return torch.stack([super().__call__(texts), self.second(texts)], dim=1)
 
 
 def pad_token(folder: Path) -> str:

@@ -34,7 +34,7 @@ from .training import (
     start,
     stop,
 )
-from .training.data import Batches
+from .training.data import Batch, Batches
 from .training.loss import Loss
 from .training.optimizer import Update
 from .training.settings import TrainConfig
@@ -75,24 +75,23 @@ def train(
 
 
 def one_update(
-    loss_of: Loss, adam: Update, accumulate: int, on_step: Watcher | None = None
+    loss_of: Loss, adam: Update, on_step: Watcher | None = None
 ) -> Callable[..., Tensor]:
     """A training step: a function of its number, what multiplies the learning rates, and the
-    `accumulate` batches drawn for it. It returns (4,): the loss, its two terms, the norm of the
+    batches drawn for it. It returns (4,): the loss, its two terms, the norm of the
     gradients.
 
     Tensors in, tensor out, and nothing waits for the device, so that it can be captured.
     """
 
-    def update(step: Tensor, rate: Tensor, *drawn: Tensor) -> Tensor:
-        losses, size = [], len(drawn) // accumulate
-        batches = [drawn[first : first + size] for first in range(0, len(drawn), size)]
+    def update(step: Tensor, rate: Tensor, *batches: Batch) -> Tensor:
+        losses = []
         for batch in ranks.each(loss_of, batches):
             with adam.copies_in_place():
                 result = loss_of(batch)
                 loss = result.loss
                 adam.start(loss, rate)
-                (loss * adam.scale / accumulate).backward()
+                (loss * adam.scale / len(batches)).backward()
             losses.append(torch.stack([loss, result.loss_instance, result.loss_prior]).detach())
             if on_step:
                 on_step(int(step), result)
@@ -126,7 +125,7 @@ def learn(
         first_step.explain(run, batches, loss, weights, adam.scale, done)
 
     accumulate = config.gradient_accumulation_steps
-    update = one_update(ranks.averaged(loss, run.trained), adam, accumulate, on_step)
+    update = one_update(ranks.averaged(loss, run.trained), adam, on_step)
     if captured:
         adam.allocate()
         update = graphs.captured(update, run.device, undo=adam.forget)
@@ -137,7 +136,7 @@ def learn(
             rate = optimizer.rate(step, *schedule)
             numbers = (to_device(torch.tensor(float(x)), run.device) for x in (step, rate))
             ns = range((step - 1) * accumulate, step * accumulate)
-            losses = update(*numbers, *(x for n in ns for x in batches.draw(n)))
+            losses = update(*numbers, *map(batches.draw, ns))
             log.add(step, config.learning_rate * rate, losses)
 
             last = step == config.max_train_steps or stopping.heard()

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .text_encoder import Condition
 from .vae import Downsample, GroupNorm, ResnetBlock, Upsample
 
 
@@ -120,16 +121,17 @@ class Pointwise(nn.Conv2d):
 
 
 class Transformer(nn.Module):
-    """A transformer block over the pixels of a feature map, as a residual."""
+    """Transformer blocks over the pixels of a feature map, as a residual. SD has one, SDXL ten."""
 
-    def __init__(self, channels: int, c_context: int, heads: int, groups: int, linear: bool):
+    def __init__(self, c: int, c_context: int, heads: int, groups: int, linear: bool, depth: int):
         super().__init__()
-        self.norm = GroupNorm(groups, channels, eps=1e-6)
-        # The same matrix either way; SD 1.x stores it as a 1×1 convolution, SD 2.x as a linear.
+        self.norm = GroupNorm(groups, c, eps=1e-6)
+        # The same matrix either way; SD 1.x stores it as a 1×1 convolution, later ones as a linear.
         project = nn.Linear if linear else Pointwise
-        self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, c_context, heads)])
-        self.proj_out = project(channels, channels)
+        self.proj_in = project(c, c)
+        blocks = [TransformerBlock(c, c_context, heads) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = project(c, c)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
@@ -165,6 +167,8 @@ class UNet(nn.Module):
         # In the public configs "attention_head_dim" is the number of heads; newer ones say so.
         heads = c.get("num_attention_heads") or c.get("attention_head_dim", 8)
         heads = [heads] * n if isinstance(heads, int) else heads
+        depths = c.get("transformer_layers_per_block", 1)
+        depths = [depths] * n if isinstance(depths, int) else depths
         c_temb = 4 * widths[0]
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
@@ -174,11 +178,15 @@ class UNet(nn.Module):
             if "CrossAttn" not in kind:
                 return []
             linear, width = c.get("use_linear_projection", False), widths[i]
-            args = (width, c["cross_attention_dim"], heads[i], groups, linear)
+            args = (width, c["cross_attention_dim"], heads[i], groups, linear, depths[i])
             return [Transformer(*args) for _ in range(count)]
 
         self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], c_temb)
+        self.add_embedding = None  # of what SDXL is told beside the time
+        if c.get("addition_embed_type"):
+            self.c_size = c["addition_time_embed_dim"]  # numbers for each of a condition's sizes
+            self.add_embedding = TimeEmbedding(c["projection_class_embeddings_input_dim"], c_temb)
 
         self.down_blocks = nn.ModuleList()
         channels, skips = widths[0], [widths[0]]  # the skips' channels, a stack as in forward
@@ -205,12 +213,20 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNorm(groups, channels, eps)
         self.conv_out = nn.Conv2d(channels, c["out_channels"], 3, padding=1)
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x_t: (B, 4, h, w), t: (B,), context: (B, 77, D) → ε̂ or v̂: (B, 4, h, w)."""
+    def told(self, c: Condition) -> Tensor:
+        """The prompt as one vector and, as the time is, six sizes: (B, P + 6 · 256)."""
+        sizes = timestep_embedding(c.sizes.flatten(), self.c_size)  # (6 B, 256)
+        return torch.cat([c.pooled, sizes.view(len(c), -1)], dim=-1)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | Condition) -> Tensor:
+        """x_t: (B, 4, h, w), t: (B,), context: (B, 77, D) or what has it → ε̂ or v̂: (B, 4, h, w)."""
         dtype = self.conv_in.weight.dtype
-        x, context = x_t.to(dtype), context.to(dtype)
+        c = context if isinstance(context, Condition) else Condition(context)
+        x, context = x_t.to(dtype), c.context.to(dtype)
         temb = timestep_embedding(t, self.conv_in.out_channels).to(dtype)
         temb = self.time_embedding(temb)  # (B, 4 · width)
+        if self.add_embedding is not None:
+            temb = temb + self.add_embedding(self.told(c).to(dtype))
 
         x = self.conv_in(x)
         skips = [x]

@@ -110,16 +110,90 @@ def pipeline(
     return pipe
 
 
+SDXL = {  # of the public UNet's shape: the first level does not attend, the last is deepest
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 1, 2],
+    "attention_head_dim": [2, 4, 8],
+}
+
+
+def sdxl(seed: int = 0, layers: int = 1, **unet) -> diffusers.StableDiffusionXLPipeline:
+    """A small SDXL; `layers` of the VAE and at each level, `unet` changes SDXL."""
+    torch.manual_seed(seed)
+    vocab, _ = vocabulary()
+
+    def text(width: int, act: str, depth: int) -> transformers.CLIPTextConfig:
+        return transformers.CLIPTextConfig(
+            vocab_size=len(vocab),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=4,
+            hidden_act=act,
+            projection_dim=24,
+            bos_token_id=0,
+            eos_token_id=2,
+        )
+
+    unet = diffusers.UNet2DConditionModel(
+        **SDXL | unet,
+        layers_per_block=layers,
+        cross_attention_dim=32 + 48,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=24 + 6 * 16,
+        norm_num_groups=8,
+        sample_size=16,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        layers_per_block=layers,
+        scaling_factor=0.13025,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text(32, "quick_gelu", 3)).eval(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text(48, "gelu", 2)).eval(),
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def save(folder: Path, kind: str = "sd1", seed: int = 0) -> diffusers.StableDiffusionPipeline:
     """Write such a model into a folder in the public layout, with its tokenizer; give it back."""
-    pipe = pipeline(kind, seed)
-    pipe.save_pretrained(folder)
-    write_tokenizer(folder / "tokenizer", pad="!" if kind == "sd2" else "<|endoftext|>")
-    pipe.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = sdxl(seed) if kind == "sdxl" else pipeline(kind, seed)
+    write(folder, pipe, "!" if kind == "sd2" else "<|endoftext|>")
     return pipe
+
+
+def write(folder: Path, pipe: diffusers.DiffusionPipeline, pad: str = "<|endoftext|>", **how):
+    """A pipeline that has no tokenizer yet, with one; `how` of save_pretrained."""
+    pipe.save_pretrained(folder, **how)
+    index = json.loads((folder / "model_index.json").read_text())
+    pads = {"tokenizer": pad} | ({"tokenizer_2": "!"} if "tokenizer_2" in index else {})
+    for name, pad in pads.items():
+        write_tokenizer(folder / name, pad)
+        setattr(pipe, name, transformers.CLIPTokenizer.from_pretrained(folder / name))
+        index[name] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 KEPT = tempfile.TemporaryDirectory()  # until the tests end

@@ -14,6 +14,7 @@ from tiny import randn, rel
 from minibooth import UserError, classify, load
 from minibooth.classify import draw, losses, passes, rank
 from minibooth.formats import hub
+from minibooth.text_encoder import Condition
 
 LATENTS = randn(3, 4, 8, 8, seed=1)  # of three photographs
 
@@ -35,7 +36,7 @@ def test_the_loss_is_the_equation_s(monkeypatch):
         expected.append(((answer - e) ** 2).mean())
     found = losses(sd, c, x0, eps, t)
     assert found.shape == (n,) and rel(found, torch.stack(expected)) < 1e-5
-    assert not torch.equal(found, losses(sd, sd.encode_prompt(["a cat"]), x0, eps, t))
+    assert not torch.equal(found, losses(sd, sd.encode(["a cat"]), x0, eps, t))
 
 
 def test_photographs_come_by_turns_and_timesteps_are_evenly_spaced():
@@ -56,15 +57,16 @@ def known(monkeypatch):
     """A model whose loss is a noise's own, a hundred times any noun's, and the noun's offset."""
     seen = {}
 
-    def encode_prompt(prompts):
-        return torch.tensor([[[OFFSETS[p.split()[-1]]]] for p in prompts])
+    def encode(prompts):
+        return Condition(torch.tensor([[[OFFSETS[p.split()[-1]]]] for p in prompts]))
 
     def known_losses(sd, c, x0, eps, t):
+        c = c.context
         seen.setdefault(round(c.item(), 6), []).append((x0, eps, t))
         return eps[:, 0, 0, 0] + c.flatten() * (1 + eps[:, 0, 0, 1])
 
     schedule = SimpleNamespace(alpha_bar=torch.ones(1000))
-    sd = SimpleNamespace(encode_prompt=encode_prompt, schedule=schedule)
+    sd = SimpleNamespace(encode=encode, image_size=64, schedule=schedule)
     monkeypatch.setattr(classify, "losses", known_losses)
     monkeypatch.setattr(classify, "STAGES", ((40, 0.5), (60, 0.5), (100, 1.0)))
     return sd, seen
@@ -101,7 +103,9 @@ def test_it_is_not_sure_where_two_standard_errors_reach_the_best(known, monkeypa
     deviations = torch.tensor([-1.0, -1.0, 1.0, 1.0])  # the standard error: √(4/3) / 2 = .577
     for ahead, best, other in ((0.0, *"cd"), (1.15, *"cd"), (1.16, *"cd"), (-1.15, *"dc")):
         of = {0.0: torch.zeros(4), 0.01: deviations + ahead}  # cat's, and dog's
-        monkeypatch.setattr(classify, "losses", lambda sd, c, *_, of=of: of[round(c.item(), 2)])
+        monkeypatch.setattr(
+            classify, "losses", lambda sd, c, *_, of=of: of[round(c.context.item(), 2)]
+        )
         ranks = rank(sd, LATENTS, ["cat", "dog"])
         assert [r.noun[0] for r in ranks] == [best, other] and not ranks[0].unsure
         assert ranks[1].unsure is (ahead < 1.155)

@@ -22,7 +22,7 @@ ORDER = [
     *("evaluate", "bench", "__init__"),
 ]
 INSIDE = {  # the same within a room
-    "common": ["errors", "files", "pictures", "sheets", "cli"],
+    "common": ["errors", "files", "pictures", "sheets", "cli", "trees", "forwards"],
     "formats": [
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
         *("hypernetworks", "folders", "single_files", "sources", "scheduler", "checks", "saving"),
@@ -126,9 +126,11 @@ class A:  # two
     assert code_lines(source) == 9
 
 
-def test_the_readable_core_has_at_most_700_code_lines():
-    counts = {name: code_lines((PACKAGE / f"{name}.py").read_text()) for name in CORE}
-    assert sum(counts.values()) <= 700, counts
+def test_the_readable_core_has_at_most_620_code_lines():
+    """With the module that it is read with, of common."""
+    files = [*CORE, "common/trees"]
+    counts = {name: code_lines((PACKAGE / f"{name}.py").read_text()) for name in files}
+    assert sum(counts.values()) <= 620, counts
 
 
 @pytest.mark.parametrize("name, most", [("pipeline", 220), ("train", 250)])

@@ -66,7 +66,7 @@ def independent_loop(config, kind):
         with torch.no_grad():
             found = pipe.vae.encode(pictures.images).latent_dist
         scale = pipe.vae.config.scaling_factor
-        return Latents(found.mean * scale, found.std * scale, pictures.photo)
+        return Latents(found.mean * scale, found.std * scale, pictures.photo, pictures.sizes)
 
     def encoded(prompt):
         ids = pipe.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt")
@@ -213,9 +213,9 @@ def test_each_term_has_its_own_prompt_padded_to_77(tmp_path, monkeypatch):
     for i, class_prompt in enumerate(["a photo of a dog in the snow", "a dog"]):
         trained(tmp_path / str(i), class_prompt=class_prompt, train_batch_size=2, max_train_steps=1)
         instance, prior = seen.pop()
-        assert instance.c.shape == prior.c.shape == (2, 77, 32)
-        assert torch.equal(instance.c, encode(["a sks dog"] * 2))
-        assert torch.equal(prior.c, encode([class_prompt] * 2))
+        assert instance.c.context.shape == prior.c.context.shape == (2, 77, 32)
+        assert torch.equal(instance.c.context, encode(["a sks dog"] * 2))
+        assert torch.equal(prior.c.context, encode([class_prompt] * 2))
 
 
 # ---- the draws ---------------------------------------------------------------------------------
@@ -224,7 +224,8 @@ def test_each_term_has_its_own_prompt_padded_to_77(tmp_path, monkeypatch):
 def some_latents(photo, std=0.0):
     """Crop i is i everywhere, give or take std."""
     mean = torch.arange(float(len(photo))).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
-    return Latents(mean, torch.full_like(mean, std), torch.tensor(photo))
+    sizes = torch.arange(len(photo))[:, None].expand(-1, 6)
+    return Latents(mean, torch.full_like(mean, std), torch.tensor(photo), sizes)
 
 
 def draws(name, seed=0, count=200, batch=2, photo=(0, 1, 2), std=0.0):
@@ -294,7 +295,8 @@ def test_every_photograph_comes_once_an_epoch_and_its_crops_share_its_turn(batch
 
 
 def test_latents_are_sampled_anew_from_mean_and_std_each_step():
-    latents = Latents(torch.full((1, 4, 8, 8), 3.0), torch.full((1, 4, 8, 8), 0.5), torch.zeros(1))
+    mean, std = torch.full((1, 4, 8, 8), 3.0), torch.full((1, 4, 8, 8), 0.5)
+    latents = Latents(mean, std, torch.zeros(1), torch.zeros(1, 6))
     x0 = [
         draw_term(latents, torch.zeros(1, 77, 4), 1000, 0, "instance", n, 1).x0 for n in range(200)
     ]
@@ -527,10 +529,10 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_weights_before(
     draw = data.draw_batch
 
     def poisoned(latents, rows, T, seed, name, n, *rest):
-        x0, eps, t = draw(latents, rows, T, seed, name, n, *rest)
+        drawn = draw(latents, rows, T, seed, name, n, *rest)
         if (name, n) == ("class", 2):  # the third step's class half
-            x0[0, 0, 0, 0] = float("inf")
-        return x0, eps, t
+            drawn.x0[0, 0, 0, 0] = float("inf")
+        return drawn
 
     monkeypatch.setattr(data, "draw_batch", poisoned)
     message, weights, losses = failing(tmp_path, monkeypatch, looks, {})

@@ -150,7 +150,7 @@ def stand_in(folder: Path) -> Path:
     text |= {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS]}
     configs = {"unet": pretrain.UNET_CONFIG, "vae": pretrain.VAE_CONFIG, "text_encoder": text}
     torch.manual_seed(0)
-    networks = {name: build(configs[name]) for name, build in NETWORKS.items()}
+    networks = {name: build(configs[name]) for name, build in NETWORKS.items() if name in configs}
     configs["scheduler"] = SD_SCHEDULER
     StableDiffusion(
         tokenizer, schedule=read_schedule(SD_SCHEDULER), configs=configs, **networks

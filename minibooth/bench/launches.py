@@ -20,8 +20,10 @@ from ..formats.configs import SD_SCHEDULER
 from ..formats.scheduler import read_schedule
 from ..pipeline import StableDiffusion
 from ..schedule import Schedule
+from ..text_encoder import Condition
 from ..train import one_update
 from ..training import prepare
+from ..training.data import Batch, Drawn
 from ..training.loss import Loss
 from ..training.settings import TrainConfig
 from ..unet import UNet
@@ -83,7 +85,7 @@ def forward(row: Row, who: str, config: dict) -> Counter:
 
 
 def our_step(
-    row: Row, network: nn.Module, schedule: Schedule, drawn: tuple, contexts: Tensor
+    row: Row, network: nn.Module, schedule: Schedule, batch: Batch, contexts: Condition
 ) -> Callable[[], Tensor]:
     """The training program's own update."""
     config = TrainConfig(mixed_precision=row.precision, **dict(row.settings))
@@ -94,9 +96,9 @@ def our_step(
     loss = Loss(sd, None, contexts, config.prior_loss_weight, None, *how)
     groups = [(config.learning_rate, list(network.parameters()))]
     adam = prepare.update_of(config, precision, groups, [network], captured=True)
-    update = one_update(loss, adam, accumulate=1)
+    update = one_update(loss, adam)
     number, rate = torch.ones(2, device=CARD).unbind()
-    return lambda: update(number, rate, *drawn)
+    return lambda: update(number, rate, batch)
 
 
 def step(row: Row, who: str, config: dict) -> Counter:
@@ -106,14 +108,16 @@ def step(row: Row, who: str, config: dict) -> Counter:
     with card(row.kernels):
         network = unet(who, config, torch.float32)
         x, t, _ = inputs(row.batch, config)
-        drawn, contexts = 2 * (x, torch.empty_like(x), t), inputs(2, config)[2]
+        sizes = torch.zeros(row.batch, 6, dtype=torch.int64, device=CARD)
+        term, contexts = Drawn(x, torch.empty_like(x), t, sizes), Condition(inputs(2, config)[2])
+        batch = Batch(term, term)
         if who == OURS:
-            call = our_step(row, network, schedule, drawn, contexts)
+            call = our_step(row, network, schedule, batch, contexts)
         else:
             theirs = importlib.import_module("diffusers").DDPMScheduler.from_config(SD_SCHEDULER)
             pipe = SimpleNamespace(unet=network)
             peer = SimpleNamespace(unet=network, pipe=pipe, add_noise=theirs.add_noise)
-            batches = SimpleNamespace(draw=lambda n: drawn)
+            batches = SimpleNamespace(draw=lambda n: batch)
             call = their_step(row, peer, TrainConfig(), batches, contexts)
         for _ in range(2):
             with Counter() as counter, by_phase(counter):

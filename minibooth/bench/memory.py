@@ -10,19 +10,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from .. import train
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..explain import first_step
 from ..training import finite, fit, plan, prepare
-from ..training.data import Batches
+from ..training.data import Batch, Batches
 from ..training.settings import METHODS, TrainConfig
 from .measure import alone, peaks, prepared
 from .models import model
@@ -125,17 +124,17 @@ class LastIsBad:
     """In the place of Batches.draw: the last step's latents are not finite the first time, so that
     training stops there and all is looked at again. Notes when each batch was drawn."""
 
-    def __init__(self, draw: Callable[[Batches, int], list[Tensor]], device: torch.device):
+    def __init__(self, draw: Callable[[Batches, int], Batch], device: torch.device):
         self.draw, self.device, self.times = draw, device, {}
 
-    def __call__(self, batches: Batches, n: int) -> list[Tensor]:
+    def __call__(self, batches: Batches, n: int) -> Batch:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         again = n in self.times
         self.times[n] = time.perf_counter()
-        x0, *rest = self.draw(batches, n)
-        spoilt = n == STEPS - 1 and not again
-        return [x0 * float("nan") if spoilt else x0, *rest]
+        batch, spoilt = self.draw(batches, n), n == STEPS - 1 and not again
+        x0 = batch.instance.x0 * (float("nan") if spoilt else 1)
+        return replace(batch, instance=replace(batch.instance, x0=x0))
 
     def seconds(self) -> float:
         """Of a step, the median of those after the grid, when a CUDA graph is there."""

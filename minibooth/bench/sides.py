@@ -13,6 +13,7 @@ from torch import Tensor
 from ..device import graphs
 from ..device.precision import Precision
 from ..pipeline import StableDiffusion, to_device
+from ..text_encoder import Condition
 from ..train import one_update
 from ..training import methods, prepare
 from ..training.data import Batches, Latents
@@ -113,7 +114,7 @@ def their_forward(row: Row, peer: Peer, inputs: tuple[Tensor, ...]) -> Callable[
 def our_step(run: Run, batches: Batches, loss: Loss) -> Callable[[], Tensor]:
     """The training program's own update, captured where it captures it."""
     adam = prepare.make_optimizer(run)
-    update = one_update(loss, adam, accumulate=1)
+    update = one_update(loss, adam)
     if adam.capturable:
         adam.allocate()
         update = graphs.captured(update, run.device, undo=adam.forget)
@@ -122,7 +123,7 @@ def our_step(run: Run, batches: Batches, loss: Loss) -> Callable[[], Tensor]:
     def step() -> Tensor:
         n = next(count)
         numbers = (to_device(torch.tensor(x), run.device) for x in (float(n + 1), 1.0))
-        return update(*numbers, *batches.draw(n))[0]
+        return update(*numbers, batches.draw(n))[0]
 
     return step
 
@@ -146,29 +147,30 @@ def training_run(row: Row, sd: StableDiffusion, folder: Path) -> tuple[Run, Batc
     methods.place(sd, run.trained, run.device, run.precision.dtype)
     side = sd.image_size // sd.vae.factor
     moments = torch.randn(2, 8, 4, side, side)
-    latents = Latents(moments[0], moments[1].abs(), torch.arange(8))
+    sizes = torch.tensor([sd.image_size] * 2 + [0, 0] + [sd.image_size] * 2).expand(8, -1)
+    latents = Latents(moments[0], moments[1].abs(), torch.arange(8), sizes)
     batches = Batches(latents, latents, sd.schedule.T, config.seed, row.batch, sd.device)
     ids = sd.tokenizer(config.prompts).to(sd.device)
     with torch.no_grad():
-        contexts = None if config.train_text_encoder else sd.text_encoder(ids)
+        contexts = None if config.train_text_encoder else sd.encode(ids)
     settings = (1.0, None, run.precision, config.gradient_checkpointing)
     return run, batches, Loss(sd, ids, contexts, *settings)
 
 
 def their_step(
-    row: Row, peer: Peer, config: TrainConfig, batches: Batches, contexts: Tensor
+    row: Row, peer: Peer, config: TrainConfig, batches: Batches, contexts: Condition
 ) -> Callable[[], Tensor]:
     """What train_dreambooth.py does in a step, on the same draws, with the same fused AdamW."""
     unet = peer.pipe.unet
     weights = [p.requires_grad_() for p in peer.unet.parameters()]
     decay = config.adam_weight_decay
     adam = torch.optim.AdamW(weights, config.learning_rate, weight_decay=decay, fused=True)
-    context = contexts.repeat_interleave(row.batch, dim=0)
+    context = contexts.context.repeat_interleave(row.batch, dim=0)
     count = iter(range(10**9))
 
     def step() -> Tensor:
-        drawn = batches.draw(next(count))
-        x0, eps, t = (torch.cat([drawn[i], drawn[i + 3]]) for i in range(3))
+        terms = batches.draw(next(count)).terms
+        x0, eps, t = (torch.cat([getattr(x, of) for x in terms]) for of in ("x0", "eps", "t"))
         noisy = peer.add_noise(x0, eps, t)
         with autocast(row, noisy.device):
             prediction = unet(noisy, t, context).sample

@@ -46,10 +46,18 @@ def read_image(path: str | Path, min_side: int | None = None) -> Image.Image:
 
     UserError: missing, truncated, corrupt, no image, too large, or HEIC without pillow-heif.
     """
-    return _to_rgb(_decode(Path(path), min_side), path)
+    return read_with_size(path, min_side)[0]
 
 
-def _decode(path: Path, min_side: int | None) -> Image.Image:
+def read_with_size(
+    path: str | Path, min_side: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As read_image, and the upright image's height and width in the file."""
+    image, size = _decode(Path(path), min_side)
+    return _to_rgb(image, path), size
+
+
+def _decode(path: Path, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
     try:
         if _is_heif(path):
             _register_heif(path)
@@ -57,6 +65,7 @@ def _decode(path: Path, min_side: int | None) -> Image.Image:
         with _without_pillows_limit(), Image.open(path, formats=_formats()) as image:
             if math.prod(image.size) > MOST_PIXELS:
                 raise UserError(f"{path} has too many pixels to be opened: scale it down")
+            width, height = image.size
             if min_side is not None:
                 image.draft(None, (min_side, min_side))  # does something for JPEG only
             image.load()
@@ -68,7 +77,11 @@ def _decode(path: Path, min_side: int | None) -> Image.Image:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, …
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(f"{path} cannot be read ({reason}): remove or export it again") from error
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    if orientation not in UPRIGHT:
+        return image, (height, width)
+    lies_on_its_side = orientation >= 5
+    size = (width, height) if lies_on_its_side else (height, width)
+    return image.transpose(UPRIGHT[orientation]), size
 
 
 def _formats() -> list[str]:

@@ -10,7 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..common.cli import is_out_of_memory
-from ..pipeline import replaced, text_projections
+from ..common.forwards import replaced
+from ..common.trees import each
+from ..pipeline import text_projections
+from ..text_encoder import Condition
 from ..unet import UNet
 from . import ranks
 
@@ -38,9 +41,9 @@ def record_graph(
 class Captured:
     """A function of tensors as one CUDA graph: launched at once and not kernel by kernel.
 
-    The function must take tensors of the same shapes each time, return one, never wait for the
-    device, and do the same whatever the values. A graph reads and writes fixed places in memory,
-    so inputs are copied into buffers that stay, and the output is copied out.
+    The function must take tensors, or batches of them, of the same shapes each time, return one,
+    never wait for the device, and do the same whatever the values. A graph reads and writes fixed
+    places in memory, so inputs are copied into buffers that stay, and the output is copied out.
 
     The first calls run the function as it is, on the stream that will record, as CUDA asks for.
     They are calls like the others: no training step is done twice. Then it is recorded, then
@@ -56,16 +59,16 @@ class Captured:
         undo: Callable[[], None] = lambda: None,
     ):
         self.function, self.record, self.stream, self.undo = function, record, stream, undo
-        self.buffers: list[Tensor] = []
+        self.buffers: tuple = ()
         self.calls, self.replay, self.given_up = 0, None, False
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs) -> Tensor:
         if self.given_up:
             return self.function(*inputs)
         if not self.buffers:
-            self.buffers = [x.clone() for x in inputs]
+            self.buffers = tuple(each(Tensor.clone, x) for x in inputs)
         for buffer, x in zip(self.buffers, inputs, strict=True):
-            buffer.copy_(x)
+            each(Tensor.copy_, buffer, x)
         self.calls += 1
         if self.calls <= WARM_UP:
             return self.warm_up()
@@ -95,7 +98,7 @@ class Captured:
             if not any(is_out_of_memory(e) for e in causes(error)):
                 raise
         # Only now, without the error, is nothing left that holds on to the recording's tensors.
-        self.given_up, self.buffers = True, []
+        self.given_up, self.buffers = True, ()
         self.undo()
         with suppress(RuntimeError):  # PyTorch may still take the recording for unfinished
             torch.cuda.empty_cache()
@@ -144,8 +147,8 @@ class Recording:
     """A UNet for inputs of one shape."""
 
     call: Callable[[Tensor, Tensor], Tensor]  # of x and t
-    place: Tensor  # where the graph reads the text
-    context: Tensor | None = None  # which text is there, and in its keys and values
+    place: Condition  # where the graph reads the text
+    context: Tensor | Condition | None = None  # which text is there, and in its keys and values
     projected: list[Tensor] = field(default_factory=list)  # these, at fixed places as well
 
 
@@ -162,16 +165,17 @@ def replayed(unet: UNet, capture: Callable[[Callable[..., Tensor]], Captured]) -
     recordings: dict[tuple, Recording] = {}
     now: Recording | None = None  # the one that is being called
 
-    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def call(x: Tensor, t: Tensor, context: Tensor | Condition) -> Tensor:
         nonlocal now
-        shape = x.shape, context.shape
+        c = context if isinstance(context, Condition) else Condition(context)
+        shape = x.shape, c.context.shape
         if shape not in recordings:
-            place = context.clone()
+            place = each(Tensor.clone, c)
             recordings[shape] = Recording(capture(lambda x, t: forward(x, t, place)), place)
         now = recordings[shape]
         if now.context is not context:
-            now.place.copy_(context)
-            fresh = [one(context) for one in project]
+            each(Tensor.copy_, now.place, c)
+            fresh = [one(c.context) for one in project]
             for kept, values in zip(now.projected or fresh, fresh, strict=True):
                 kept.copy_(values)
             now.context, now.projected = context, now.projected or fresh

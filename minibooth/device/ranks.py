@@ -171,8 +171,8 @@ class Averaged(nn.Module):
         super().__init__()
         self.loss, self.trained = loss, nn.ModuleDict(trained)
 
-    def forward(self, drawn: Sequence[Tensor]):
-        return self.loss(drawn)
+    def forward(self, batch):
+        return self.loss(batch)
 
 
 def averaged(loss: Callable, trained: dict[str, nn.Module]) -> Callable:

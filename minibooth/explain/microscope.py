@@ -19,6 +19,7 @@ from ..device import graphs, memory
 from ..dreambooth import Half, Step, Term
 from ..pipeline import StableDiffusion
 from ..schedule import Schedule
+from ..text_encoder import Condition
 from ..tokenizer import Tokenizer
 from ..unet import Attention, UNet
 
@@ -194,7 +195,7 @@ def tensors(sd: StableDiffusion, mark: str, term: Term, half: Half, weight: Tens
         Entry(f"x{pr}", f"{of}.x0", f"the {what} as latents, scaled", term.x0),
         Entry(f"ε{mark}", f"{of}.eps", "Gaussian noise", term.eps),
         Entry(f"t{mark}", f"{of}.t", "how much of it: 0 little, 999 almost only noise", term.t),
-        Entry(f"c{pr}", f"{of}.c", "the encoded prompt", term.c.detach()),
+        *encoded(term.c, f"c{pr}", f"{of}.c"),
         Entry(f"α_t{mark}", "alpha_bar_t.sqrt()", "share of the latent", alpha_bar.sqrt()),
         Entry(f"σ_t{mark}", "(1 - alpha_bar_t).sqrt()", "share of noise", (1 - alpha_bar).sqrt()),
         Entry(f"α_t{mark} x{pr} + σ_t{mark} ε{mark}", f"{of}.x_t", "what the UNet sees", half.x_t),
@@ -210,6 +211,17 @@ def tensors(sd: StableDiffusion, mark: str, term: Term, half: Half, weight: Tens
             "the error, mean over a latent",
             half.per_sample,
         ),
+    ]
+
+
+def encoded(c: Tensor | Condition, letter: str, name: str) -> list[Entry]:
+    if isinstance(c, Tensor) or c.pooled is None:
+        context = c if isinstance(c, Tensor) else c.context
+        return [Entry(letter, name, "the encoded prompt", context.detach())]
+    return [
+        Entry(letter, f"{name}.context", "the encoded prompt", c.context.detach()),
+        Entry(letter, f"{name}.pooled", "as one vector", c.pooled.detach()),
+        Entry(letter, f"{name}.sizes", "of picture, crop's corner, crop", c.sizes),
     ]
 
 
@@ -424,13 +436,13 @@ def film(
     `captured` by a CUDA graph, on a GPU."""
     shape = sd.latent_shape(1, resolution, resolution, None)  # (4, h, w)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None].to(sd.device)
-    context = sd.encode_guided([prompt], "", guidance_scale)
+    c = sd.encode_guided([prompt], "", guidance_scale).whole(resolution, resolution)
     visited = schedule.trajectory(sd.schedule, steps, "ddim")
     shown = {round(i * (steps - 1) / (FRAMES - 2)) for i in range(FRAMES - 1)}
     kept = []  # decoded in the end, when what the graph works in is free again
     with graphs.captured_unet(sd.unet, wanted=captured):
         for i, (t, t_prev) in enumerate(visited):
-            prediction = sd.predict(x, t, context, guidance_scale)
+            prediction = sd.predict(x, t, c, guidance_scale)
             if i in shown:
                 kind = sd.schedule.prediction_type
                 x0, _ = schedule.split(x, prediction, sd.schedule.alpha_bar[t], kind)

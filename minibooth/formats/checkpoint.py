@@ -13,9 +13,14 @@ from ..unet import UNet
 from ..vae import VAE
 from .configs import check_config
 
-NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
-DIFFUSERS = "diffusion_pytorch_model"
-STEMS = {"unet": (DIFFUSERS,), "vae": (DIFFUSERS,), "text_encoder": ("model", "pytorch_model")}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+    "vae": VAE,
+    "text_encoder": TextEncoder,
+    "text_encoder_2": TextEncoder,  # SDXL's
+}
+DIFFUSERS, TRANSFORMERS = ("diffusion_pytorch_model",), ("model", "pytorch_model")
+STEMS = {name: TRANSFORMERS if "text" in name else DIFFUSERS for name in NETWORKS}
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE-MODEL")
 
 
@@ -23,19 +28,29 @@ LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE-MODEL")
 class Checkpoint:
     """What a source holds, under diffusers' names, before any network is built."""
 
-    configs: dict[str, dict]  # of unet, vae, text_encoder and scheduler, as in their files
+    configs: dict[str, dict]  # of each network and the scheduler, as in their files
     tensors: dict[str, dict[str, Tensor]]  # per network; memory-mapped where the file allows
     tokenizer: Tokenizer | None = None
     licence: str | None = None  # its short name, as in the head of a model card
     licence_files: dict[str, str] = field(default_factory=dict)
     needs_probe: bool = False  # nothing says whether the UNet predicts ε or v
+    zeros_for_empty: bool = False  # as in formats.parts.Parts
+
+    @property
+    def networks(self) -> list[str]:
+        return networks_of(self.configs)
+
+
+def networks_of(configs: dict[str, dict]) -> list[str]:
+    """The names of those that a model has."""
+    return [name for name in NETWORKS if name in configs]
 
 
 def legacy_names(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Old and new spellings of diffusers and transformers → the one that the networks use."""
     out = {}
     for key, tensor in tensors.items():
-        if name == "text_encoder":
+        if name.startswith("text_encoder"):
             key = key.removeprefix("text_model.")
         elif name == "vae":
             for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
@@ -54,7 +69,7 @@ def build_all(found: Checkpoint, dtype: torch.dtype, device) -> dict[str, nn.Mod
         dtypes["vae"] = torch.float32
     return {
         name: build(name, found.configs[name], found.tensors.pop(name), dtypes[name], device)
-        for name in NETWORKS
+        for name in found.networks
     }
 
 

@@ -13,17 +13,26 @@ OUTPUTS = ("pil", "pt", "latent")
 
 def check_fit(source: str | Path, found: Checkpoint) -> None:
     """Raise UserError unless the parts speak of the same tokens, text vectors and latents."""
-    text, unet, vae = (found.configs[name] for name in ("text_encoder", "unet", "vae"))
+    unet, vae = found.configs["unet"], found.configs["vae"]
+    texts = [found.configs[name] for name in found.networks if name.startswith("text_encoder")]
     misfit = f"{source}: its parts do not fit together"
-    if text["hidden_size"] != unet["cross_attention_dim"]:
-        raise UserError(f"{misfit}: text {text['hidden_size']}, UNet {unet['cross_attention_dim']}")
+    width = sum(text["hidden_size"] for text in texts)
+    if width != unet["cross_attention_dim"]:
+        raise UserError(f"{misfit}: text {width}, UNet {unet['cross_attention_dim']}")
     if vae["latent_channels"] != unet["out_channels"]:
         raise UserError(
             f"{misfit}: latents of {vae['latent_channels']} and of {unet['out_channels']} channels"
         )
     token = max([*found.tokenizer.vocab.values(), *found.tokenizer.added.values()])
-    if token >= text["vocab_size"]:
-        raise UserError(f"{misfit}: token {token}, text encoder for {text['vocab_size']}")
+    if token >= (size := min(text["vocab_size"] for text in texts)):
+        raise UserError(f"{misfit}: token {token}, text encoder for {size}")
+    if bool(unet.get("addition_embed_type")) != (len(texts) == 2):
+        raise UserError(f"{misfit}: {len(texts)} text encoders, and not the UNet for them")
+    if len(texts) == 2:
+        told = texts[1]["projection_dim"] + 6 * unet["addition_time_embed_dim"]
+        if told != unet["projection_class_embeddings_input_dim"]:
+            wanted = unet["projection_class_embeddings_input_dim"]
+            raise UserError(f"{misfit}: {told} numbers of text and sizes, UNet {wanted}")
 
 
 def check_sampling(

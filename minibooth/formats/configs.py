@@ -134,7 +134,6 @@ PIPELINES = {
 # Other models, in plain words: by diffusers' name for them, and by a key in their files.
 A_VAE = "a VAE: give it as --vae, and as --model the model to draw with it"
 OTHER_CLASSES = (
-    (r"StableDiffusionXL|SDXL", "SDXL"),
     (r"StableDiffusion3|SD3Transformer", "Stable Diffusion 3"),
     (r"^Flux", "Flux"),
     (r"^ControlNet", "a ControlNet"),
@@ -182,7 +181,7 @@ def what_else_it_sees(unet: dict) -> str:
 ACCEPTED: dict[str, dict[str, tuple]] = {
     "unet": {
         "act_fn": ("silu", "swish"),
-        "addition_embed_type": (None,),
+        "addition_embed_type": (None, "text_time"),
         "attention_type": ("default",),
         "center_input_sample": (False,),
         "class_embed_type": (None,),
@@ -198,9 +197,9 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
         "num_class_embeds": (None,),
         "only_cross_attention": (False,),
         "resnet_time_scale_shift": ("default",),
+        "reverse_transformer_layers_per_block": (None,),
         "time_cond_proj_dim": (None,),
         "time_embedding_type": ("positional",),
-        "transformer_layers_per_block": (1,),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     },
     "vae": {
@@ -215,10 +214,12 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
         "use_quant_conv": (True,),
     },
     "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
+    "text_encoder_2": {"hidden_act": ("quick_gelu", "gelu")},
     "scheduler": {},
 }
 # Whole numbers and the largest that makes sense: each costs modules or memory.
 LARGEST = {
+    "addition_time_embed_dim": 10_000,
     "attention_head_dim": 1000,
     "block_out_channels": 100_000,
     "cross_attention_dim": 100_000,
@@ -233,10 +234,14 @@ LARGEST = {
     "num_hidden_layers": 100,
     "num_train_timesteps": 100_000,
     "out_channels": 1000,
+    "projection_class_embeddings_input_dim": 100_000,
+    "projection_dim": 100_000,
     "sample_size": 100_000,
+    "transformer_layers_per_block": 100,
     "vocab_size": 10_000_000,
 }
 PER_LEVEL = ("block_out_channels", "attention_head_dim", "num_attention_heads")  # may be lists
+PER_LEVEL += ("transformer_layers_per_block",)
 POSITIVE = ("norm_eps", "layer_norm_eps", "scaling_factor", "beta_start", "beta_end")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.errors import UserError, first_line
 from ..common.files import read_text
-from ..tokenizer import Tokenizer
+from ..tokenizer import PairedTokenizer, Tokenizer
 from . import adapters, hub, ldm
 from .checkpoint import LICENCE_FILES, NETWORKS, STEMS, Checkpoint, legacy_names, skeleton
 from .configs import ONLY, check_config, other_class
@@ -19,8 +19,9 @@ from .tensor_files import read_tensors
 VARIANTS = ("", ".fp16", ".non_ema")  # in the order of preference; safetensors before pickles
 
 
-def require_kind(file: Callable[..., Path | None], source: str | Path) -> None:
-    """Raise UserError for a folder or hub model that is none, or one of another kind."""
+def require_kind(file: Callable[..., Path | None], source: str | Path) -> dict:
+    """model_index.json. Raises UserError for a folder or hub model that is none, or one of another
+    kind."""
     index = file("model_index.json")
     if index is None:
         for name, what in adapters.NO_MODEL.items():
@@ -31,11 +32,13 @@ def require_kind(file: Callable[..., Path | None], source: str | Path) -> None:
                 read_tensors(held[0])  # which says of a hypernetwork that it is one
             raise UserError(f"{source} is no folder of diffusers': give a file in it, {held[0]}")
     told = index or file("config.json")
-    name = str(read_config(told, str(source)).get("_class_name", "")) if told else ""
+    told = read_config(told, str(source)) if told else {}
+    name = str(told.get("_class_name", ""))
     if kind := other_class(name):
         raise UserError(f"{source} is {kind}{ONLY if ':' not in kind else ''}")
     if index is None:
         raise UserError(f"{source} is not a model: it has no model_index.json")
+    return told
 
 
 def single_files(folder: Path) -> list[Path]:
@@ -66,23 +69,28 @@ def prefix_of(path: Path, source: str | Path, inner: str) -> str:
 def read_folder(
     file: Callable[..., Path | None],
     source: str,
+    index: dict,
     tokenizer: str | Path | Tokenizer | None,
     vae: str | Path | None,
 ) -> Checkpoint:
     """Weights last: they may have to be downloaded, and what is small can be refused before."""
+    names = list(NETWORKS)
+    if not (index.get("text_encoder_2") or [None])[0]:
+        names.remove("text_encoder_2")
     checkpoint = Checkpoint({}, {})
-    for name in NETWORKS:
+    checkpoint.zeros_for_empty = bool(index.get("force_zeros_for_empty_prompt", False))
+    for name in names:
         checkpoint.configs[name] = read_config(file(f"{name}/config.json"), f"{source}/{name}")
     scheduler = file("scheduler/scheduler_config.json")
     checkpoint.configs["scheduler"] = read_config(scheduler, f"{source}/scheduler")
     for name, config in checkpoint.configs.items():
         check_config(name, config)
     tokenizer = tokenizer or tokenizer_folder(file, ("tokenizer/",), source)
-    checkpoint.tokenizer = read_tokenizer(tokenizer, checkpoint.configs["text_encoder"])
+    checkpoint.tokenizer = read_tokenizer(tokenizer, checkpoint.configs)
     if vae is not None:
         config = checkpoint.configs["vae"]
         checkpoint.configs["vae"], checkpoint.tensors["vae"] = read_vae(vae, config)
-    for name in NETWORKS:
+    for name in names:
         if name not in checkpoint.tensors:
             checkpoint.tensors[name] = read_weights(file, name, f"{name}/", source)
     if card := file("README.md", optional=True):
@@ -149,13 +157,16 @@ def tokenizer_folder(
     return vocabulary.parent
 
 
-def read_tokenizer(source: str | Path | Tokenizer, text_config: dict) -> Tokenizer:
-    """A tokenizer folder, a model's folder, or the id of either on the hub."""
+def read_tokenizer(source: str | Path | Tokenizer, configs: dict[str, dict]) -> Tokenizer:
+    """A tokenizer folder, a model's folder, or the id of either on the hub; for a model of these
+    configs."""
     if isinstance(source, Tokenizer):
         return source
     file = file_getter(source)
     folder = tokenizer_folder(file, ("", "tokenizer/"), source)
-    return Tokenizer.from_folder(folder, text_config.get("max_position_embeddings", 77))
+    length = configs["text_encoder"].get("max_position_embeddings", 77)
+    kind = PairedTokenizer if "text_encoder_2" in configs else Tokenizer
+    return kind.from_folder(folder, length)
 
 
 def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]:

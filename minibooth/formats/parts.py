@@ -26,19 +26,26 @@ from .configs import what_else_it_sees
 class Parts:
     """What a model consists of."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # SDXL: of both text encoders
     text_encoder: TextEncoder
     vae: VAE
     unet: UNet
     schedule: Schedule
-    configs: dict[str, dict]  # of unet, vae, text_encoder, scheduler: written back on save
+    configs: dict[str, dict]  # of each network and the scheduler: written back on save
     source: str = ""  # what it was loaded from: hub id, toybox, or a folder's or file's name
     licence: str | None = None  # of the weights, by its short name
     licence_files: dict[str, str] = field(default_factory=dict)
+    text_encoder_2: TextEncoder | None = None  # SDXL
+    zeros_for_empty: bool = False  # SDXL: no negative prompt is no encoded text, but zeros
+
+    @property
+    def text_encoders(self) -> dict[str, TextEncoder]:
+        second = {"text_encoder_2": self.text_encoder_2} if self.text_encoder_2 else {}
+        return {"text_encoder": self.text_encoder} | second
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
-        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        return {"unet": self.unet, "vae": self.vae, **self.text_encoders}
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +105,8 @@ class Parts:
         disk is too full.
         """
         folder = Path(folder)
-        saving.write_folder(folder, self.configs, self.tensors(), self.tokenizer, dtype)
+        parts = self.configs, self.tensors(), self.tokenizer
+        saving.write_folder(folder, *parts, dtype, self.zeros_for_empty)
         for name, text in self.licence_files.items():
             write_text(folder / name, text)
         card = f"---\nlicense: {self.licence or 'unknown'}\n---\nWeights from {self.source}.\n"

@@ -9,9 +9,20 @@ from torch import Tensor
 from ..common.files import write_json
 from ..tokenizer import Tokenizer
 from . import ldm, vocabulary
-from .checkpoint import NETWORKS, STEMS
+from .checkpoint import STEMS, networks_of
 from .configs import PIPELINES
 from .tensor_files import require_range, write_safetensors
+
+SDXL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+
+
+def with_text_model(key: str) -> str:
+    """As transformers 4 spells a text encoder's keys; 5 reads both."""
+    return key if key.startswith("text_projection.") else f"text_model.{key}"
 
 
 def write_folder(
@@ -20,12 +31,14 @@ def write_folder(
     tensors: dict[str, dict[str, Tensor]],
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
+    zeros_for_empty: bool = False,
 ) -> None:
     """diffusers' layout. Each file is replaced atomically, model_index.json last.
 
     Raises UserError, before the first, where a weight is not finite or would not be in `dtype`.
     """
-    for name in NETWORKS:
+    names = networks_of(configs)
+    for name in names:
         require_range(folder / name, tensors[name], dtype)
     # A model that was made for Flax has its name for the scheduler, which torch has not.
     scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler").removeprefix("Flax")
@@ -42,21 +55,25 @@ def write_folder(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    # Where no dtype is named, diffusers computes in fp32 whatever the files hold, transformers 5 in
-    # what the text encoder's config says. This is the name for it that every version reads.
-    text = {key: value for key, value in configs["text_encoder"].items() if key != "dtype"}
-    configs = configs | {"text_encoder": text | {"torch_dtype": "float32"}}
-    for name in NETWORKS:
-        weights = tensors[name]
-        if name == "text_encoder":  # transformers 4 reads only this spelling, 5 reads both
-            weights = {f"text_model.{k}": v for k, v in weights.items()}
+    if "text_encoder_2" in names:
+        index |= SDXL_INDEX | {"force_zeros_for_empty_prompt": zeros_for_empty}
+    for name in names:
+        weights, config = tensors[name], configs[name]
+        if name.startswith("text_encoder"):
+            weights = {with_text_model(k): v for k, v in weights.items()}
+            # Where no dtype is named, diffusers computes in fp32 whatever the files hold,
+            # transformers 5 in what the config says. This is the name that every version reads.
+            config = {key: value for key, value in config.items() if key != "dtype"}
+            config |= {"torch_dtype": "float32"}
         write_safetensors(folder / name / f"{STEMS[name][0]}.safetensors", weights, dtype)
-        write_json(folder / name / "config.json", configs[name])
+        write_json(folder / name / "config.json", config)
     write_json(
         folder / "scheduler" / "scheduler_config.json",
         {"_class_name": None} | configs["scheduler"] | {"_class_name": scheduler},
     )
     tokenizer.save(folder / "tokenizer")
+    if "text_encoder_2" in names:
+        tokenizer.second.save(folder / "tokenizer_2")
     write_json(folder / "model_index.json", index)
 
 

@@ -10,7 +10,14 @@ from ..common.errors import UserError
 from ..common.files import read_text
 from ..tokenizer import Tokenizer
 from . import adapters, ldm, vocabulary
-from .checkpoint import LICENCE_FILES, NETWORKS, Checkpoint, skeleton, warn_unexpected
+from .checkpoint import (
+    LICENCE_FILES,
+    NETWORKS,
+    Checkpoint,
+    networks_of,
+    skeleton,
+    warn_unexpected,
+)
 from .configs import ONLY, SD2_V, SINGLE_FILE, other_file
 from .folders import read_tokenizer
 from .tensor_files import json_metadata, read_tensors
@@ -20,6 +27,7 @@ from .tensor_files import json_metadata, read_tensors
 PREDICTION = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 PREDICTIONS = {"v": "v_prediction", "e": "epsilon"}  # by the first letter of what they write
 TRUE = ("true", "1")
+PARTS = {*NETWORKS, "scheduler"}
 
 
 def read_single_file(
@@ -34,14 +42,15 @@ def read_single_file(
         tensors[key] = tensor
     if "minibooth.configs" in metadata:
         written = json_metadata(path, metadata, "minibooth.configs")
-        configs, known = {name: written.get(name) for name in (*NETWORKS, "scheduler")}, True
-        if not all(isinstance(config, dict) for config in configs.values()):
+        configs, known = {name: written[name] for name in written if name in PARTS}, True
+        complete = configs.keys() >= PARTS - {"text_encoder_2"}
+        if not complete or not all(isinstance(config, dict) for config in configs.values()):
             raise UserError(f"{path} has damaged metadata (minibooth.configs)")
     else:
         configs, known = guess_configs(path, tensors, stated_prediction(path, tensors, metadata))
         if zero_terminal_snr(tensors, metadata):
             configs["scheduler"]["rescale_betas_zero_snr"] = True  # as a folder says it
-    keys = {name: list(skeleton(name, configs[name]).state_dict()) for name in NETWORKS}
+    keys = {name: list(skeleton(name, configs[name]).state_dict()) for name in networks_of(configs)}
     choose_average(path, [ldm.unet_key(key, configs["unet"]) for key in keys["unet"]], tensors, ema)
     found = ldm.from_ldm(configs, keys, tensors)
     if unexpected := sorted(k for k in tensors if not ldm.IGNORED.fullmatch(k)):
@@ -53,7 +62,7 @@ def read_single_file(
     return Checkpoint(
         configs,
         found,
-        read_tokenizer(tokenizer, text_config),
+        read_tokenizer(tokenizer, configs),
         licence=metadata.get("modelspec.license"),
         licence_files={n: str(licences[n]) for n in LICENCE_FILES if n in licences},
         needs_probe=not known,

@@ -37,8 +37,8 @@ def read(
         raise UserError(f"{source}: only a single file has an EMA beside its weights: no --ema")
     else:
         file = file_getter(source, revision)
-        require_kind(file, source)
-        checkpoint = read_folder(file, str(source), tokenizer, vae)
+        index = require_kind(file, source)
+        checkpoint = read_folder(file, str(source), index, tokenizer, vae)
         checkpoint.licence = hub.LICENCES.get(str(source), checkpoint.licence)
     if vae is not None and path.is_file():
         config = checkpoint.configs["vae"]

@@ -6,13 +6,14 @@ done again, a test.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..common.pictures import as_floats
+from ..common.trees import each
 from ..device import ranks
 from ..dreambooth import Term
 from ..pipeline import StableDiffusion, to_device, vae_batch
@@ -26,6 +27,30 @@ class Latents:
     mean: Tensor  # (N, 4, h, w) scaled: mean and std of z times the VAE's scaling_factor
     std: Tensor  # (N, 4, h, w)
     photo: Tensor  # (N,) which photograph a crop is from: 0 … P − 1
+    sizes: Tensor  # (N, 6) of the photographs and their crops, as in Condition
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The B samples that a batch has for one term of Eq. 2, before their prompts are encoded."""
+
+    x0: Tensor  # (B, 4, h, w)
+    eps: Tensor  # (B, 4, h, w)
+    t: Tensor  # (B,)
+    sizes: Tensor  # (B, 6)
+    prompt: Tensor | None = None  # (B,) the prompts' numbers; None where the term has but one
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step is given: `common.trees.each` takes it as one thing."""
+
+    instance: Drawn  # of the photographs
+    prior: Drawn | None  # as many of the class images; None without prior preservation
+
+    @property
+    def terms(self) -> list[Drawn]:
+        return [term for term in (self.instance, self.prior) if term is not None]
 
 
 @torch.no_grad()
@@ -34,16 +59,17 @@ def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Late
 
     With `flip` every crop is there twice, once mirrored. `what` stands at the progress bar.
     """
-    pixels, photo = pictures.pixels, pictures.photo
+    pixels, photo, sizes = pictures.pixels, pictures.photo, pictures.sizes
     if flip:
         pixels, photo = torch.cat([pixels, pixels.flip(-1)]), torch.cat([photo, photo])
+        sizes = torch.cat([sizes, pictures.mirrored_sizes])
     parts = ranks.mine(pixels.split(vae_batch(pixels[0, 0].numel())))
     rows = tqdm(parts, desc=f"encoding {what}", unit="batch")
     images = (as_floats(part).to(sd.device) for part in rows)
     moments = [torch.stack(sd.vae.encode(part)).float().cpu() for part in images]
     # (N, 4, h, w) each
     mean, std = torch.cat(ranks.together(moments), dim=1) * sd.vae.scaling_factor
-    return Latents(mean, std, photo)
+    return Latents(mean, std, photo, sizes)
 
 
 def rng(seed: int, *what: str | int) -> torch.Generator:
@@ -82,7 +108,7 @@ def draw_term(
     """Batch n of one term of Eq. 2, with the text c: (1, 77, D)."""
     rows = pick(latents, seed, name, n, batch)
     drawn = draw_batch(latents, rows, T, seed, name, n, batch, c.device)
-    return Term(*drawn, c.expand(batch, -1, -1))
+    return Term(drawn.x0, drawn.eps, drawn.t, c.expand(batch, -1, -1))
 
 
 def draw_batch(
@@ -95,15 +121,15 @@ def draw_batch(
     batch: int,
     device: torch.device,
     part: slice = ALL,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch n of one term, of the crops `rows`: latents sampled from the VAE's Gaussian and noise,
-    (B, 4, h, w), and timesteps, (B,); or that part of it."""
+) -> Drawn:
+    """Batch n of one term, of the crops `rows`: latents sampled from the VAE's Gaussian, noise and
+    timesteps; or that part of it."""
     g = rng(seed, name, "noise", n)
     shape = (batch, *latents.mean.shape[1:])
     x0 = latents.mean[rows] + latents.std[rows] * torch.randn(shape, generator=g)[part]
     eps = torch.randn(shape, generator=g)[part]
     t = torch.randint(T, (batch,), generator=g)[part]
-    return to_device(x0, device), to_device(eps, device), to_device(t, device)
+    return each(lambda x: to_device(x, device), Drawn(x0, eps, t, latents.sizes[rows]))
 
 
 @dataclass(frozen=True)
@@ -123,16 +149,12 @@ class Batches:
     shown: tuple[Tensor, ...] = ()
     share: tuple[int, int] = (0, 1)  # (i, n): of n equal parts of a batch the one drawn here
 
-    def draw(self, n: int) -> list[Tensor]:
-        """Batch n, or this part of it: x0, eps and t of the photographs, then of the class images;
-        last, where there is a choice, the numbers of all their prompts."""
-        terms = {"instance": self.instance} | ({"class": self.prior} if self.prior else {})
-        drawn = [x for name, latents in terms.items() for x in self.draw_term(latents, name, n)]
-        if self.prompts:
-            of_terms = zip(terms.items(), self.prompts, strict=True)
-            numbers = [self.draw_prompts(latents, of, name, n) for (name, latents), of in of_terms]
-            drawn.append(to_device(torch.cat(numbers), self.device))
-        return drawn
+    def draw(self, n: int) -> Batch:
+        """Batch n, or this part of it."""
+        of_instance, *of_prior = self.prompts or (None, None)
+        instance = self.draw_term(self.instance, "instance", of_instance, n)
+        prior = self.prior and self.draw_term(self.prior, "class", *of_prior, n)
+        return Batch(instance, prior)
 
     @property
     def part(self) -> slice:
@@ -161,14 +183,19 @@ class Batches:
     def numbers(self, n: int) -> range:
         return range(n * self.size, (n + 1) * self.size)[self.part]
 
-    def draw_prompts(self, latents: Latents, prompts: Tensor, name: str, n: int) -> Tensor:
+    def draw_prompts(
+        self, latents: Latents, rows: Tensor, prompts: Tensor, name: str, n: int
+    ) -> Tensor:
         """(B,): for each picture of the batch one at random of its photograph's prompts."""
-        rows = self.rows(latents, name, n)
         choice = prompts[latents.photo[rows]]  # (B, k)
         g = rng(self.seed, name, "prompt", n)
         which = torch.randint(choice.shape[1], (self.size, 1), generator=g)[self.part]
         return choice.gather(1, which)[:, 0]
 
-    def draw_term(self, latents: Latents, name: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_term(self, latents: Latents, name: str, prompts: Tensor | None, n: int) -> Drawn:
         rows, where = self.rows(latents, name, n), (self.device, self.part)
-        return draw_batch(latents, rows, self.T, self.seed, name, n, self.size, *where)
+        drawn = draw_batch(latents, rows, self.T, self.seed, name, n, self.size, *where)
+        if prompts is None:
+            return drawn
+        numbers = self.draw_prompts(latents, rows, prompts, name, n)
+        return replace(drawn, prompt=to_device(numbers, self.device))

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import dreambooth
+from ..common.trees import each
 from ..device import memory
 from ..device.precision import Precision
 from ..dreambooth import Step, Term
 from ..pipeline import StableDiffusion
+from ..text_encoder import Condition
+from .data import Batch
 
 
 @dataclass(frozen=True)
@@ -19,46 +22,48 @@ class Loss:
     """Called with what `Batches.draw` gave, it is `dreambooth.step` of it."""
 
     sd: StableDiffusion
-    ids: Tensor  # (prompts, 77) tokens; the instance prompt and, with a prior, the class prompt,
-    # unless the batches say which of more they drew
-    contexts: Tensor | None  # (prompts, 77, D) encoded once; None where they change with training
+    ids: Tensor  # (prompts, 77) tokens, SDXL's (prompts, 2, 77); the instance prompt and, with a
+    # prior, the class prompt, unless the batches say which of more they drew
+    contexts: Condition | None  # of all prompts, encoded once; None where training changes them
     prior_loss_weight: float  # λ
     min_snr: Tensor | None  # (T,) a weight for each timestep; None for the plain loss
     precision: Precision
     gradient_checkpointing: bool
     prompts: Sequence[str] = ()  # that `ids` are of, for those who look
 
-    def __call__(self, drawn: Sequence[Tensor]) -> Step:
+    def __call__(self, batch: Batch) -> Step:
         unet, schedule = self.sd.unet, self.sd.schedule
         with self.precision.autocast(), self.checkpointing():
-            instance, prior, weight = self.terms(drawn)
+            instance, prior, weight = self.terms(batch)
             weight_of_prior = self.prior_loss_weight
             return dreambooth.step(unet, schedule, instance, prior, weight_of_prior, weight)
 
-    def terms(self, drawn: Sequence[Tensor]) -> tuple[Term, Term | None, Tensor | None]:
+    def terms(self, batch: Batch) -> tuple[Term, Term | None, Tensor | None]:
         """The two terms of Eq. 2 and, for Min-SNR, their samples' weights."""
-        c = self.encoded(drawn)  # (terms, B, 77, D)
-        instance = Term(*drawn[:3], c[0])
-        prior = Term(*drawn[3:6], c[1]) if len(c) == 2 else None
-        weight = None if self.min_snr is None else self.min_snr[torch.cat(drawn[2::3])]
-        return instance, prior, weight
+        drawn = zip(batch.terms, self.encoded(batch), strict=True)
+        terms = [Term(x.x0, x.eps, x.t, replace(c, sizes=x.sizes)) for x, c in drawn]
+        weight, t = None, torch.cat([term.t for term in terms])
+        if self.min_snr is not None:
+            weight = self.min_snr[t]
+        return terms[0], (terms[1] if len(terms) == 2 else None), weight
 
-    def encoded(self, drawn: Sequence[Tensor]) -> Tensor:
-        """The prompts of a batch: (terms, B, 77, D)."""
-        encode, batch = self.sd.text_encoder, len(drawn[0])
-        if len(drawn) % 3 == 0:  # one for each term
-            contexts = encode(self.ids) if self.contexts is None else self.contexts
-            return contexts[:, None].expand(-1, batch, -1, -1)
-        which = drawn[-1]  # (terms · B,)
-        contexts = encode(self.ids[which]) if self.contexts is None else self.contexts[which]
-        return contexts.unflatten(0, (-1, batch))
+    def encoded(self, batch: Batch) -> list[Condition]:
+        """The prompts of a batch, for each term B; their sizes are not in it yet."""
+        B, terms = len(batch.instance.x0), batch.terms
+        if batch.instance.prompt is None:  # one for each term
+            found = self.sd.encode(self.ids) if self.contexts is None else self.contexts
+            found = [found[i : i + 1] for i in range(len(terms))]
+            return [each(lambda x: x.expand(B, *x.shape[1:]), c) for c in found]
+        which = torch.cat([term.prompt for term in terms])  # (terms · B,)
+        found = self.sd.encode(self.ids[which]) if self.contexts is None else self.contexts[which]
+        return [found[i * B : (i + 1) * B] for i in range(len(terms))]
 
-    def prompts_of(self, drawn: Sequence[Tensor]) -> list[str]:
+    def prompts_of(self, batch: Batch) -> list[str]:
         """Of the photographs of a batch."""
-        batch = len(drawn[0])
-        if len(drawn) % 3 == 0:
-            return [self.prompts[0]] * batch
-        return [self.prompts[i] for i in drawn[-1][:batch].tolist()]
+        drawn = batch.instance
+        if drawn.prompt is None:
+            return [self.prompts[0]] * len(drawn.x0)
+        return [self.prompts[i] for i in drawn.prompt.tolist()]
 
     def checkpointing(self) -> AbstractContextManager:
         return memory.checkpoint_gradients(self.sd.unet, self.gradient_checkpointing)

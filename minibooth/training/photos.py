@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..common import sheets
 from ..common.errors import UserError
-from ..common.pictures import as_floats, read_image, to_pil
+from ..common.pictures import as_floats, read_with_size, to_pil
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
@@ -48,6 +48,8 @@ class Photos:
     pixels: Tensor  # (N, 3, R, R) uint8: a thousand of 512² are .8 GB, as floats 3.1 GB
     photo: Tensor  # (N,) int64: pixels[i] was cut from files[photo[i]]
     files: list[Path]
+    sizes: Tensor  # (N, 6) int64 of each crop, as in text_encoder.Condition
+    mirrored_sizes: Tensor  # (N, 6) of mirrored photographs: what was left of a crop is right of it
 
     def __len__(self) -> int:
         """N, the number of crops; the number of photographs is len(files)."""
@@ -85,25 +87,31 @@ def load_photos(
     if not files:
         raise UserError("the list of photographs is empty: give at least one")
 
-    crops, photo, small = [], [], []
+    crops, photo, sizes, mirrored, small = [], [], [], [], []
     for index, file in enumerate(files):
         # Twice the resolution leaves Lanczos enough to work on, as in Pillow's own thumbnail().
-        image = read_image(file, 2 * resolution)
+        image, size = read_with_size(file, 2 * resolution)
         if 2 * min(image.size) <= resolution:
             small.append("{} is {}×{}".format(file.name, *image.size))
-        for crop in _square_crops(image, resolution, center_crop):
+        for left, top, right, crop in _square_crops(image, resolution, center_crop):
             crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))  # (3, R, R)
             photo.append(index)
+            sizes.append([*size, top, left, resolution, resolution])
+            mirrored.append([*size, top, right, resolution, resolution])
     if small:
         warnings.warn(
             f"{len(small)} of {len(files)} photographs are enlarged to twice their size and more, "
             f"and what is learned is as blurred ({small[0]}, wanted are {resolution}²)",
             stacklevel=2,
         )
-    return Photos(torch.stack(crops), torch.tensor(photo), files)
+    sizes, mirrored = torch.tensor(sizes), torch.tensor(mirrored)
+    return Photos(torch.stack(crops), torch.tensor(photo), files, sizes, mirrored)
 
 
-def _square_crops(image: Image.Image, resolution: int, center_crop: bool) -> list[Image.Image]:
+def _square_crops(
+    image: Image.Image, resolution: int, center_crop: bool
+) -> list[tuple[int, int, int, Image.Image]]:
+    """What the resized image has left of each crop, above it and right of it, and the crop."""
     scale = resolution / min(image.size)
     width, height = (round(side * scale) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -114,7 +122,10 @@ def _square_crops(image: Image.Image, resolution: int, center_crop: bool) -> lis
     else:
         offsets = sorted({0, slack // 2, slack})
     corners = [(offset, 0) if width > height else (0, offset) for offset in offsets]
-    return [image.crop((x, y, x + resolution, y + resolution)) for x, y in corners]
+    return [
+        (x, y, width - resolution - x, image.crop((x, y, x + resolution, y + resolution)))
+        for x, y in corners
+    ]
 
 
 def image_files(folder: str | Path) -> list[Path]:

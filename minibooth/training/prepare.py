@@ -48,7 +48,8 @@ def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     batches = Batches(instance, prior, *drawn_from)
 
     ids = sd.tokenizer(prompts).to(device)  # (prompts, 77)
-    contexts = None if config.text_changes else sd.encode_prompt(prompts)  # (prompts, 77, D)
+    with torch.no_grad():
+        contexts = None if config.text_changes else sd.encode(ids)
     min_snr, every_t = None, torch.arange(T, device=device)
     if config.snr_gamma is not None:
         min_snr = dreambooth.min_snr_weight(sd.schedule, every_t, config.snr_gamma)  # (T,)

@@ -183,18 +183,18 @@ def test_adapters_and_words_are_trained_alike(method, tmp_path):
 def test_ranks_draw_the_parts_of_one_batch(count):
     g = torch.Generator().manual_seed(0)
     moments = torch.randn(2, 7, 4, 8, 8, generator=g)
-    latents = data.Latents(moments[0], moments[1].abs(), torch.tensor([0, 0, 0, 1, 2, 2, 3]))
+    photo, sizes = torch.tensor([0, 0, 0, 1, 2, 2, 3]), torch.arange(42).view(7, 6)
+    latents = data.Latents(moments[0], moments[1].abs(), photo, sizes)
     prompts = (torch.arange(12).view(4, 3), torch.arange(4)[:, None])
     device, shown = torch.device("cpu"), torch.tensor([0, 1, 0, 1])
     whole = data.Batches(latents, latents, 1000, 3, 4, device, prompts, (shown, shown))
     parts = [replace(whole, share=(i, count)) for i in range(count)]
     for n in range(5):
-        *drawn, which = whole.draw(n)
-        of_ranks = [part.draw(n) for part in parts]
-        for i, x in enumerate(drawn):
-            assert torch.equal(torch.cat([of_rank[i] for of_rank in of_ranks]), x)
-        halves = [of_rank[-1].chunk(2) for of_rank in of_ranks]
-        assert torch.equal(torch.cat([h for k in (0, 1) for h in [x[k] for x in halves]]), which)
+        drawn, of_ranks = whole.draw(n), [part.draw(n) for part in parts]
+        for i, term in enumerate(drawn.terms):
+            for name, x in vars(term).items():
+                parts_of_it = [getattr(of_rank.terms[i], name) for of_rank in of_ranks]
+                assert torch.equal(torch.cat(parts_of_it), x)
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------

@@ -139,7 +139,9 @@ FULL_SD2 = {
 def test_full_size_keys_and_shapes(width, count, rows, parameters):
     """On the meta device: no weights, but every key and shape of the public sizes."""
     configs = SINGLE_FILE[width]
-    tensors = {n: checkpoint.skeleton(n, configs[n]).state_dict() for n in checkpoint.NETWORKS}
+    tensors = {
+        n: checkpoint.skeleton(n, configs[n]).state_dict() for n in checkpoint.networks_of(configs)
+    }
     for name, (keys, numel) in (parameters | {"vae": (248, 83_653_863)}).items():
         assert len(tensors[name]) == keys
         assert sum(t.numel() for t in tensors[name].values()) == numel
@@ -194,7 +196,7 @@ def test_full_size_single_files(width, keys, gigabytes, tmp_path):
     noise = torch.randn(52_000_000, generator=torch.Generator().manual_seed(0)).half()
     configs = {name: dict(config) for name, config in SINGLE_FILE[width].items()}
     networks, offset = {}, 0
-    for name in checkpoint.NETWORKS:
+    for name in checkpoint.networks_of(configs):
         networks[name] = checkpoint.skeleton(name, configs[name]).half()
         state = {}
         for key, tensor in networks[name].state_dict().items():
@@ -217,7 +219,7 @@ def test_full_size_single_files(width, keys, gigabytes, tmp_path):
         assert len(f.keys()) == keys
         assert {f.get_slice(k).get_dtype() for k in f.keys()} == {"F16"}  # noqa: SIM118
 
-    for name in (*checkpoint.NETWORKS, "scheduler"):
+    for name in (*checkpoint.networks_of(configs), "scheduler"):
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         files.write_json(tmp_path / name / file, configs[name])
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0"}

@@ -123,7 +123,7 @@ def test_captions_are_a_column_of_the_folder_s_table(tmp_path):
 
 def latents(photo):
     zeros = torch.zeros(len(photo), 1, 1, 1)
-    return data.Latents(zeros, zeros, torch.tensor(photo))
+    return data.Latents(zeros, zeros, torch.tensor(photo), torch.zeros(len(photo), 6))
 
 
 def batches(shown, size=3, photo=(0, 1, 1, 1, 2, 3), images=7):
@@ -204,7 +204,7 @@ def test_each_photograph_comes_under_its_own_words(text, two, tmp_path, monkeypa
         photo = picked.photo[data.pick(picked, 0, "instance", n, 2)]
         for term, words in ((instance, SAID["photographs"]), (prior, SAID["classes"])):
             prompts = [words[i] for i in photo.tolist()]
-            torch.testing.assert_close(term.c, encode(prompts), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(term.c.context, encode(prompts), atol=1e-5, rtol=1e-5)
             drawn.update(prompts)
     assert len(drawn) == 6  # all there are
     assert len(list((out / "class_images").iterdir())) == 4

@@ -186,7 +186,7 @@ def test_the_prompt_that_is_explained_is_the_one_that_was_drawn(tmp_path, monkey
     look, seen = microscope.look, []
 
     def looked(sd, instance, *given, prompt, alike, **more):
-        for c in instance.c[:alike]:
+        for c in instance.c.context[:alike]:
             assert torch.allclose(c, sd.encode_prompt([prompt])[0], atol=1e-5)
         seen.append((prompt, alike))
         return look(sd, instance, *given, prompt=prompt, alike=alike, **more)
@@ -294,22 +294,27 @@ def test_the_gradient_is_the_new_rows_of_the_whole_embedding_s(tmp_path, monkeyp
     torch.testing.assert_close(moved[0], wanted.detach(), atol=2e-6, rtol=0)
 
 
+def of_three():
+    zeros = torch.zeros(3, 1, 1, 1)
+    return data.Latents(zeros, zeros, torch.arange(3), torch.zeros(3, 6))
+
+
 def drawn_prompt(config):
     choices = torch.arange(len(config.prompts)).expand(3, -1)
-    latents = data.Latents(torch.zeros(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), torch.arange(3))
+    latents = of_three()
     batches = data.Batches(
         latents, None, 1000, config.seed, config.train_batch_size, torch.device("cpu"), (choices,)
     )
-    return batches.draw(0)[-1].tolist()
+    return batches.draw(0).instance.prompt.tolist()
 
 
 def test_all_prompts_are_drawn_and_each_photograph_only_under_its_own():
-    latents = data.Latents(torch.zeros(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), torch.arange(3))
+    latents = of_three()
     own = torch.tensor([[0, 3], [1, 4], [2, 5]])
     batches = data.Batches(latents, latents, 9, 0, 2, torch.device("cpu"), (own, own + 6))
     count = torch.zeros(12)
     for n in range(300):
-        which = batches.draw(n)[-1]
+        which = torch.cat([term.prompt for term in batches.draw(n).terms])
         photo = [latents.photo[data.pick(latents, 0, name, n, 2)] for name in ("instance", "class")]
         assert torch.equal(which % 3, torch.cat(photo))
         count += torch.bincount(which, minlength=12)

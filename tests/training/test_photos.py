@@ -180,8 +180,11 @@ def test_contact_sheet_shows_each_crop_beside_the_name_of_its_photograph(tmp_pat
     assert box_of(sheet, GREEN)[2:] == (16, 16)
 
 
+NO_SIZES = (None, None)  # which a sheet does not look at
+
+
 def test_contact_sheet_scales_large_crops_down(monkeypatch):
-    loaded = Photos(torch.zeros(1, 3, 512, 512), torch.tensor([0]), [Path("a.jpg")])
+    loaded = Photos(torch.zeros(1, 3, 512, 512), torch.tensor([0]), [Path("a.jpg")], *NO_SIZES)
     rows, _, title, _ = sheet_arguments(loaded, monkeypatch)
     assert rows[0][0].size == (192, 192)
     assert "512 px" in title
@@ -190,7 +193,7 @@ def test_contact_sheet_scales_large_crops_down(monkeypatch):
 def test_contact_sheet_of_300_photographs_stays_small_and_says_how_many_more(monkeypatch):
     count = 300
     files = [Path(f"{i:03}.jpg") for i in range(count)]
-    loaded = Photos(torch.zeros(count, 3, 256, 256), torch.arange(count), files)
+    loaded = Photos(torch.zeros(count, 3, 256, 256), torch.arange(count), files, *NO_SIZES)
     rows, labels, title, sheet = sheet_arguments(loaded, monkeypatch)
     assert len(rows) == len(labels) == 20
     assert title == "photographs: 300 (20 shown, 280 more), crops: 300 of 256 px"

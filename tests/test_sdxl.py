@@ -1,0 +1,63 @@
+"""SDXL's networks and pictures against diffusers and transformers, on small random models."""
+
+import peers
+import pytest
+import torch
+from tiny import rel
+
+from minibooth import load
+from minibooth.text_encoder import Condition
+
+PROMPTS = ["a sks dog!", "a cat in the snow"]
+
+
+@pytest.fixture(scope="module")
+def both():
+    folder, pipe = peers.model("sdxl")
+    return load(folder), pipe
+
+
+def test_a_prompt_is_encoded_as_diffusers_does(both):
+    sd, pipe = both
+    context, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    found = sd.encode_prompt(PROMPTS)
+    assert rel(found.context, context) < 1e-5 and rel(found.pooled, pooled) < 1e-5
+    assert found.sizes.tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+
+
+def test_unet_and_gradients(both):
+    sd, pipe = both
+    g = torch.Generator().manual_seed(1)
+    x, context, pooled = (
+        torch.randn(s, generator=g) for s in ((3, 4, 16, 16), (3, 77, 80), (3, 24))
+    )
+    sizes = torch.tensor([[480, 640, 0, 16, 32, 32], [32, 32, 0, 0, 32, 32], [99, 5, 7, 0, 32, 32]])
+    t = torch.tensor([3, 500, 999])
+    ours = sd.unet(x, t, Condition(context, pooled, sizes))
+    theirs = pipe.unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})
+    assert rel(ours, theirs.sample) < 1e-5
+    ours.square().mean().backward()
+    theirs.sample.square().mean().backward()
+    wanted = dict(pipe.unet.named_parameters())
+    for name, p in sd.unet.named_parameters():
+        assert rel(p.grad, wanted[name].grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("negative", ["", "a cat"])
+def test_pictures_are_those_of_diffusers_pipeline(both, negative):
+    sd, pipe = both
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    ours = sd.generate(
+        PROMPTS, steps=8, negative_prompt=negative, guidance_scale=5, latents=latents, output="pt"
+    )
+    theirs = pipe(
+        PROMPTS,
+        num_inference_steps=8,
+        negative_prompt=[negative] * 2 if negative else None,
+        guidance_scale=5,
+        latents=latents,
+        output_type="pt",
+        height=32,
+        width=32,
+    ).images
+    assert (ours - theirs).abs().max() < 2e-2
