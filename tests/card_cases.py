@@ -77,15 +77,51 @@ def run(settings: dict) -> dict:
     return found
 
 
-def both(runs: list[dict]) -> list[list[dict]]:
-    """Each run with CUDA graphs, then without."""
-    pairs = []
+class TableInPyTorch:
+    """The kernels of AdamW by operators that PyTorch's path takes, in their order."""
+
+    def __init__(self, weights, averages, copies, groups):
+        self.weights, self.averages, self.copies, self.groups = weights, averages, copies, groups
+
+    def norm(self, gradients):
+        for gradient, copy in zip(gradients, self.copies, strict=True):
+            assert gradient.dtype == (torch.float32 if copy is None else copy.dtype)
+        self.gradients = [gradient.float() for gradient in gradients]
+        return torch.nn.utils.get_total_norm(self.gradients)
+
+    def update(self, rates, scale, skip, t, decay):
+        numbers = {"weight_decay": decay, "grad_scale": scale, "found_inf": skip, "eps": 1e-8}
+        numbers |= {"beta1": 0.9, "beta2": 0.999, "amsgrad": False, "maximize": False}
+        for i, rate in enumerate(rates.unbind()):
+            lists = self.weights, self.gradients, *self.averages, [t] * len(self.weights)
+            parts = [[x for x, g in zip(xs, self.groups, strict=True) if g == i] for xs in lists]
+            torch._fused_adamw_(*parts[:-1], [], parts[-1], lr=rate, **numbers)
+        for weight, copy in zip(self.weights, self.copies, strict=True):
+            if copy is not None:
+                copy.copy_(weight)
+
+
+@contextlib.contextmanager
+def copies_kept():
+    """Within it AdamW is that of kernels, with copies in 16 bits: by TableInPyTorch."""
+    table, by_kernel = ops.adamw_kernels.Table, ops.adamw_by_kernel
+    ops.adamw_kernels.Table, ops.adamw_by_kernel = TableInPyTorch, lambda weight, dtype: True
+    try:
+        yield
+    finally:
+        ops.adamw_kernels.Table, ops.adamw_by_kernel = table, by_kernel
+
+
+def both(runs: list[dict], copies: bool = False) -> list[list[dict]]:
+    """Each run with CUDA graphs, then without; with kept copies only the first, or both."""
+    pairs, kept = [], copies_kept if copies else contextlib.nullcontext
     for settings in runs:
-        captured = run(settings)
+        with copies_kept():
+            captured = run(settings)
         if settings.get("use_8bit_adam"):  # which is never captured: there is nothing to compare
             pairs.append([captured, captured])
             continue
-        with eager():
+        with eager(), kept():
             folder = Path(settings["output_dir"])  # a LoRA's file is named after it
             again = settings | {"output_dir": str(folder.parent / "eager" / folder.name)}
             pairs.append([captured, run(again)])
@@ -93,7 +129,8 @@ def both(runs: list[dict]) -> list[list[dict]]:
 
 
 def run_each(runs: list[dict]) -> list[dict]:
-    return [run(settings) for settings in runs]
+    with copies_kept():
+        return [run(settings) for settings in runs]
 
 
 # ---- sampling ----------------------------------------------------------------------------------

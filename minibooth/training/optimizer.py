@@ -88,7 +88,7 @@ class Update:
         self.adam.zero_grad()
 
     def copies_in_place(self) -> AbstractContextManager:
-        """Around a step's two passes: for those who have networks compute with copies of weights."""
+        """Around a step's passes: for those who have networks compute with copies of weights."""
         return nullcontext()
 
     def start(self, loss: Tensor, rate: float | Tensor) -> None:
