@@ -14,6 +14,7 @@ from pathlib import Path
 import pretend_card
 import tiny
 import torch
+from torch import nn
 from triton.runtime import interpreter
 
 from minibooth import UserError, load, lora, ops, toybox, train, unet, vae
@@ -25,7 +26,7 @@ from minibooth.device.precision import Precision
 from minibooth.formats.configs import SD1_UNET, SD_VAE
 from minibooth.toybox import score, world
 from minibooth.toybox.pretrain import TEXT_CONFIG
-from minibooth.training import fit, optimizer
+from minibooth.training import fit, optimizer, prepare
 from minibooth.training.settings import TrainConfig
 
 
@@ -431,6 +432,57 @@ def kernels() -> dict:
         found[name] = torch.stack(out).tolist()
         found[f"{name} launches"] = len(launches)
     interpreter.GridExecutor.__call__ = run_one
+    return found
+
+
+def updates() -> dict:
+    """20 steps of a small network in fp16, two learning rates: losses and norms, and the weights in
+    the end; by AdamW's kernels, replayed from a graph, not, and from a state in the middle on, and
+    by PyTorch."""
+    device, precision, found = (
+        cli.pick_device("cuda"),
+        Precision("fp16", cli.pick_device("cuda")),
+        {},
+    )
+
+    def trained(name, captured=False, first=1, state=None):
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 16, bias=False), nn.LayerNorm(16), nn.Linear(16, 8, bias=False)
+        net = nn.Sequential(*layers).to(device)
+        groups = [(1e-2, list(net[:2].parameters())), (3e-3, list(net[2:].parameters()))]
+        adam = prepare.update_of(TrainConfig(), precision, groups, [net], captured=True)
+        adam.allocate()
+        weights = dict(net.named_parameters())
+        if state is not None:
+            with torch.no_grad():
+                for key, p in weights.items():
+                    p.copy_(state[key])
+            adam.load_state(state)
+
+        def update(step, x):
+            with adam.copies_in_place():
+                with precision.autocast():
+                    loss = (net(x).float() - x).square().mean()
+                (loss * adam.scale).backward()
+            norm = adam.apply(step, loss.detach(), 1 / step)
+            return torch.stack([loss.detach(), norm])
+
+        call, out = graphs.captured(update, device, adam.forget) if captured else update, []
+        for step in range(first, 21):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            out.append(call(torch.tensor(float(step)).to(device), x.to(device)))
+            if step == 10:
+                kept = {k: x.detach().clone() for k, x in (weights | adam.state()).items()}
+        values = [p.detach().flatten() for p in weights.values()]
+        found[name] = {"losses": torch.stack(out).tolist(), "weights": torch.cat(values).tolist()}
+        return kept if first == 1 else None
+
+    ops.use("triton")
+    trained("replayed", captured=True)
+    state = trained("eager")
+    trained("resumed", first=11, state=state)
+    ops.use("torch")
+    trained("torch")
     return found
 
 

@@ -1,4 +1,5 @@
-"""Runs on a pretend CUDA card: they end, capture, never wait within a step, and change no bit."""
+"""Runs on a pretend CUDA card: they end, capture, never wait within a step, and change no bit; nor
+do 16-bit copies of weights that are kept, and gradients in 16 bits."""
 
 import itertools
 import sys
@@ -192,6 +193,17 @@ def test_triton_s_kernels_within_a_captured_step():
     assert found["eager launches"] == 10
     for row, theirs in zip(found["eager"], found["torch"], strict=True):
         assert row == pytest.approx(theirs, rel=0.01)
+
+
+def test_adamw_s_kernels_within_a_captured_step_and_from_a_state_on():
+    """In the interpreter: the same bits in all three ways, and PyTorch's to rounding."""
+    found = on_card.ask("updates", interpreted=True)
+    replayed, eager, resumed, torch = (found[k] for k in ("replayed", "eager", "resumed", "torch"))
+    assert replayed == eager
+    assert (resumed["losses"], resumed["weights"]) == (eager["losses"][10:], eager["weights"])
+    for row, theirs in zip(eager["losses"], torch["losses"], strict=True):
+        assert row == pytest.approx(theirs, rel=1e-4)
+    assert eager["weights"] == pytest.approx(torch["weights"], rel=1e-4, abs=1e-5)
 
 
 def test_programs_draw_and_measure_with_graphs(tmp_path):

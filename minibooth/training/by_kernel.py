@@ -7,18 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..device import ranks
 from .optimizer import Update
 
 
 class UpdateByKernel(Update):
-    """The same as Update to rounding, in 30 bytes of traffic a weight where that takes 48.
+    """The same as Update to fp32's rounding, in 30 bytes of traffic a weight where that takes 48.
 
     The networks compute with copies of their linear and convolution weights in `dtype`, which stay
     from step to step, and gradients come in `dtype`: autocast casts neither. Each of these weights
-    is used once in a step, so that its fp32 gradient would be that very number, cast: with the same
-    averages the norm and the update are the same to fp32's rounding. Several batches for one update
-    would be added up in 16 bits: they are left to Update. A weight of another kind has no copy, as
-    autocast casts none. The fp32 weights are where they always were, but within `copies_in_place`.
+    is used once in a step, so its fp32 gradient would be the same number, cast. Several batches for
+    one update would be added up in 16 bits: they are left to Update. A weight of another kind has
+    no copy, as autocast casts none; nor has the UNet's conv_in, whose dtype says what the UNet's
+    inputs are cast to: the gradients of a text that trains are added up in fp32.
+
+    The fp32 weights are where they always were, but within `copies_in_place`.
     """
 
     def __init__(
@@ -37,8 +40,9 @@ class UpdateByKernel(Update):
             (module._parameters, name, p)
             for network in networks
             for module in network.modules()
+            if isinstance(module, kinds) and module is not getattr(network, "conv_in", None)
             for name, p in module._parameters.items()
-            if dtype is not None and isinstance(module, kinds) and p in trained
+            if dtype is not None and p in trained
         ]
         self.copies: dict[nn.Parameter, nn.Parameter] = {}
         self.table = None
@@ -94,6 +98,12 @@ class UpdateByKernel(Update):
         with torch.no_grad():
             for p, copy in self.copies.items():
                 copy.copy_(p)
+
+
+def possible(config) -> bool:
+    """Whether the kernel can do the updates: each of one batch, and after the backward pass."""
+    other = config.use_8bit_adam or config.optimizer_in_backward
+    return not other and config.gradient_accumulation_steps == ranks.count() == 1
 
 
 def wanted(groups: list[tuple[float, list[nn.Parameter]]], dtype: torch.dtype | None) -> bool:

@@ -7,7 +7,6 @@ from .. import dreambooth
 from ..device import graphs, ranks
 from ..device.precision import Precision
 from . import by_kernel, class_images, methods, parameters, photos, resume, start
-from .by_kernel import UpdateByKernel
 from .data import Batches, encode
 from .in_backward import UpdateInBackward
 from .loss import Loss
@@ -86,7 +85,6 @@ def update_of(
         print("the optimizer runs in the backward pass: gradients are not clipped")
         return UpdateInBackward(groups, decay, eight_bit)
     how = decay, config.max_grad_norm, precision.name == "fp16"
-    once = config.gradient_accumulation_steps == ranks.count() == 1
-    if captured and once and not eight_bit and by_kernel.wanted(groups, precision.dtype):
-        return UpdateByKernel(groups, *how, networks, precision.dtype)
+    if captured and by_kernel.possible(config) and by_kernel.wanted(groups, precision.dtype):
+        return by_kernel.UpdateByKernel(groups, *how, networks, precision.dtype)
     return Update(groups, *how, eight_bit)
