@@ -384,7 +384,7 @@ class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.resnet = vae.ResnetBlock(16, 16, 4, 1e-5, c_temb=16)
-        self.transformer = unet.Transformer(16, 16, 2, 4, False)
+        self.transformer = unet.Transformer(16, 16, 2, 4, False, 1)
 
     def forward(self, x, temb, context):
         return self.transformer(self.resnet(x, temb), context)
@@ -436,19 +436,15 @@ def kernels() -> dict:
 
 
 def updates() -> dict:
-    """20 steps of a small network in fp16, two learning rates: losses and norms, and the weights in
-    the end; by AdamW's kernels, replayed from a graph, not, and from a state in the middle on, and
-    by PyTorch."""
-    device, precision, found = (
-        cli.pick_device("cuda"),
-        Precision("fp16", cli.pick_device("cuda")),
-        {},
-    )
+    """Steps of a small network in fp16, with two learning rates: by AdamW's kernels 20 replayed
+    from a graph, the first 7 of them not, the last 5 from a state on; and all by PyTorch."""
+    device, found = cli.pick_device("cuda"), {}
+    precision = Precision("fp16", device)
 
-    def trained(name, captured=False, first=1, state=None):
+    def trained(name, steps, captured=False, state=None):
         torch.manual_seed(0)
-        layers = nn.Linear(8, 16, bias=False), nn.LayerNorm(16), nn.Linear(16, 8, bias=False)
-        net = nn.Sequential(*layers).to(device)
+        layers = nn.Linear(8, 16, bias=False), nn.LayerNorm(16, bias=False)
+        net = nn.Sequential(*layers, nn.Linear(16, 8, bias=False)).to(device)
         groups = [(1e-2, list(net[:2].parameters())), (3e-3, list(net[2:].parameters()))]
         adam = prepare.update_of(TrainConfig(), precision, groups, [net], captured=True)
         adam.allocate()
@@ -464,25 +460,24 @@ def updates() -> dict:
                 with precision.autocast():
                     loss = (net(x).float() - x).square().mean()
                 (loss * adam.scale).backward()
-            norm = adam.apply(step, loss.detach(), 1 / step)
-            return torch.stack([loss.detach(), norm])
+            return torch.stack([loss.detach(), adam.apply(step, loss.detach(), 1 / step)])
 
         call, out = graphs.captured(update, device, adam.forget) if captured else update, []
-        for step in range(first, 21):
+        for step in steps:
             x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
             out.append(call(torch.tensor(float(step)).to(device), x.to(device)))
-            if step == 10:
-                kept = {k: x.detach().clone() for k, x in (weights | adam.state()).items()}
-        values = [p.detach().flatten() for p in weights.values()]
-        found[name] = {"losses": torch.stack(out).tolist(), "weights": torch.cat(values).tolist()}
-        return kept if first == 1 else None
+            if step == 15:
+                state = {k: x.detach().clone() for k, x in (weights | adam.state()).items()}
+        values = torch.cat([p.detach().flatten() for p in weights.values()])
+        found[name] = {"losses": torch.stack(out).tolist(), "weights": values.tolist()}
+        return state
 
     ops.use("triton")
-    trained("replayed", captured=True)
-    state = trained("eager")
-    trained("resumed", first=11, state=state)
+    state = trained("replayed", range(1, 21), captured=True)
+    trained("eager", range(1, 8))
+    trained("resumed", range(16, 21), state=state)
     ops.use("torch")
-    trained("torch")
+    trained("torch", range(1, 21))
     return found
 
 

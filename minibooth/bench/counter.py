@@ -180,9 +180,8 @@ class Counter(TorchDispatchMode):
         """An operator of minibooth_kernels. Its own launch code runs and decides what to launch;
         each kernel moves its arguments once, AdamW's what its table leads to."""
         name = func.overloadpacket.__name__
-        of = {"attention": ops.attention_kernels, "group_norm": ops.group_norm_kernels}
-        kernels = next((of[part] for part in of if part in name), ops.adamw_kernels)
-        by_table = kernels is ops.adamw_kernels
+        attends, by_table = name.startswith("attention"), name.startswith("adamw")
+        kernels = getattr(ops, f"{name.removesuffix('_backward').removesuffix('_squares')}_kernels")
 
         def launch(kernel, *arguments, **options):
             self.add(name, 0 if by_table else total(arguments))
@@ -197,7 +196,7 @@ class Counter(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             overwritten = dict(zip(names, args, strict=True)).get("copies")
             self.add(name, moved_by(func, args, {}, out) - total(overwritten), 0)
-        if "attention" in name:
+        if attends:
             backward = "backward" in name
             flops = sdpa_backward_flop_count if backward else sdpa_flop_count
             self.add(name, 0, 0, flops(*(x.shape for x in args[: 3 + backward])))

@@ -103,11 +103,10 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     need, short = needed(sd, config, half), config.gradient_checkpointing
     samples = config.train_batch_size * (1 + config.uses_prior)
     kept = samples * pixels * ACTIVATIONS[config.method][half][short]
-    copied = copies(sd, config, half)
+    activations, copied = kept + copies(sd, config, half), 0
     if half and config.method == "dreambooth" and by_kernel.possible(config):
-        copied = need["trained"] // 2  # where a Precision keeps none, too
-    activations = kept + copied
-    step = max(activations, int(LEFT[short] * kept) + need["gradients"])
+        copied = need["trained"] // 2  # also where a Precision keeps none
+    step = max(activations, kept + copied, int(LEFT[short] * kept) + need["gradients"])
     stays = 0 if config.use_8bit_adam else step
     if ranks.count() > 1:  # no graph, but gradients are always there, in the buckets they travel in
         step, stays = activations + need["gradients"], need["gradients"]
