@@ -170,6 +170,13 @@ def found_by(who: str, row: Row, counter: Counter) -> dict:
     return found
 
 
+def label(found: dict) -> str:
+    row = found["row"]
+    side = row["kernels"] if found["whose"] == OURS else found["whose"]
+    modes = "".join(f", {name}" for name, _ in row["settings"])
+    return f"{row['what']}, batch {row['batch']}, {row['precision']}{modes}: {side}"
+
+
 def table(results: list[dict]) -> str:
     """As Markdown: rows and their phases; then launches and GB by kind."""
     kinds = list(dict.fromkeys(KINDS.values()))
@@ -178,18 +185,14 @@ def table(results: list[dict]) -> str:
         [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"] for head in heads
     )
     for found in results:
-        row = found["row"]
-        side = row["kernels"] if found["whose"] == OURS else found["whose"]
-        modes = "".join(f", {name}" for name, _ in row["settings"])
-        label = f"{row['what']}, batch {row['batch']}, {row['precision']}{modes}: {side}"
         phases = found["phases"] if len(found["phases"]) > 1 else {}
-        for name, sums in {label: found, **phases}.items():
+        for name, sums in {label(found): found, **phases}.items():
             least = [f"{1e3 * sums['least_seconds'][of]:.2f}" for of in ("bytes", "flops")]
             cells = f"{sums['launches']} | {sums['bytes'] / 1e9:.2f} | {sums['flops'] / 1e12:.2f}"
             first.append(f"| {name} | {cells} | {' | '.join(least)} |")
         sums = [found["kinds"].get(kind, summed([[0, 0, 0]])) for kind in kinds]
         cells = " | ".join(f"{s['launches']}, {s['bytes'] / 1e9:.2f}" for s in sums)
-        second.append(f"| {label} | {cells} |")
+        second.append(f"| {label(found)} | {cells} |")
     return "\n".join([ABOUT, "", *first, "", *second, ""])
 
 
