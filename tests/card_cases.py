@@ -113,16 +113,16 @@ def copies_kept():
         ops.adamw_kernels.Table, ops.adamw_by_kernel = table, by_kernel
 
 
-def both(runs: list[dict], copies: bool = False) -> list[list[dict]]:
-    """Each run with CUDA graphs, then without; with kept copies only the first, or both."""
-    pairs, kept = [], copies_kept if copies else contextlib.nullcontext
+def both(runs: list[dict]) -> list[list[dict]]:
+    """Each run with CUDA graphs and copies that are kept, where it keeps any; then without."""
+    pairs = []
     for settings in runs:
         with copies_kept():
             captured = run(settings)
         if settings.get("use_8bit_adam"):  # which is never captured: there is nothing to compare
             pairs.append([captured, captured])
             continue
-        with eager(), kept():
+        with eager():
             folder = Path(settings["output_dir"])  # a LoRA's file is named after it
             again = settings | {"output_dir": str(folder.parent / "eager" / folder.name)}
             pairs.append([captured, run(again)])
