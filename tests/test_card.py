@@ -50,8 +50,8 @@ def of_matrix(folder, method, precision, mode):
     own = {
         ("dreambooth", "bf16"): {"train_text_encoder": True, "save_state": "full"},
         ("dreambooth", "fp16"): {"lr_warmup_steps": 3},
-        ("lora", "no"): {"snr_gamma": 5.0},
-        ("lora", "fp16"): {"train_text_encoder": True, "gradient_accumulation_steps": 2},
+        ("lora", "no"): {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
+        ("lora", "fp16"): {"train_text_encoder": True, "lora_targets": "all"},
     }
     trained = METHODS.get(method, {"method": method})
     changes = trained | MODES[mode] | own.get((method, precision), {})
