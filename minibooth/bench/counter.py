@@ -181,7 +181,8 @@ class Counter(TorchDispatchMode):
         each kernel moves its arguments once, AdamW's what its table leads to."""
         name = func.overloadpacket.__name__
         attends, by_table = name.startswith("attention"), name.startswith("adamw")
-        kernels = getattr(ops, f"{name.removesuffix('_backward').removesuffix('_squares')}_kernels")
+        of = "adamw" if by_table else name.removesuffix("_backward")
+        kernels = getattr(ops, f"{of}_kernels")
 
         def launch(kernel, *arguments, **options):
             self.add(name, 0 if by_table else total(arguments))
