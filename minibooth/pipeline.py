@@ -158,7 +158,8 @@ def vae_batch(pixels: int) -> int:
 def text_projections(unet: UNet) -> list[torch.nn.Module]:
     """Every layer of the UNet that makes keys or values of the text."""
     blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
-    return [p for block in blocks for p in (block.attn2.to_k, block.attn2.to_v)]
+    attend = [block.attn2 for block in blocks] + [b.attn1 for b in blocks if b.only_text]
+    return [project for attention in attend for project in (attention.to_k, attention.to_v)]
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class TextEncoder(nn.Module):
         layers = [Layer(width, hidden, heads, act, eps) for _ in range(c["num_hidden_layers"])]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.final_layer_norm = nn.LayerNorm(width, eps)
-        if "CLIPTextModelWithProjection" in c.get("architectures", ()):
+        if "CLIPTextModelWithProjection" in (c.get("architectures") or ()):
             self.text_projection = nn.Linear(width, c["projection_dim"], bias=False)
         # Old configs say 2, and mean the last of CLIP's own 49,408 tokens.
         end = c.get("eos_token_id", 2)
@@ -111,6 +111,7 @@ class Condition:
     pooled: Tensor | None = None  # (B, P) SDXL: one for the prompt
     sizes: Tensor | None = None  # (B, 6) in pixels: height and width of the picture as it came, top
     # and left of the crop in what it was resized to, height and width of the crop
+    level: Tensor | None = None  # (B,) int64, an upscaler: how much noise its small picture has
 
     def __len__(self) -> int:
         return len(self.context)

@@ -102,12 +102,15 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pixels look at each other, then at the text; then each on its own. x: (B, N, C) pixels."""
+    """Pixels look at each other, then at the text; then each on its own. x: (B, N, C) pixels.
 
-    def __init__(self, width: int, c_context: int, heads: int):
+    `only_text`: at each other they do not look, but twice at the text."""
+
+    def __init__(self, width: int, c_context: int, heads: int, only_text: bool = False):
         super().__init__()
+        self.only_text = only_text
         self.norm1 = LayerNorm(width)
-        self.attn1 = Attention(width, width, heads)
+        self.attn1 = Attention(width, c_context if only_text else width, heads)
         self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, c_context, heads)
         self.norm3 = LayerNorm(width)
@@ -115,8 +118,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm1(x)
-        x, h = self.norm2.of_sum(x, self.attn1(h, h))  # x + attn1, and its norm
-        x, h = self.norm3.of_sum(x, self.attn2(h, context))  # the only place where text comes in
+        h = self.attn1(h, context if self.only_text else h)
+        x, h = self.norm2.of_sum(x, h)  # x + h, and its norm
+        h = self.attn2(h, context)  # the only place where the text comes in
+        x, h = self.norm3.of_sum(x, h)
         return x + self.ff(h)
 
 
@@ -133,15 +138,14 @@ class Pointwise(nn.Conv2d):
 class Transformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, as a residual. SD has one, SDXL ten."""
 
-    def __init__(self, c: int, c_context: int, heads: int, groups: int, linear: bool, depth: int):
+    def __init__(self, channels: int, groups: int, linear: bool, blocks: list[TransformerBlock]):
         super().__init__()
-        self.norm = GroupNorm(groups, c, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         # The same matrix either way; SD 1.x stores it as a 1×1 convolution, later ones as a linear.
         project = nn.Linear if linear else Pointwise
-        self.proj_in = project(c, c)
-        blocks = [TransformerBlock(c, c_context, heads) for _ in range(depth)]
+        self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = project(c, c)
+        self.proj_out = project(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
@@ -179,6 +183,7 @@ class UNet(nn.Module):
         heads = [heads] * n if isinstance(heads, int) else heads
         depths = c.get("transformer_layers_per_block", 1)
         depths = [depths] * n if isinstance(depths, int) else depths
+        only_text = c.get("only_cross_attention") or [False] * n
         c_temb = 4 * widths[0]
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
@@ -187,9 +192,10 @@ class UNet(nn.Module):
         def transformers(count: int, i: int, kind: str) -> list[Transformer]:
             if "CrossAttn" not in kind:
                 return []
-            linear, width = c.get("use_linear_projection", False), widths[i]
-            args = (width, c["cross_attention_dim"], heads[i], groups, linear, depths[i])
-            return [Transformer(*args) for _ in range(count)]
+            block = widths[i], c["cross_attention_dim"], heads[i], only_text[i]
+            blocks = [[TransformerBlock(*block) for _ in range(depths[i])] for _ in range(count)]
+            linear = c.get("use_linear_projection", False)
+            return [Transformer(widths[i], groups, linear, some) for some in blocks]
 
         self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], c_temb)
@@ -197,6 +203,9 @@ class UNet(nn.Module):
         if c.get("addition_embed_type"):
             self.c_size = c["addition_time_embed_dim"]  # numbers for each of a condition's sizes
             self.add_embedding = TimeEmbedding(c["projection_class_embeddings_input_dim"], c_temb)
+        self.class_embedding = None  # of how much noise an upscaler's small picture has
+        if c.get("num_class_embeds"):
+            self.class_embedding = nn.Embedding(c["num_class_embeds"], c_temb)
 
         self.down_blocks = nn.ModuleList()
         channels, skips = widths[0], [widths[0]]  # the skips' channels, a stack as in forward
@@ -237,6 +246,8 @@ class UNet(nn.Module):
         temb = self.time_embedding(temb)  # (B, 4 · width)
         if self.add_embedding is not None:
             temb = temb + self.add_embedding(self.told(c).to(dtype))
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(c.level)
 
         x = self.conv_in(x)
         skips = [x]

@@ -16,7 +16,7 @@ ORDER = [
     *("schedule", "tokenizer", "ops", "text_encoder", "vae", "unet"),
     *("lora", "hypernetwork"),
     "formats",
-    *("pipeline", "dreambooth", "textual_inversion"),
+    *("pipeline", "dreambooth", "textual_inversion", "upscaler"),
     *("device", "training", "explain", "toybox"),
     *("train", "sample", "convert", "classify"),
     *("evaluate", "bench", "__init__"),

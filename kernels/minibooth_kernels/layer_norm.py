@@ -24,6 +24,7 @@ from . import card
 MOST = 2048  # numbers in a row: a program holds it in registers
 # (elements, warps): candidates, the first is the default.
 FORWARD_TILES, BACKWARD_TILES = ((2048, 4), (2048, 8)), ((2048, 8), (1024, 4))
+FLOAT32_BACKWARD_TILES = ((2048, 16),)  # with fewer warps it spills on 8.0 or on 12.0
 PROGRAMS, LEAST_ROWS = 264, 4  # of the backward: two per multiprocessor of Hopper; rows of each
 
 
@@ -119,9 +120,13 @@ def _tile(C: int, elements: int, warps: int) -> dict:
     return {"BLOCK_R": max(1, elements // block_c), "BLOCK_C": block_c, "num_warps": warps}
 
 
-def candidates(backward: bool) -> tuple[int, ...]:
+def _backward_tiles(dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    return FLOAT32_BACKWARD_TILES if dtype == torch.float32 else BACKWARD_TILES
+
+
+def candidates(dtype: torch.dtype, backward: bool) -> tuple[int, ...]:
     """How many tiles there are to choose from, for each kernel."""
-    return tuple(len(tiles) for tiles in (FORWARD_TILES, BACKWARD_TILES)[: 1 + backward])
+    return tuple(len(t) for t in (FORWARD_TILES, _backward_tiles(dtype))[: 1 + backward])
 
 
 @torch.library.custom_op("minibooth::layer_norm", mutates_args=())
@@ -164,7 +169,7 @@ def _layer_norm_backward(
     add, C = ds is not None, s.shape[-1]
     s, dy, rows = s.contiguous(), dy.contiguous(), s.numel() // C
     ds, dx = ds.contiguous() if add else None, torch.empty_like(s)
-    tile = _tile(C, *BACKWARD_TILES[card.chosen(choices, 1)])
+    tile = _tile(C, *_backward_tiles(s.dtype)[card.chosen(choices, 1)])
     least = max(LEAST_ROWS, triton.cdiv(rows, PROGRAMS))
     chunk_rows = triton.cdiv(least, tile["BLOCK_R"]) * tile["BLOCK_R"]
     programs = triton.cdiv(rows, chunk_rows)

@@ -142,7 +142,7 @@ def launch_rows(dtype: torch.dtype, weights: torch.dtype, widths, candidates) ->
     """The norms of a transformer's rows, and its gates."""
     for choice, C, add in itertools.product(range(candidates), widths, (False, True)):
         x, weight = torch.empty(1, 64, C, dtype=dtype), torch.empty(C, dtype=weights)
-        choices = [choice if choice < count else 0 for count in layer_norm.candidates(True)]
+        choices = [choice if choice < count else 0 for count in layer_norm.candidates(dtype, True)]
         h = x if add else None
         _, y, statistics = layer_norm._layer_norm(x, h, weight, weight, 1e-5, choices)
         layer_norm._layer_norm_backward(y, h, x, weight, statistics, choices)

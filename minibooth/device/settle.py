@@ -6,6 +6,10 @@ operator keeps Python busier than PyTorch's; there PyTorch's are taken (ops.pref
 ranks and in the VAE, in training with 8-bit AdamW or with a watcher of its steps, and in drawing
 where memory is short.
 
+Kernels are tried with all the tiles that their tables have for the card, so long as CHOOSING says,
+and then with the first of each. Which one is taken is a part of the verdict, so that two runs on
+one machine add up in the same order.
+
 An illegal access ruins a process's whole GPU context, so cases are tried (trial.py) in a process of
 its own: when that dies, the case it died of goes to PyTorch, and another process does the rest.
 """

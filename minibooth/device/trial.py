@@ -115,7 +115,7 @@ def counts(case: Case, device: torch.device) -> tuple[int, ...]:
     if case.op in ("geglu", "adamw"):
         return ()
     if case.op == "layer_norm":
-        return ops.layer_norm_kernels.candidates(case.backward)
+        return ops.layer_norm_kernels.candidates(getattr(torch, case.dtype), case.backward)
     x = make_inputs(case, torch.device("meta"))[0][0]
     return ops.group_norm_kernels.candidates(x, case.norm[0], case.backward)
 

@@ -60,21 +60,22 @@ def _group_norm(
     channels_last = not x.is_contiguous()
     layout = {"CHANNELS_LAST": channels_last}
     y = torch.empty_like(x)
-    shift = None if shift is None else shift.contiguous()
+    shifted = shift is not None
+    shift = shift.contiguous() if shifted else None
     mean = x.new_empty(N, C, dtype=torch.float32)  # a group's, less each channel's shift
     rstd = torch.empty_like(mean)
 
     tile = _one_pass(R, C // G, FORWARD_TILES, channels_last)
     if tile and card.chosen(choices, 0) == 0:
         arguments = (x, weight, bias, shift, y, mean, rstd, *sizes, eps)
-        _forward_one_pass[(G, N)](*arguments, SILU=silu, **layout, **tile)
+        _forward_one_pass[(G, N)](*arguments, SILU=silu, SHIFTED=shifted, **layout, **tile)
     else:
         tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
         partial = x.new_empty(2, chunks[0], N, C, dtype=torch.float32)
         _partial_statistics[chunks](x, partial, R, C, chunk_rows, **layout, **tile)
         affine = x.new_empty(2, N, C, dtype=torch.float32)
         arguments = (partial, weight, bias, shift, mean, rstd, affine, *sizes, chunk_rows, eps)
-        _combine_statistics[(G, N)](*arguments, **COMBINE)
+        _combine_statistics[(G, N)](*arguments, SHIFTED=shifted, **COMBINE)
         _apply[tiles](x, affine, y, R, C, SILU=silu, **layout, **tile)
     return y, mean, rstd
 

@@ -64,12 +64,12 @@ def _combine_statistics(
     Partial,  # (2, chunks, N, C) fp32 in
     Weight,  # (C,)
     Bias,  # (C,)
-    Shift,  # (N, C) or None
+    Shift,  # (N, C), if SHIFTED; else None
     Mean,  # (N, C) fp32 out: a group's mean, less the channel's shift
     Rstd,  # (N, C) fp32 out, a group's channels alike
     Affine,  # (2, N, C) fp32 out: scale and offset
     R, C, group_channels, chunk_rows, eps,
-    BLOCK_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     g, n = tl.program_id(0), tl.program_id(1)
     N = tl.num_programs(1)
@@ -83,7 +83,7 @@ def _combine_statistics(
             channels = g * group_channels + channel[None, :]
             partial = Partial + (chunk[:, None] * N + n) * C + channels
             mean_i = tl.load(partial, mask=mask, other=0.0)
-            if Shift is not None:
+            if SHIFTED:
                 shift = tl.load(Shift + n * C + channels, mask=mask, other=0.0)
                 mean_i += shift.to(tl.float32)
             M2_i = tl.load(partial + chunks * N * C, mask=mask, other=0.0)
@@ -103,7 +103,7 @@ def _combine_statistics(
         scale = rstd * tl.load(Weight + channels, mask=mask, other=0.0).to(tl.float32)
         bias = tl.load(Bias + channels, mask=mask, other=0.0).to(tl.float32)
         mean_c = tl.zeros_like(scale) + mean
-        if Shift is not None:
+        if SHIFTED:
             mean_c -= tl.load(Shift + n * C + channels, mask=mask, other=0.0).to(tl.float32)
         tl.store(Mean + n * C + channels, mean_c, mask=mask)
         tl.store(Rstd + n * C + channels, tl.zeros_like(scale) + rstd, mask=mask)

@@ -29,13 +29,13 @@ def _forward_one_pass(
     X,  # (N, R, C) in
     Weight,  # (C,) γ
     Bias,  # (C,) β
-    Shift,  # (N, C) or None
+    Shift,  # (N, C), if SHIFTED; else None
     Y,  # (N, R, C) out
     Mean,  # (N, C) fp32 out: a group's mean, less the channel's shift
     Rstd,  # (N, C) fp32 out, a group's channels alike
     R, C, group_channels, eps,
-    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr, SHIFTED: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     g, n = tl.program_id(0), tl.program_id(1)
     rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
@@ -44,7 +44,7 @@ def _forward_one_pass(
     sample = n.to(tl.int64) * R * C
     x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
     shift = tl.zeros([BLOCK_C], tl.float32)
-    if Shift is not None:
+    if SHIFTED:
         shift += tl.load(Shift + n * C + channels, mask=channel_mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x + shift[None, :], 0.0)
 

@@ -1,0 +1,145 @@
+"""The second stage: a small picture made four times as large, by a diffusion of its own.
+
+DreamBooth's paper (supplement, "Personalized Instance-Specific Super-Resolution and Low-level Noise
+Augmentation for Imagen") draws at 64² and has a super-resolution network make 256² of it. Not
+fine-tuned, that network invents patterns on the subject, since it has never seen it. Fine-tuned on
+the same photographs it keeps the subject's detail, if the noise that is put on the small picture is
+lowered: with Imagen's own level, 1e-3, fine patterns blur, with 1e-5 they stay. The paper does not
+say learning rate, steps, prompts, whether there is a prior term, nor in what units 1e-3 is.
+
+The public network of this kind for Stable Diffusion is stable-diffusion-x4-upscaler: the same UNet,
+given beside the latent z_t of the large picture the small one itself, three channels more. That has
+noise of its own, c = √ᾱ_s x + √(1−ᾱ_s) η at a level s, which the UNet is told; it predicts v. Our
+reading of the paper is that fine-tuning takes low levels s, 0 … 20, where the model was trained
+with 0 … 349, and that pictures are enlarged at a level that was trained.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .common.errors import UserError
+from .common.forwards import replaced
+from .formats.checks import require_finite
+from .pipeline import StableDiffusion, projected_once, to_device, to_pil
+from .schedule import Schedule, ddim_step, q_sample, trajectory
+from .text_encoder import Condition
+
+SCALE = 4  # sides of the large picture, in sides of the small one
+
+
+def seeing(unet: Callable, small: Tensor, level: Tensor) -> Callable[..., Tensor]:
+    """The UNet of an upscaler, which has the small pictures already: a UNet as `dreambooth.step`
+    and guidance know it, of (x_t, t, c).
+
+    small: (B, 3, h, w) as it is given, noise included; level: (B,) int64, s of each. Where x_t has
+    more samples, as with guidance, they are of these pictures by turns.
+    """
+
+    def of_latents(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        times = len(x_t) // len(small)
+        x_t = torch.cat(
+            [x_t, small.repeat(times, 1, 1, 1).to(x_t.dtype)], dim=1
+        )  # (B, 4 + 3, h, w)
+        return unet(x_t, t, replace(c, level=level.repeat(times)))
+
+    return of_latents
+
+
+@dataclass
+class Upscaler(StableDiffusion):
+    """A model of the second stage. It has the parts of a Stable Diffusion; sizes are its pictures',
+    so the latent z of a large picture is as large as the small picture."""
+
+    small_schedule: Schedule | None = None  # of the noise on the small picture: ᾱ_s
+    levels: int = 350  # s is below
+
+    def noised(self, small: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """c = √ᾱ_s x + √(1−ᾱ_s) η of small pictures x in [-1, 1]: (B, 3, h, w); level: (B,)."""
+        return q_sample(small, noise, self.small_schedule.alpha_bar[level])
+
+    def require(
+        self,
+        pictures: list[Image.Image] | Tensor,
+        prompts: list[str],
+        noise_level: int,
+        latents: Tensor | None,
+        noise: Tensor | None,
+    ) -> Tensor:
+        """The pictures in [-1, 1]: (B, 3, h, w). Raises UserError unless all fits together."""
+        if not isinstance(pictures, Tensor):
+            if len({picture.size for picture in pictures}) != 1:
+                raise UserError("pictures of several sizes, or none: give those of one at a time")
+            rows = [np.asarray(picture.convert("RGB")) for picture in pictures]
+            pictures = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255
+        B, channels, h, w = pictures.shape
+        if channels != 3 or h % 4 or w % 4:
+            raise UserError(f"a picture of {w}×{h} pixels: give RGB and multiples of 4")
+        if not 0 <= noise_level < self.levels:
+            raise UserError(f"noise level {noise_level}: give one from 0 to {self.levels - 1}")
+        if len(prompts) != B:
+            raise UserError(f"{len(prompts)} prompts for {B} pictures: give one for each")
+        for name, given, want in (("latents", latents, 4), ("noise", noise, 3)):
+            if given is not None and given.shape != (B, want, h, w):
+                raise UserError(f"{name} are {list(given.shape)}, wanted are {[B, want, h, w]}")
+        return 2 * pictures.float() - 1
+
+    @torch.no_grad()
+    def upscale(
+        self,
+        pictures: list[Image.Image] | Tensor,
+        prompts: list[str],
+        *,
+        noise_level: int = 20,
+        steps: int = 75,
+        guidance_scale: float = 9.0,
+        seed: int = 0,
+        negative_prompt: str = "",
+        latents: Tensor | None = None,
+        noise: Tensor | None = None,
+        batch_size: int = 1,
+        output: str = "pil",
+        on_step: Callable[[], None] | None = None,
+    ) -> list[Image.Image] | Tensor:
+        """Enlarge each picture, under its prompt, to four times its sides, by DDIM.
+
+        pictures: PIL, or (B, 3, h, w) in [0, 1], whose sides are multiples of 4. `noise_level` is
+        s: what is lost under noise of that level is drawn anew. Picture i takes its noise from a
+        CPU generator seeded with seed + i; `noise`, (B, 3, h, w), and `latents`, (B, 4, h, w),
+        replace η and the first z. `output`: "pil"; "pt", (B, 3, 4h, 4w) in [0, 1]; "latent".
+        Raises UserError for wrong settings, NotFinite where a network's output is not.
+        """
+        small = self.require(pictures, prompts, noise_level, latents, noise)  # (B, 3, h, w)
+        finished = []
+        for first in range(0, len(small), batch_size):
+            batch = slice(first, first + batch_size)
+            x = small[batch]
+            generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(x))]
+
+            def drawn(channels: int, given: Tensor | None, x=x, batch=batch, g=generators):
+                shape = (channels, *x.shape[2:])
+                if given is None:
+                    given = torch.stack([torch.randn(shape, generator=own) for own in g])
+                    return to_device(given, self.device)
+                return given[batch].to(self.device, torch.float32)
+
+            eta, z = drawn(3, noise), drawn(4, latents)
+            level = torch.full((len(x),), noise_level, device=self.device)
+            low = self.noised(to_device(x, self.device), level, eta)
+            c = self.encode_guided(prompts[batch], negative_prompt, guidance_scale)
+            unet = seeing(self.unet.forward, low, level)
+            with replaced([self.unet], [unet]), projected_once(self.unet):
+                for t, t_prev in trajectory(self.schedule, steps, "ddim"):
+                    prediction = self.predict(z, t, c, guidance_scale)
+                    z = ddim_step(z, prediction, t, t_prev, self.schedule)
+                    if on_step:
+                        on_step()
+            require_finite(c.context, "text encoder")
+            require_finite(z, "unet")
+            finished.append(z if output == "latent" else self.decode(z))
+        result = torch.cat(finished)
+        return to_pil(result) if output == "pil" else result

@@ -1,0 +1,183 @@
+"""The second stage against diffusers, on small random models."""
+
+import diffusers
+import numpy as np
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from tiny import rel
+
+from minibooth.dreambooth import Term, step
+from minibooth.formats import checkpoint
+from minibooth.formats.scheduler import read_schedule
+from minibooth.text_encoder import Condition, TextEncoder
+from minibooth.tokenizer import Tokenizer
+from minibooth.unet import UNet
+from minibooth.upscaler import Upscaler, seeing
+from minibooth.vae import VAE
+
+BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+
+
+def upscale_pipeline(**changes) -> diffusers.StableDiffusionUpscalePipeline:
+    """Of the public model's shape: its first level does not attend, the next looks at text only."""
+    torch.manual_seed(0)
+    vocab, _ = peers.vocabulary()
+    shape = {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "only_cross_attention": [True, True, False],
+    }
+    unet = diffusers.UNet2DConditionModel(
+        **shape | changes,
+        layers_per_block=1,
+        in_channels=7,
+        out_channels=4,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        use_linear_projection=True,
+        num_class_embeds=1000,
+        norm_num_groups=8,
+        sample_size=16,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        layers_per_block=1,
+        scaling_factor=0.08333,
+    )
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    main = diffusers.DDIMScheduler(
+        **BETAS,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipe = diffusers.StableDiffusionUpscalePipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text).eval(),
+        tokenizer=None,
+        unet=unet,
+        low_res_scheduler=diffusers.DDPMScheduler(**BETAS, clip_sample=True),
+        scheduler=main,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    pipe, folder = upscale_pipeline(), tmp_path_factory.mktemp("x4")
+    peers.write_tokenizer(folder, pad="!")
+    pipe.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    configs = {n: dict(getattr(pipe, n).config) for n in ("unet", "vae", "scheduler")}
+    configs["text_encoder"] = pipe.text_encoder.config.to_dict()
+    networks = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
+    for name, kind in networks.items():
+        networks[name] = kind(configs[name])
+        tensors = checkpoint.legacy_names(name, getattr(pipe, name).state_dict())
+        networks[name].load_state_dict(tensors)
+    small = dict(pipe.low_res_scheduler.config)
+    up = Upscaler(
+        tokenizer=Tokenizer.from_folder(folder),
+        schedule=read_schedule(configs["scheduler"]),
+        small_schedule=read_schedule(small),
+        configs=configs,
+        **networks,
+    )
+    return up, pipe
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_unet_and_gradients(both):
+    up, pipe = both
+    x, context = drawn(3, 7, 16, 12), drawn(3, 77, 32, seed=1)
+    t, level = torch.tensor([3, 500, 999]), torch.tensor([0, 20, 349])
+    ours = up.unet(x, t, Condition(context, level=level))
+    theirs = pipe.unet(x, t, context, class_labels=level).sample
+    assert rel(ours, theirs) < 1e-5
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    wanted = dict(pipe.unet.named_parameters())
+    assert wanted.keys() == dict(up.unet.named_parameters()).keys()
+    for name, p in up.unet.named_parameters():
+        assert rel(p.grad, wanted[name].grad) < 1e-4, name
+
+
+def test_one_training_step_is_the_equation(both):
+    """Loss and gradients against the formula, written anew: v of z, the small picture beside it."""
+    up, pipe = both
+    z, eps, eta, x = (drawn(3, 4, 16, 16, seed=i) for i in range(4))
+    small, eta = x[:, :3].clamp(-1, 1), eta[:, :3]
+    t, s, c = torch.tensor([9, 400, 990]), torch.tensor([0, 7, 20]), drawn(3, 77, 32, seed=9)
+    alpha_bar = (1 - torch.linspace(1e-4**0.5, 0.02**0.5, 1000) ** 2).cumprod(0)
+
+    def of(times):
+        return alpha_bar[times].view(-1, 1, 1, 1).sqrt(), (1 - alpha_bar[times]).view(
+            -1, 1, 1, 1
+        ).sqrt()
+
+    (a, b), (a_s, b_s) = of(t), of(s)
+    seen = torch.cat([a * z + b * eps, a_s * small + b_s * eta], dim=1)
+    answer = pipe.unet(seen, t, c, class_labels=s).sample
+    wanted = F.mse_loss(answer, a * eps - b * z)
+    pipe.unet.zero_grad(), up.unet.zero_grad()
+    wanted.backward()
+    unet = seeing(up.unet, up.noised(small, s, eta), s)
+    result = step(unet, up.schedule, Term(z, eps, t, Condition(c)), None)
+    result.loss.backward()
+    assert rel(result.loss, wanted) < 1e-5
+    theirs = dict(pipe.unet.named_parameters())
+    for name, p in up.unet.named_parameters():
+        assert rel(p.grad, theirs[name].grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("negative", ["", "a cat"])
+def test_pictures_are_those_of_diffusers_pipeline(both, negative):
+    """From the same noises, which its pipeline draws itself: the small picture's first."""
+    up, pipe = both
+    pictures = drawn(2, 3, 8, 16, seed=5).sigmoid()
+    g = torch.Generator().manual_seed(4)
+    noise, latents = (torch.randn(2, n, 8, 16, generator=g) for n in (3, 4))
+    prompts = ["a sks dog", "a cat in the snow"]
+    ours = up.upscale(
+        pictures,
+        prompts,
+        steps=6,
+        noise_level=20,
+        negative_prompt=negative,
+        latents=latents,
+        noise=noise,
+        output="pt",
+    )
+    theirs = pipe(
+        prompts,
+        image=2 * pictures - 1,
+        num_inference_steps=6,
+        noise_level=20,
+        negative_prompt=[negative] * 2,
+        guidance_scale=9.0,
+        latents=latents,
+        generator=torch.Generator().manual_seed(4),
+        output_type="np",
+    ).images
+    assert ours.shape == (2, 3, 32, 64)
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() - theirs).max() < 2e-2
