@@ -306,7 +306,8 @@ def too_little_memory(settings: dict) -> dict:
             end(self)
 
         torch.cuda.CUDAGraph.capture_end = room_again
-        found[name] = run(settings | {"output_dir": f"{settings['output_dir']}-{name}"})
+        with copies_kept():
+            found[name] = run(settings | {"output_dir": f"{settings['output_dir']}-{name}"})
         torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = begin, end
     with eager():
         pretend_card.Graph.stuck = False
