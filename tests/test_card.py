@@ -203,8 +203,8 @@ def test_adamw_s_kernels_within_a_captured_step_and_from_a_state_on():
     assert found["resumed"]["losses"] == replayed["losses"][15:]
     assert found["resumed"]["weights"] == replayed["weights"] != theirs["weights"]
     for row, expected in zip(replayed["losses"], theirs["losses"], strict=True):
-        assert row == pytest.approx(expected, rel=1e-5)
-    assert replayed["weights"] == pytest.approx(theirs["weights"], rel=1e-5, abs=1e-6)
+        assert row == pytest.approx(expected, rel=2**-11)  # fp16's rounding
+    assert replayed["weights"] == pytest.approx(theirs["weights"], rel=1e-4, abs=1e-6)
 
 
 def test_programs_draw_and_measure_with_graphs(tmp_path):
