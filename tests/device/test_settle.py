@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -464,6 +465,41 @@ def test_each_kernel_is_compiled_once_and_every_candidate_that_may_be_tried(monk
         (long, (1, 0, 0)), (long, (2, 0, 0)), (long, (0, 1, 0)), (long, (0, 0, 1)),
         (long, (0, 0, 2)), (rows, (1, 0)), (rows, (0, 1)), (small, (1,)),
     ]  # fmt: skip
+
+
+class InLine:
+    """A pool of processes that are none: one thing after the other, as results are asked for."""
+
+    def __init__(self, workers, mp_context):
+        self.open = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def map(self, function, *arguments):
+        return (function(*each) for each in zip(*arguments, strict=True) if self.open)
+
+    def shutdown(self, cancel_futures):
+        self.open = not cancel_futures
+
+
+@needs_triton
+@pytest.mark.parametrize("seconds, expected", [(math.inf, 5), (-math.inf, 2)])
+def test_the_first_tiles_are_compiled_whatever_the_time_and_the_others_while_there_is(
+    seconds, expected, monkeypatch
+):
+    monkeypatch.setattr(settle, "ProcessPoolExecutor", InLine)
+    compiled, said, none = [], [], (0, 0)
+    monkeypatch.setattr(settle, "compile_case", lambda case, choices, _: compiled.append(choices))
+    more = [(case, (1, i)) for i, case in enumerate(CASES[:3])]
+    first = [(case, none) for case in CASES[:2]]
+    monkeypatch.setattr(settle, "to_compile", lambda cases, device: (first, more))
+    settle.compile_all(CASES, CPU, said.append, seconds)
+    assert compiled == [none, none, (1, 0), (1, 1), (1, 2)][:expected]
+    assert said == [settle.COMPILED] * (len(CASES) * expected // 5)  # 4 are all of the bar
 
 
 @needs_triton
