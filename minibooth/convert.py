@@ -116,7 +116,10 @@ def extract(
 ) -> Path:
     """Write a LoRA: kohya's form where `out` is a file, diffusers' where it is a folder."""
     base, found, squares = load(config, config.base), {}, []
-    for name in ("unet", "text_encoder"):
+    families = [adapters.family_of(sd.unet) or "another" for sd in (base, tuned)]
+    if base.networks.keys() != tuned.networks.keys():
+        raise UserError(f"--base is no base of --model: {families[0]}, and {families[1]}")
+    for name in (n for n in adapters.ADAPTED if n in base.networks):
         networks = base.networks[name], tuned.networks[name]
         ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in networks)
         if other := sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k)):

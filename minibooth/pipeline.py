@@ -17,7 +17,7 @@ from .formats.parts import Parts
 from .formats.scheduler import settle
 from .text_encoder import Condition, encode
 from .tokenizer import Tokenizer
-from .unet import TransformerBlock, UNet
+from .unet import TextBlock, TransformerBlock, UNet
 
 VAE_PIXELS = 256 * 256  # that go through the VAE at once: its memory grows with them
 
@@ -158,7 +158,9 @@ def vae_batch(pixels: int) -> int:
 def text_projections(unet: UNet) -> list[torch.nn.Module]:
     """Every layer of the UNet that makes keys or values of the text."""
     blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
-    attend = [block.attn2 for block in blocks] + [b.attn1 for b in blocks if b.only_text]
+    attend = [block.attn2 for block in blocks] + [
+        b.attn1 for b in blocks if isinstance(b, TextBlock)
+    ]
     return [project for attention in attend for project in (attention.to_k, attention.to_v)]
 
 

@@ -15,7 +15,7 @@ from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic, shortened
 from .device import graphs, no_gpu, settle
-from .formats import adapters, checks, hypernetworks
+from .formats import adapters, checks, families, hypernetworks
 from .formats.configs import is_public_size
 from .tokenizer import WordError
 
@@ -40,10 +40,14 @@ class SampleConfig:
     steps: int = option(
         50, "sampler steps", aliases=("num_inference_steps",), topic="how it is drawn"
     )
-    guidance_scale: float = option(7.5, "how strongly to follow the prompt; 1 switches it off")
+    guidance_scale: float = option(
+        7.5,
+        "how strongly to follow the prompt; 1 switches it off, SDXL's default is "
+        f"{families.GUIDANCE:g}",
+    )
     sampler: str = option("ddim", "how to step from noise to picture", choices=checks.SAMPLERS)
     eta: float = option(0.0, "DDIM's share of fresh noise per step, 0 to 1")
-    height: int | None = option(None, "pixels [the model's own]")
+    height: int | None = option(None, "pixels [the model's own]; SDXL is told it, and width, too")
     width: int | None = option(None, "pixels [the model's own]")
 
     lora: tuple[str, ...] = option(
@@ -131,7 +135,7 @@ def sample(config: SampleConfig) -> list[Path]:
             textual_inversion.add_word(sd, word, vectors)
         except WordError as e:
             raise UserError(f"{e}, as --embedding FILE=WORD") from None
-        print(f"{file}: {sd.tokenizer.spelled(word)} in a prompt is now {len(vectors)} vectors")
+        print(f"{file}: {sd.tokenizer.spelled(word)} in a prompt is now {len(vectors[0])} vectors")
     sizes = settle.batches(config.num_images, config.batch_size, config.guidance_scale)
     size = (config.height or sd.image_size, config.width or sd.image_size)
     met = settle.met(sd, *size, drawing=sizes if settle.wanted(device) else ())
@@ -208,7 +212,10 @@ def same_picture(path: Path, image: Image.Image) -> bool:
 
 def main() -> None:
     config = cli.parse(
-        SampleConfig, "minibooth.sample", "Draw pictures from a Stable Diffusion model."
+        SampleConfig,
+        "minibooth.sample",
+        "Draw pictures from a Stable Diffusion model.",
+        defaults=families.draw_settings,
     )
     written = sample(config)
     print(f"{len(written)} pictures and grid.png in {config.output_dir}")

@@ -3,9 +3,10 @@
     v* = argmin_v E[ ‖ε − ε_θ(x_t, t, c_θ(y))‖² ]        v: (n, D), the vectors of S* in a prompt y
 
 It is DreamBooth's first term; the trained set is the n · D numbers that the text encoder looks up
-for a word that did not exist before: 768 for one vector in SD 1.5. The word starts as a copy of one
-that says roughly what the subject is. All the model's own weights stay exactly what they are, so no
-class can drift and there is no prior term.
+for a word that did not exist before: 768 for one vector in SD 1.5, and 768 + 1280 in SDXL, whose
+two text encoders each look it up. The word starts as a copy of one that says roughly what the
+subject is. All the model's own weights stay exactly what they are, so no class can drift and there
+is no prior term.
 
 The new rows of the embedding are a tensor of their own while they train: an optimizer that had all
 rows would change the others too, by weight decay, though their gradients are zero.
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common.errors import UserError
+from .formats.configs import family, misfit
 from .pipeline import StableDiffusion
+from .text_encoder import TextEncoder
 
 OBJECT = """a photo of a {}, a rendering of a {}, a cropped photo of the {}, the photo of a {},
 a photo of a clean {}, a photo of a dirty {}, a dark photo of the {}, a photo of my {},
@@ -50,30 +53,43 @@ class Word(nn.Module):
         return torch.where((ids >= self.first)[..., None], ours.to(rows.dtype), rows)
 
 
-def embedding_of(sd: StableDiffusion) -> nn.Embedding:
-    return sd.text_encoder.embeddings["token_embedding"]
+def embedding_of(text_encoder: TextEncoder) -> nn.Embedding:
+    return text_encoder.embeddings["token_embedding"]
 
 
-def add_word(sd: StableDiffusion, word: str, vectors: Tensor) -> None:
+def add_word(sd: StableDiffusion, word: str, vectors: Tensor | list[Tensor]) -> None:
     """From now on `word` can stand in prompts, for the n vectors, (n, D); `sd.save` keeps it.
+    SDXL's words have two such tensors, one for each text encoder.
 
     Raises UserError where the word exists already or the vectors are for another model.
     """
-    old = embedding_of(sd).weight  # (ids, D)
-    if vectors.shape[1] != old.shape[1]:
+    vectors = [vectors] if isinstance(vectors, Tensor) else vectors
+    old = [embedding_of(encoder).weight for encoder in sd.text_encoders.values()]  # (ids, D)
+    given, wanted = ([tensor.shape[1] for tensor in those] for those in (vectors, old))
+    if given != wanted:
+        other = misfit(family(given), family(wanted))
+        given, wanted = (" and ".join(map(str, widths)) for widths in (given, wanted))
         raise UserError(
-            f"{word} is for another model: its vectors have {vectors.shape[1]} numbers, this one's "
-            f"words have {old.shape[1]}"
+            f"{word} {other}: its vectors have {given} numbers, this one's words have {wanted}"
         )
-    first, last = len(old), len(old) + len(vectors)
+    first, last = len(old[0]), len(old[0]) + len(vectors[0])
     sd.tokenizer = sd.tokenizer.with_word(word, list(range(first, last)))
-    rows = torch.cat([old.detach(), vectors.detach().to(old)])
-    sd.text_encoder.embeddings["token_embedding"] = nn.Embedding.from_pretrained(rows)
-    sd.configs["text_encoder"] |= {"vocab_size": last}
+    for name, rows, new in zip(sd.text_encoders, old, vectors, strict=True):
+        rows = torch.cat([rows.detach(), new.detach().to(rows)])
+        embeddings = sd.networks[name].embeddings
+        embeddings["token_embedding"] = nn.Embedding.from_pretrained(rows)
+        sd.configs[name] |= {"vocab_size": last}
+    if (
+        sd.text_encoder_2
+    ):  # which pools at the end: unsaid, transformers takes the largest id for it
+        sd.configs["text_encoder_2"] |= {"eos_token_id": sd.text_encoder_2.end}
 
 
-def create(sd: StableDiffusion, word: str, initializer_token: str, vectors: int = 1) -> Word:
-    """Add a word that starts as a copy, or several, of another; what is to be trained of it.
+def create(
+    sd: StableDiffusion, word: str, initializer_token: str, vectors: int = 1
+) -> dict[str, Word]:
+    """Add a word that starts as a copy, or several, of another; what is to be trained of it, by
+    text encoder.
 
     Raises UserError unless the initializer is a single token of the model's, or as `add_word`.
     """
@@ -87,14 +103,16 @@ def create(sd: StableDiffusion, word: str, initializer_token: str, vectors: int 
     if vectors < 1:
         raise UserError(f"{vectors} vectors: give a number from 1")
     [(_, id)] = pieces
-    start = embedding_of(sd).weight[id].detach().float().repeat(vectors, 1)  # (n, D)
+    old = [embedding_of(encoder).weight for encoder in sd.text_encoders.values()]
+    start = [rows[id].detach().float().repeat(vectors, 1) for rows in old]  # (n, D)
     add_word(sd, word, start)
-    return Word(start, first=len(embedding_of(sd).weight) - vectors)
+    words = (Word(rows, first=len(before)) for rows, before in zip(start, old, strict=True))
+    return dict(zip(sd.text_encoders, words, strict=True))
 
 
-def attach(sd: StableDiffusion, word: Word) -> None:
+def attach(text_encoder: TextEncoder, word: Word) -> None:
     """From now on the text encoder looks the word up in what is being trained."""
-    word.handle = embedding_of(sd).register_forward_hook(word.look_up)
+    word.handle = embedding_of(text_encoder).register_forward_hook(word.look_up)
 
 
 def detach(word: Word) -> None:
@@ -103,6 +121,8 @@ def detach(word: Word) -> None:
 
 
 @torch.no_grad()
-def store(sd: StableDiffusion, word: Word) -> None:
-    """Write the vectors into the embedding, so that a model that is saved now knows them."""
-    embedding_of(sd).weight[word.first :] = word.vectors.to(embedding_of(sd).weight)
+def store(sd: StableDiffusion, words: dict[str, Word]) -> None:
+    """Write the vectors into the embeddings, so that a model that is saved now knows them."""
+    for name, word in words.items():
+        rows = embedding_of(sd.networks[name]).weight
+        rows[word.first :] = word.vectors.to(rows)

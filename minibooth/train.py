@@ -18,6 +18,7 @@ from .common.errors import UserError
 from .device import graphs, ranks
 from .dreambooth import Step
 from .explain import first_step
+from .formats import families
 from .pipeline import StableDiffusion, to_device
 from .toybox import score
 from .training import (
@@ -27,6 +28,7 @@ from .training import (
     methods,
     optimizer,
     parameters,
+    passes,
     prepare,
     report,
     resume,
@@ -113,7 +115,7 @@ def learn(
 ) -> None:
     """All updates, and what is written on the way. `captured`: by a CUDA graph, on a GPU."""
     config, folder = run.config, run.folder
-    weights = parameters.named_weights(run.trained)
+    weights = parameters.that_train(run.trained)
     done = resume.restore(run.saved, folder, weights, adam)
     ranks.require_same({**identity, "step": done})
     if 0 < done < config.max_train_steps:  # it was stopped after its state, before these
@@ -137,6 +139,7 @@ def learn(
             numbers = (to_device(torch.tensor(float(x)), run.device) for x in (step, rate))
             ns = range((step - 1) * accumulate, step * accumulate)
             losses = update(*numbers, *map(batches.draw, ns))
+            run.on_passes(passes.of_update(config))
             log.add(step, config.learning_rate * rate, losses)
 
             last = step == config.max_train_steps or stopping.heard()
@@ -189,6 +192,11 @@ def write_result(run: Run, originals: dict[str, Tensor]) -> None:
     print(report.what_next(folder, config, sd))
 
 
+def defaults(given: dict) -> dict:
+    """Of what was not given."""
+    return methods.defaults(given) | families.train_settings(given) | toybox.train_settings(given)
+
+
 @ranks.joined()
 def main() -> None:
     train(
@@ -197,8 +205,9 @@ def main() -> None:
             "minibooth.train",
             "DreamBooth: teach Stable Diffusion a subject from a few photographs of it. Without "
             "options it trains the toybox, a small model that is shipped, in a minute or two. The "
-            "defaults below are Stable Diffusion's; its own are in minibooth/toybox/__init__.py.",
-            defaults=lambda given: methods.defaults(given) | toybox.train_settings(given),
+            "defaults below are those of Stable Diffusion 1.x and 2.x; the toybox's are in "
+            f"minibooth/toybox/__init__.py. {families.TOLD}.",
+            defaults=defaults,
         )
     )
 

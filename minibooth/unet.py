@@ -102,15 +102,12 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pixels look at each other, then at the text; then each on its own. x: (B, N, C) pixels.
+    """Pixels look at each other, then at the text; then each on its own. x: (B, N, C) pixels."""
 
-    `only_text`: at each other they do not look, but twice at the text."""
-
-    def __init__(self, width: int, c_context: int, heads: int, only_text: bool = False):
+    def __init__(self, width: int, c_context: int, heads: int):
         super().__init__()
-        self.only_text = only_text
         self.norm1 = LayerNorm(width)
-        self.attn1 = Attention(width, c_context if only_text else width, heads)
+        self.attn1 = Attention(width, width, heads)
         self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, c_context, heads)
         self.norm3 = LayerNorm(width)
@@ -118,11 +115,22 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm1(x)
-        h = self.attn1(h, context if self.only_text else h)
-        x, h = self.norm2.of_sum(x, h)  # x + h, and its norm
-        h = self.attn2(h, context)  # the only place where the text comes in
-        x, h = self.norm3.of_sum(x, h)
+        x, h = self.norm2.of_sum(x, self.attn1(h, h))  # x + attn1, and its norm
+        x, h = self.norm3.of_sum(x, self.attn2(h, context))  # the only place where text comes in
         return x + self.ff(h)
+
+
+class TextBlock(TransformerBlock):
+    """An upscaler's: pixels do not look at each other, but twice at the text."""
+
+    def __init__(self, width: int, c_context: int, heads: int):
+        super().__init__(width, c_context, heads)
+        self.attn1 = Attention(width, c_context, heads)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x), context)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
 
 
 class Pointwise(nn.Conv2d):
@@ -192,8 +200,9 @@ class UNet(nn.Module):
         def transformers(count: int, i: int, kind: str) -> list[Transformer]:
             if "CrossAttn" not in kind:
                 return []
-            block = widths[i], c["cross_attention_dim"], heads[i], only_text[i]
-            blocks = [[TransformerBlock(*block) for _ in range(depths[i])] for _ in range(count)]
+            kind = TextBlock if only_text[i] else TransformerBlock
+            block = widths[i], c["cross_attention_dim"], heads[i]
+            blocks = [[kind(*block) for _ in range(depths[i])] for _ in range(count)]
             linear = c.get("use_linear_projection", False)
             return [Transformer(widths[i], groups, linear, some) for some in blocks]
 

@@ -380,13 +380,12 @@ def programs(calls: list[list[str]]) -> list[dict]:
 
 
 class Block(torch.nn.Module):
-    """A resnet and a transformer of the UNet: all the kernels."""
+    """A resnet and a transformer of the UNet, with a norm and both kinds of attention."""
 
     def __init__(self):
         super().__init__()
         self.resnet = vae.ResnetBlock(16, 16, 4, 1e-5, c_temb=16)
-        block = unet.TransformerBlock(16, 16, 2)
-        self.transformer = unet.Transformer(16, 4, False, [block])
+        self.transformer = unet.Transformer(16, 4, False, [unet.TransformerBlock(16, 16, 2)])
 
     def forward(self, x, temb, context):
         return self.transformer(self.resnet(x, temb), context)

@@ -25,17 +25,18 @@ INSIDE = {  # the same within a room
     "common": ["errors", "files", "pictures", "sheets", "cli", "trees", "forwards"],
     "formats": [
         *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
-        *("hypernetworks", "folders", "single_files", "sources", "scheduler", "checks", "saving"),
-        "parts",
+        *("hypernetworks", "folders", "single_files", "families", "sources", "scheduler"),
+        *("checks", "saving", "parts"),
     ],
     "device": [
         *("no_gpu", "precision", "memory", "ranks", "graphs", "beside", "verdicts", "trial"),
         "settle",
     ],
     "training": [
-        *("events", "photos", "subjects", "settings", "class_images", "data", "eight_bit"),
-        *("optimizer", "in_backward", "by_kernel", "parameters", "plan", "fit", "on_cpu", "report"),
-        *("methods", "resume", "snapshots", "start", "stop", "loss", "prepare", "grids", "finite"),
+        *("events", "photos", "subjects", "settings", "passes", "class_images", "data"),
+        *("eight_bit", "optimizer", "in_backward", "by_kernel", "parameters", "plan", "fit"),
+        *("on_cpu", "report", "methods", "resume", "snapshots", "start", "stop", "loss"),
+        *("prepare", "grids", "finite"),
     ],
     "bench": [
         *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),
@@ -51,6 +52,7 @@ READ = [
     "lora",
     "textual_inversion",
     "hypernetwork",
+    "upscaler",
 ]  # imports no room but these
 ROOMS_READ = {"common", "formats"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -4,7 +4,7 @@ import sys
 
 from ..common import cli
 from . import protocol, single, snapshots
-from .options import toybox_settings
+from .options import suitable_settings
 
 COMMANDS = {
     "": (
@@ -31,7 +31,7 @@ def main() -> None:
     name = given.pop(0) if given and given[0] in COMMANDS else ""
     config, command, about = COMMANDS[name]
     prog = f"minibooth.evaluate {name}".strip()
-    command(cli.parse(config, prog, about, given, defaults=toybox_settings))
+    command(cli.parse(config, prog, about, given, defaults=suitable_settings))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from .. import toybox
 from ..common import cli
 from ..common.cli import option
 from ..common.errors import UserError
-from ..formats import hub
+from ..formats import families, hub
 from ..toybox import score
 from ..training.settings import TrainConfig
 
@@ -58,7 +58,11 @@ class Options:
         16, "pictures of the bare class prompt, for PRES; the paper does not say how many"
     )
     steps: int = option(50, "DDIM steps of every picture", aliases=("num_inference_steps",))
-    guidance_scale: float = option(7.5, "how strongly to follow the prompt; 1 switches it off")
+    guidance_scale: float = option(
+        7.5,
+        "how strongly to follow the prompt; 1 switches it off, SDXL's default is "
+        f"{families.GUIDANCE:g}",
+    )
     seed: int = option(0, "of each prompt's first picture; the next ones count up")
     batch_size: int = option(4, "pictures drawn at once; less needs less memory")
     device: str = option("auto", "auto, cuda, mps or cpu")
@@ -82,13 +86,16 @@ class Options:
         return {"both": [True, False], "with": [True], "without": [False]}[self.self_pairs]
 
 
-def toybox_settings(given: dict) -> dict:
-    """What suits the toybox, where it is the model or its judge is to look."""
+def suitable_settings(given: dict) -> dict:
+    """What suits the model: SDXL, or the toybox, where it is that or its judge is to look."""
     models = [given.get("model"), given.get("generated"), given.get("judge")]
+    model, revision = given.get("model"), given.get("revision")
     if "run" in given:
-        models.append(read_run(Path(given["run"])).model)
+        run = read_run(Path(given["run"]))
+        model, revision = run.model, run.revision
+        models.append(model)
     if "toybox" not in models:
-        return {}
+        return families.draw_settings({"model": model, "revision": revision})
     run = toybox.default_run()
     settings = {
         "judge": "toybox",

@@ -23,7 +23,7 @@ from ..common.cli import option
 from ..common.errors import UserError
 from ..common.files import read_text, write_json, write_text
 from ..common.pictures import read_image
-from ..formats import hub
+from ..formats import families, hub
 from ..train import train
 from ..training import methods, photos, report, resume
 from ..training.settings import METHODS, TrainConfig
@@ -374,11 +374,13 @@ class Protocol:
 
 def training_settings(config: DatasetConfig, method: str) -> dict:
     """Settings of TrainConfig that all subjects share. Raises UserError for what cannot work."""
-    usual, suited = {}, methods.defaults({"method": method})
+    of_model, suited = {"model": config.model}, methods.defaults({"method": method})
+    usual = families.train_settings(of_model)
+    its_own = families.train_settings(of_model | {"method": method})
     if config.model == "toybox":
         usual = toybox.default_run()
-        its_own = toybox.train_settings({"model": "toybox", "method": method})
-        suited = suited | {name: x for name, x in its_own.items() if x != usual.get(name)}
+        its_own = toybox.train_settings(of_model | {"method": method})
+    suited = suited | {name: x for name, x in its_own.items() if x != usual.get(name)}
     of_file = {}
     if config.train_config:
         of_file = cli.read_config(Path(config.train_config), TrainConfig)

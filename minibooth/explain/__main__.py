@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import toybox
 from ..common import cli
+from ..formats import families
 from ..training import methods, parameters, prepare, start
 from ..training.settings import TrainConfig
 from ..training.start import Run
@@ -26,14 +27,15 @@ def explain(config: TrainConfig) -> Path:
     run = Run(config, start.load(config), device)
     batches, loss, _ = prepare.gather(run)
     adam = prepare.make_optimizer(run)
-    weights = parameters.named_weights(run.trained)
+    weights = parameters.that_train(run.trained)
     return first_step.explain(run, batches, loss, weights, adam.scale)
 
 
 def settings(given: dict) -> dict:
     """What was not given: as in training, but for the folder and the number of class images."""
     few = {"output_dir": "minibooth-explain", "num_class_images": CLASS_IMAGES}
-    return methods.defaults(given) | toybox.train_settings(given) | few
+    suitable = methods.defaults(given) | families.train_settings(given)
+    return suitable | toybox.train_settings(given) | few
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ SHOWN = 4  # samples of each term whose pictures are kept
 FRAMES = 9  # of the film of a sampling
 SIDE = 256  # pixels; larger pictures are reduced
 BLOCK = re.compile(
-    r"unet\.(?:(?:\w+_blocks|pairs)\.\d+|\w+)|text_encoder\.(?:encoder\.layers\.\d+|\w+)"
+    r"unet\.(?:(?:\w+_blocks|pairs)\.\d+|\w+)|text_encoder(?:_2)?\.(?:encoder\.layers\.\d+|\w+)"
 )
 READS_TEXT = re.compile(r"\.attn2\.to_[kv]\.")  # the UNet's only weights that the prompt enters
 
@@ -74,7 +74,7 @@ class LowRank:
     """Of the layer with an adapter that the loss asks to change most."""
 
     layer: str
-    layers: int  # that have an adapter
+    layers: int  # that have an adapter which trains
     A: Tensor  # (r, c_in)
     dA: Tensor  # ∂L/∂A, (r, c_in): zero as long as B is
     dB: Tensor  # ∂L/∂B, (c_out, r)
@@ -338,6 +338,7 @@ def of_all(blocks: list[Gradient]) -> Gradient:
 def low_rank(adapters: dict[str, nn.ModuleDict], gradients: dict[str, Tensor]) -> LowRank:
     """`gradients` of A and B, by the names of `parameters` in look."""
     each = {f"{name}.{a.layer}": a for name, of_it in adapters.items() for a in of_it.values()}
+    each = {name: a for name, a in each.items() if f"{name}.B" in gradients}
     layer = max(each, key=lambda name: gradients[f"{name}.B"].norm().item())
     a, dA, dB = each[layer], gradients[f"{layer}.A"], gradients[f"{layer}.B"]
     A, B = a.A.cpu(), a.B.cpu()

@@ -2,7 +2,7 @@
 
 LoRA: the two matrices of each layer, with the layer's name. kohya's says α beside them. diffusers'
 has no place for it that all its versions read: α = r for most, so α/r is multiplied into B there.
-Textual Inversion: one tensor, the vectors of one word.
+Textual Inversion: one tensor, the vectors of one word; SDXL's has one for each text encoder.
 """
 
 import json
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from .. import lora
 from ..common.errors import UserError
 from ..common.files import read_text
-from . import hub
+from ..unet import UNet
+from . import hub, ldm
+from .configs import FAMILIES, misfit
 from .tensor_files import read_tensors, require_range, write_safetensors
 
 DIFFUSERS_LORA, DIFFUSERS_EMBEDDING = (
@@ -38,8 +40,9 @@ NO_MODEL = {  # what to say where one of these is given as a model
     **dict.fromkeys(LORA_FILES, A_LORA),
     **dict.fromkeys(EMBEDDING_FILES, A_WORD),
 }
-DIFFUSERS = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
-KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+ADAPTED = ("unet", "text_encoder", "text_encoder_2")  # of a model's networks
+CLIP_L_G = ("clip_l", "clip_g")  # SDXL's text encoders, in a word's file
+WORD = "minibooth.word"  # in the header of a file whose tensors are not called so
 A1111_EMBEDDING = ("emb_params", "*")  # the tensor's name where the file's name is the word
 MOST_RANK = 4096  # of a LoRA; those that are passed on have 4 to 512
 MOST_VECTORS = 10**6  # numbers in a word's vectors: a prompt holds 75 of SD 2.x's 1024
@@ -55,8 +58,7 @@ SPELLINGS = (  # older and other ones → peft's, which diffusers has today
     (r"\.to_out_lora\.", ".to_out.0.lora."),
     (r"\.lora(_linear_layer)?[._]down\.", ".lora_A."),
     (r"\.lora(_linear_layer)?[._]up\.", ".lora_B."),
-    (r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model."),
-    (r"^lora_te1_(?=text_model_)", "lora_te_"),
+    (r"^(text_encoder|text_encoder_2)\.(?!text_model\.|text_projection\.)", r"\1.text_model."),
 )
 OTHER_KINDS = (  # of LoRA: what a key of one has
     (r"\.hada_", "LoHa"),
@@ -71,6 +73,56 @@ OTHER_MODELS = (
     (r"^transformer\.|_(double|single|joint)_(transformer_)?blocks_", "Flux or SD 3"),
 )
 
+
+# ---- names and families ------------------------------------------------------------------------
+
+
+def names(networks: dict[str, nn.Module], network: str, layer: str) -> list[str]:
+    """What files call a layer: diffusers' name, kohya's, and more that are read.
+
+    kohya's are flat, and have SDXL's UNet as single files do: input_blocks_4_1 for diffusers'
+    down_blocks_1_attentions_0, which other tools write in the same form.
+    """
+    whole = layer if network == "unet" or layer == "text_projection" else f"text_model.{layer}"
+    flat, two = whole.replace(".", "_"), "text_encoder_2" in networks
+    if network == "unet" and two:
+        there = ldm.unet_key(f"{layer}.weight", plan(networks["unet"]))
+        there = there.removeprefix(ldm.UNET).removesuffix(".weight").replace(".", "_")
+        prefixed = [f"lora_unet_{there}", f"lora_unet_{flat}"]
+    elif network == "unet":
+        prefixed = [f"lora_unet_{flat}"]
+    elif two:
+        prefixed = [f"lora_te{1 if network == 'text_encoder' else 2}_{flat}"]
+    else:
+        prefixed = [f"lora_te_{flat}", f"lora_te1_{flat}"]
+    return [f"{network}.{whole}", *prefixed]
+
+
+def plan(unet: UNet) -> dict:
+    """What ldm.unet_modules asks a config for."""
+    kinds = ["CrossAttn" if level.attentions else "" for level in unet.up_blocks]
+    layers = len(unet.down_blocks[0].resnets)
+    return {"block_out_channels": kinds, "layers_per_block": layers, "up_block_types": kinds}
+
+
+def family_of(unet: UNet) -> str | None:
+    """Which models this UNet is of, if it is of the public ones."""
+    if unet.add_embedding is not None:
+        return "SDXL"
+    return FAMILIES.get(unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features)
+
+
+def made_for(tensors: dict[str, Tensor]) -> str | None:
+    """Which models a LoRA's file is for, if its names or the width of the text show it."""
+    for pattern, model in OTHER_MODELS:
+        if any(re.search(pattern, key) for key in tensors):
+            return model
+    of_text = [
+        x for key, x in tensors.items() if re.search(r"attn2[._].*to_[kv].*(_A|down)\.", key)
+    ]
+    return FAMILIES.get(of_text[0].shape[1]) if of_text and of_text[0].ndim > 1 else None
+
+
 # ---- LoRA in -----------------------------------------------------------------------------------
 
 
@@ -81,11 +133,11 @@ def read_lora(path: str | Path, networks: dict[str, nn.Module]) -> dict[str, nn.
     """
     path = inside(path, *LORA_FILES)
     tensors, metadata = read_tensors(path)
+    other = misfit(made_for(tensors), family_of(networks["unet"]))
     known = {}  # a layer's name in either form → its network and its own name
-    for network in KOHYA:
+    for network in (n for n in ADAPTED if n in networks):
         for layer in lora.layers(networks[network]):
-            known[DIFFUSERS[network] + layer] = network, layer
-            known[KOHYA[network] + layer.replace(".", "_")] = network, layer
+            known |= dict.fromkeys(names(networks, network, layer), (network, layer))
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         spelled = key
@@ -93,42 +145,39 @@ def read_lora(path: str | Path, networks: dict[str, nn.Module]) -> dict[str, nn.
             spelled = re.sub(pattern, replacement, spelled)
         part = re.fullmatch(r"(.+)\.(?:(lora_[AB])\.weight|(alpha))", spelled)
         if part is None or part[1] not in known:
-            raise UserError(f"{path} {why_not(key, part and part[1], networks)}")
+            raise UserError(f"{path} {why_not(key, part and part[1], networks, other)}")
         found.setdefault(known[part[1]], {})[part[2] or part[3]] = tensor
     if not found:
         raise UserError(f"{path} holds no LoRA")
     stated = stated_alphas(path, metadata, of_peft=any(key.startswith(PEFT) for key in tensors))
     adapters: dict[str, list[lora.Adapter]] = {}
     for (network, layer), parts in found.items():
-        A, B = check_parts(path, layer, parts, networks[network].get_submodule(layer))
+        A, B = check_parts(path, layer, parts, networks[network].get_submodule(layer), other)
         alpha = parts.get("alpha", stated.get(network, torch.tensor(len(A))))
         adapters.setdefault(network, []).append(lora.Adapter(layer, A, B, float(alpha)))
     return {network: lora.collect(of_it) for network, of_it in adapters.items()}
 
 
-def why_not(key: str, layer: str | None, networks: dict[str, nn.Module]) -> str:
-    """What is wrong with a file that has this key; of the `layer`, if it names one."""
+def why_not(key: str, layer: str | None, networks: dict[str, nn.Module], other: str) -> str:
+    """What is wrong with a file that has this key; of the `layer`, if it names one. `other`: that
+    it is for another model."""
     convolutions = {
         spelled
-        for network in KOHYA
-        for name, module in networks[network].named_modules()
+        for name, module in networks["unet"].named_modules()
         if isinstance(module, nn.Conv2d)
-        for spelled in (DIFFUSERS[network] + name, KOHYA[network] + name.replace(".", "_"))
+        for spelled in names(networks, "unet", name)
     }
     kinds = [kind for pattern, kind in OTHER_KINDS if re.search(pattern, key)]
     kinds += ["LoCon"] * (layer in convolutions)  # of 3×3 ones: the others are read
     if kinds:
         return f"is a {kinds[0]}, a kind that is not read here ({key}): get a plain LoRA"
-    for pattern, model in OTHER_MODELS:
-        if re.search(pattern, key):
-            return f"is for another model, as it seems for {model} ({key})"
-    if layer is None:
+    if layer is None and other == misfit(None, None):
         return f"is none that is read here: {key} is of no LoRA"
-    return f"is for another model: this one has no linear layer or 1×1 convolution for {key}"
+    return f"{other}: this one has no linear layer or 1×1 convolution for {key}"
 
 
 def check_parts(
-    path: Path, layer: str, parts: dict[str, Tensor], module: nn.Module
+    path: Path, layer: str, parts: dict[str, Tensor], module: nn.Module, other: str
 ) -> tuple[Tensor, Tensor]:
     """A: (r, c_in) and B: (c_out, r) for that layer, if they are."""
     if not {"lora_A", "lora_B"} <= parts.keys():
@@ -139,8 +188,8 @@ def check_parts(
     shapes = [list(x.shape) + [1] * (4 - x.ndim) for x in (A, B)]
     if shapes != [[r, c_in, 1, 1], [c_out, r, 1, 1]] or not 1 <= r <= MOST_RANK:
         raise UserError(
-            f"{path} is for another model: its matrices for {layer} are {list(A.shape)} and "
-            f"{list(B.shape)}, the layer is {c_in} → {c_out}"
+            f"{path} {other}: its matrices for {layer} are {list(A.shape)} and {list(B.shape)}, "
+            f"the layer is {c_in} → {c_out}"
         )
     if "alpha" in parts and parts["alpha"].numel() != 1:
         raise UserError(f"{path} is damaged: alpha of {layer} is not one number")
@@ -155,14 +204,12 @@ def stated_alphas(path: Path, metadata: dict[str, str], of_peft: bool) -> dict[s
         stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         if of_peft:
             of_all = json.loads(read_text(beside))
-            stated = {f"{n}.{setting}": of_all[setting] for n in DIFFUSERS for setting in of_all}
-        for network in DIFFUSERS:
+            stated = {f"{n}.{setting}": of_all[setting] for n in ADAPTED for setting in of_all}
+        for network in ADAPTED:
             for setting in ("alpha_pattern", "use_rslora", "use_dora"):
                 if stated.get(f"{network}.{setting}"):
                     raise UserError(f"{path} was made with peft's {setting}: that is not read here")
-        return {
-            n: float(stated[f"{n}.lora_alpha"]) for n in DIFFUSERS if f"{n}.lora_alpha" in stated
-        }
+        return {n: float(stated[f"{n}.lora_alpha"]) for n in ADAPTED if f"{n}.lora_alpha" in stated}
     except OSError:
         raise UserError(
             f"{path} is peft's, which keeps α in {beside.name}, and that is not there: put that "
@@ -255,8 +302,9 @@ def write_diffusers_lora(
     """Write <folder>/pytorch_lora_weights.safetensors, for load_lora_weights; its path."""
     tensors, path = {}, Path(folder) / DIFFUSERS_LORA
     for network, a, A, B in stored(networks, adapters):
-        tensors[f"{DIFFUSERS[network]}{a.layer}.lora_A.weight"] = A
-        tensors[f"{DIFFUSERS[network]}{a.layer}.lora_B.weight"] = a.scale * B
+        name = names(networks, network, a.layer)[0]
+        tensors[f"{name}.lora_A.weight"] = A
+        tensors[f"{name}.lora_B.weight"] = a.scale * B
     require_range(path, tensors, dtype)
     write_safetensors(path, tensors, dtype)
     return path
@@ -272,19 +320,22 @@ def write_kohya_lora(
     """Write one .safetensors as kohya's sd-scripts do, for A1111, ComfyUI and diffusers."""
     tensors = {}
     for network, a, A, B in stored(networks, adapters):
-        name = KOHYA[network] + a.layer.replace(".", "_")
+        name = names(networks, network, a.layer)[1]
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = A, B
         tensors[f"{name}.alpha"] = torch.tensor(float(a.alpha))
     sd2 = networks["text_encoder"].final_layer_norm.weight.shape == (1024,)
+    base, architecture = ("sd_v2", "v2-512") if sd2 else ("sd_v1", "v1")
+    if "text_encoder_2" in networks:
+        base, architecture = "sdxl_base_v1-0", "xl-v1-base"
     about = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(len(a.A)),
         "ss_network_alpha": str(a.alpha),
         "ss_v2": str(sd2),
-        "ss_base_model_version": "sd_v2" if sd2 else "sd_v1",
+        "ss_base_model_version": base,
         "ss_output_name": Path(path).stem,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-{'v2-512' if sd2 else 'v1'}/lora",
+        "modelspec.architecture": f"stable-diffusion-{architecture}/lora",
         "modelspec.implementation": "https://github.com/kohya-ss/sd-scripts",
         "modelspec.title": Path(path).stem,
     }
@@ -295,22 +346,31 @@ def write_kohya_lora(
 # ---- Textual Inversion -------------------------------------------------------------------------
 
 
-def read_embedding(given: str | Path) -> tuple[str, Tensor]:
-    """A word and its vectors, (n, D) fp32: of a file in diffusers' form or A1111's, of which the
-    file's name is the word, or of a folder with learned_embeds.safetensors; FILE=WORD chooses
-    another word. Raises UserError."""
+def read_embedding(given: str | Path) -> tuple[str, list[Tensor]]:
+    """A word and its vectors, (n, D) fp32 for each text encoder: of a file in diffusers' form or
+    A1111's, of which the file's name is the word, or of a folder with learned_embeds.safetensors;
+    FILE=WORD chooses another word. Raises UserError."""
     file, chosen = file_and_word(str(given))
     path = inside(file, *EMBEDDING_FILES)
-    tensors, _ = read_tensors(path)
-    word, vectors = next(iter(tensors.items()), ("", torch.empty(0)))
-    vectors = torch.atleast_2d(vectors)
-    if len(tensors) != 1 or vectors.ndim != 2 or not 1 <= vectors.numel() <= MOST_VECTORS:
+    tensors, metadata = read_tensors(path)
+    wanted = CLIP_L_G if tensors.keys() == set(CLIP_L_G) else [*tensors][:1]
+    vectors = [torch.atleast_2d(tensors[name]).detach().float() for name in wanted]
+    count = {len(x) for x in vectors}  # of vectors, the same for both encoders
+    few = all(x.ndim == 2 and 1 <= x.numel() <= MOST_VECTORS for x in vectors)
+    if len(tensors) != len(vectors) or len(count) != 1 or not few:
         raise UserError(f"{path} does not hold the vectors of one word, and nothing else")
-    word = path.stem if word in A1111_EMBEDDING else word
-    return chosen or word, vectors.detach().float()
+    named_by_file = wanted[0] in (*A1111_EMBEDDING, *CLIP_L_G)
+    word = metadata.get(WORD, path.stem) if named_by_file else wanted[0]
+    return chosen or word, vectors
 
 
-def write_embedding(path: str | Path, word: str, vectors: Tensor) -> None:
-    """Write the vectors, (n, D), of a word: diffusers' form. With "emb_params" in the word's place
-    it is A1111's and ComfyUI's, for which the file's name is the word."""
-    write_safetensors(path, {word: vectors})
+def write_embedding(path: str | Path, word: str, vectors: Tensor | list[Tensor]) -> None:
+    """Write the vectors, (n, D) for each text encoder, of a word: diffusers' form. With
+    "emb_params" in the word's place it is A1111's and ComfyUI's, for which the file's name is the
+    word; so it is in both for SDXL, whose file then has the word in its header."""
+    vectors = [vectors] if isinstance(vectors, Tensor) else vectors
+    if len(vectors) == 1:
+        write_safetensors(path, {word: vectors[0]})
+    else:
+        about = {} if word in A1111_EMBEDDING else {WORD: word}
+        write_safetensors(path, dict(zip(CLIP_L_G, vectors, strict=True)), metadata=about)

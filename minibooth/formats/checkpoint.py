@@ -62,8 +62,12 @@ def legacy_names(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_all(found: Checkpoint, dtype: torch.dtype, device) -> dict[str, nn.Module]:
-    """The networks, by name, with the weights that are taken out of `found`. Under fp16 the VAE
-    stays fp32, since some overflow to black pictures."""
+    """The networks, by name, with the weights that are taken out of `found`.
+
+    Under fp16 the VAE stays fp32, since some overflow to black pictures: SDXL's does. The one that
+    was mended (madebyollin/sdxl-vae-fp16-fix) would not, and says "force_upcast": false in a
+    folder; a single file cannot say which it holds. So it costs memory, and no file its pictures.
+    """
     dtypes = dict.fromkeys(NETWORKS, dtype)
     if dtype == torch.float16:
         dtypes["vae"] = torch.float32

@@ -29,7 +29,13 @@ def check_fit(source: str | Path, found: Checkpoint) -> None:
     if bool(unet.get("addition_embed_type")) != (len(texts) == 2):
         raise UserError(f"{misfit}: {len(texts)} text encoders, and not the UNet for them")
     if len(texts) == 2:
-        told = texts[1]["projection_dim"] + 6 * unet["addition_time_embed_dim"]
+        if "CLIPTextModelWithProjection" not in (texts[1].get("architectures") or ()):
+            raise UserError(f"{misfit}: its text_encoder_2 has no projection, as its config says")
+        end = texts[1].get("eos_token_id", 2)
+        if type(end) is not int or not 0 <= end < texts[1]["vocab_size"]:
+            raise UserError(f"{misfit}: its text_encoder_2 has no token {end!r:.80} to end with")
+        sizes = 6 * 2 * (unet["addition_time_embed_dim"] // 2)  # a cosine and a sine each
+        told = texts[1]["projection_dim"] + sizes
         if told != unet["projection_class_embeddings_input_dim"]:
             wanted = unet["projection_class_embeddings_input_dim"]
             raise UserError(f"{misfit}: {told} numbers of text and sizes, UNet {wanted}")

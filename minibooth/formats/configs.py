@@ -79,11 +79,61 @@ SD2_TEXT = SD1_TEXT | {
     "num_hidden_layers": 23,  # of OpenCLIP's 24: SD 2.x was trained on the last but one
 }
 SD2_V = {"sample_size": 96, "upcast_attention": True}  # SD 2.x with v was trained at 768²
-# A single file says nothing of its sizes; the width of its text conditioning tells the two apart.
+SDXL_UNET = SD1_UNET | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "use_linear_projection": True,
+}
+SDXL_VAE = SD_VAE | {"force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025}
+SDXL_TEXT_2 = SD1_TEXT | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+SDXL_SCHEDULER = SD_SCHEDULER | {
+    "_class_name": "EulerDiscreteScheduler",
+    "set_alpha_to_one": True,
+}
+# A single file says nothing of its sizes; the width of its text conditioning tells them apart.
 SINGLE_FILE = {
     768: {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT, "scheduler": SD_SCHEDULER},
     1024: {"unet": SD2_UNET, "vae": SD_VAE, "text_encoder": SD2_TEXT, "scheduler": SD_SCHEDULER},
+    2048: {
+        "unet": SDXL_UNET,
+        "vae": SDXL_VAE,
+        "text_encoder": SD1_TEXT,
+        "text_encoder_2": SDXL_TEXT_2,
+        "scheduler": SDXL_SCHEDULER,
+    },
 }
+
+# By how many numbers their UNets are told of each token.
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+
+
+def family(widths: list[int]) -> str | None:
+    """Of a model whose text encoders make so many numbers of each token."""
+    return "SDXL" if len(widths) == 2 else FAMILIES.get(sum(widths))
+
+
+def misfit(made: str | None, this: str | None) -> str:
+    """What to say of what was made for one family and is given to another; None is unknown."""
+    if made in (None, this):
+        return "is for another model"
+    return f"is for {made}, " + (f"and this model is {this}" if this else "not for this model")
+
 
 # What an entry means that a scheduler's config lacks, as those of 2022 do: the default of the class
 # in diffusers that it names.
@@ -114,11 +164,13 @@ UNSAID_BY = {
     "LCMScheduler": LIKE_LCM,
     "TCDScheduler": LIKE_LCM,
 }
+READ_FINAL = ("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "LCMScheduler")
+READ_FINAL += ("TCDScheduler",)  # the classes that look at set_alpha_to_one: the others end at 1
 
 
 def is_public_size(configs: dict[str, dict]) -> bool:
     """Whether a model has the sizes of a public one, so that other programs take it."""
-    public = SINGLE_FILE.get(configs["text_encoder"]["hidden_size"])
+    public = SINGLE_FILE.get(configs["unet"]["cross_attention_dim"])
     name = "block_out_channels"
     return public is not None and list(configs["unet"][name]) == public["unet"][name]
 
@@ -136,14 +188,13 @@ A_VAE = "a VAE: give it as --vae, and as --model the model to draw with it"
 OTHER_CLASSES = (
     (r"StableDiffusion3|SD3Transformer", "Stable Diffusion 3"),
     (r"^Flux", "Flux"),
-    (r"^ControlNet", "a ControlNet"),
+    (r"^ControlNet|XLControlNet|XLAdapter", "a ControlNet"),
     (r"^Autoencoder", A_VAE),
     (r"Upscale", "an upscaler"),
     (r"^UNet2DConditionModel", "a UNet alone: give the folder that it is in"),
     (r"Transformer2D|Transformer3D", "a network of another kind"),
 )
 OTHER_FILES = (
-    (r"(^|\.)(conditioner\.embedders\.1|label_emb\.0)\.", "SDXL"),
     (r"(^|\.)joint_blocks\.", "Stable Diffusion 3"),
     (r"(^|\.)double_blocks\.", "Flux"),
     (r"^(control_model|input_hint_block|controlnet_cond_embedding)\.", "a ControlNet"),
@@ -155,12 +206,27 @@ OTHER_FILES = (
     ),
     (r"^(emb_params|\*)$", "a word: give it as --embedding to sample"),
 )
-ONLY = ": only Stable Diffusion 1.x and 2.x can be used here"
+ONLY = ": only Stable Diffusion 1.x, 2.x and XL can be used here"
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+REFINER = f"SDXL's refiner, which only goes over what the base has drawn: take {SDXL_BASE}"
+DISTILLED = (
+    "a distilled SDXL, as SSD-1B and Segmind's, whose UNet has blocks left out: take the model "
+    f"that it was made from, such as {SDXL_BASE}"
+)
 
 
 def other_class(name: str) -> str | None:
-    """What a model is that diffusers calls so; None where it can be Stable Diffusion 1.x or 2.x."""
+    """What a model is that diffusers calls so; None where it can be Stable Diffusion."""
     return next((words for pattern, words in OTHER_CLASSES if re.search(pattern, name)), None)
+
+
+def is_distilled(unet: dict) -> bool:
+    """Whether a UNet's config is of an SDXL with blocks left out, which the networks cannot be."""
+    depths = unet.get("transformer_layers_per_block")
+    nested = isinstance(depths, list) and any(isinstance(depth, list) for depth in depths)
+    whole = "UNetMidBlock2DCrossAttn"
+    less = nested or unet.get("mid_block_type", whole) != whole
+    return less and unet.get("addition_embed_type") == "text_time"
 
 
 def other_file(keys: Iterable[str]) -> str | None:
@@ -249,13 +315,15 @@ def settle(configs: dict[str, dict]) -> None:
     """Have the configs of a model say what is meant, as diffusers' StableDiffusionPipeline reads
     them: what they leave out, and what files of 2022 have wrong. Warns of the latter.
 
-    Latents are not clipped, the "leading" timesteps begin at 1, and no Stable Diffusion of before
+    Latents are not clipped, SD's "leading" timesteps begin at 1, and no Stable Diffusion of before
     diffusers 0.9 was trained on less than 512² pixels: 64² latents.
     """
     scheduler, unet = configs["scheduler"], configs["unet"]
     kind = str(scheduler.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
     for key, value in (UNSAID | UNSAID_BY.get(kind, LIKE_EULER)).items():
         scheduler.setdefault(key, value)
+    if kind not in READ_FINAL and "text_encoder_2" in configs:  # SD's are read as ever
+        scheduler["set_alpha_to_one"] = True  # SDXL's own says false beside EulerDiscreteScheduler
     outdated = []
 
     def correct(config: dict, key: str, value) -> None:
@@ -264,7 +332,8 @@ def settle(configs: dict[str, dict]) -> None:
 
     if scheduler["clip_sample"] is True:
         correct(scheduler, "clip_sample", False)
-    if type(scheduler["steps_offset"]) is int and scheduler["steps_offset"] != 1:
+    offset = scheduler["steps_offset"]
+    if type(offset) is int and offset != 1 and "text_encoder_2" not in configs:
         correct(scheduler, "steps_offset", 1)
     version = re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version")))
     size = unet.get("sample_size")
@@ -294,8 +363,8 @@ def check_config(name: str, config: dict) -> None:
         accepted, largest = ACCEPTED[name].get(key), LARGEST.get(key)
         if accepted and any(v not in accepted for v in values):
             raise UserError(
-                f"the {name}'s config says {key} = {value!r:.80}, which Stable Diffusion 1.x and "
-                "2.x do not have: another kind of model"
+                f"the {name}'s config says {key} = {value!r:.80}, which Stable Diffusion 1.x, 2.x "
+                "and XL do not have: another kind of model"
             )
         if largest and value is not None:
             few = len(values) <= 8 if key in PER_LEVEL else values == [value]

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..common.errors import UserError, first_line
 from ..common.files import read_text
 from ..tokenizer import PairedTokenizer, Tokenizer
-from . import adapters, hub, ldm
+from . import adapters, hub, ldm, vocabulary
 from .checkpoint import LICENCE_FILES, NETWORKS, STEMS, Checkpoint, legacy_names, skeleton
-from .configs import ONLY, check_config, other_class
+from .configs import DISTILLED, ONLY, REFINER, check_config, is_distilled, other_class
 from .tensor_files import read_tensors
 
 VARIANTS = ("", ".fp16", ".non_ema")  # in the order of preference; safetensors before pickles
@@ -38,6 +38,8 @@ def require_kind(file: Callable[..., Path | None], source: str | Path) -> dict:
         raise UserError(f"{source} is {kind}{ONLY if ':' not in kind else ''}")
     if index is None:
         raise UserError(f"{source} is not a model: it has no model_index.json")
+    if told.get("requires_aesthetics_score"):
+        raise UserError(f"{source} is {REFINER}")
     return told
 
 
@@ -75,7 +77,7 @@ def read_folder(
 ) -> Checkpoint:
     """Weights last: they may have to be downloaded, and what is small can be refused before."""
     names = list(NETWORKS)
-    if not (index.get("text_encoder_2") or [None])[0]:
+    if index.get("text_encoder_2") in (None, [None, None]):
         names.remove("text_encoder_2")
     checkpoint = Checkpoint({}, {})
     checkpoint.zeros_for_empty = bool(index.get("force_zeros_for_empty_prompt", False))
@@ -83,10 +85,15 @@ def read_folder(
         checkpoint.configs[name] = read_config(file(f"{name}/config.json"), f"{source}/{name}")
     scheduler = file("scheduler/scheduler_config.json")
     checkpoint.configs["scheduler"] = read_config(scheduler, f"{source}/scheduler")
+    if is_distilled(checkpoint.configs["unet"]):
+        raise UserError(f"{source} is {DISTILLED}")
     for name, config in checkpoint.configs.items():
         check_config(name, config)
+    own = tokenizer is None
     tokenizer = tokenizer or tokenizer_folder(file, ("tokenizer/",), source)
     checkpoint.tokenizer = read_tokenizer(tokenizer, checkpoint.configs)
+    if own and "text_encoder_2" in names:
+        require_same_tokenizer(file, source, checkpoint.tokenizer)
     if vae is not None:
         config = checkpoint.configs["vae"]
         checkpoint.configs["vae"], checkpoint.tensors["vae"] = read_vae(vae, config)
@@ -160,13 +167,31 @@ def tokenizer_folder(
 def read_tokenizer(source: str | Path | Tokenizer, configs: dict[str, dict]) -> Tokenizer:
     """A tokenizer folder, a model's folder, or the id of either on the hub; for a model of these
     configs."""
+    kind = vocabulary.kind(configs)
     if isinstance(source, Tokenizer):
-        return source
+        plain = source.vocab, source.merges, source.max_length, source.pad, source.added
+        return source if isinstance(source, kind) else kind(*plain)
     file = file_getter(source)
     folder = tokenizer_folder(file, ("", "tokenizer/"), source)
     length = configs["text_encoder"].get("max_position_embeddings", 77)
-    kind = PairedTokenizer if "text_encoder_2" in configs else Tokenizer
     return kind.from_folder(folder, length)
+
+
+def require_same_tokenizer(file, source: str, tokenizer: PairedTokenizer) -> None:
+    """Raise UserError where a model's second tokenizer, if it has one, does not do what the second
+    of `tokenizer` does."""
+    path = file("tokenizer_2/vocab.json", "tokenizer_2/tokenizer.json", optional=True)
+    if path is None:
+        return
+    for name in ("merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        file(f"tokenizer_2/{name}", optional=True)
+    theirs, ours = Tokenizer.from_folder(path.parent, tokenizer.max_length), tokenizer.second
+    for what in ("vocab", "merges", "pad"):
+        if getattr(theirs, what) != getattr(ours, what):
+            raise UserError(
+                f"{source}: its tokenizer_2 has other {what} than its tokenizer, which serve both "
+                "text encoders here: give the one to use as --tokenizer"
+            )
 
 
 def read_vae(source: str | Path, config: dict) -> tuple[dict, dict[str, Tensor]]:

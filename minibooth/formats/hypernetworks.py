@@ -17,7 +17,8 @@ from ..common.errors import UserError
 from ..common.files import atomic, require_space
 from ..hypernetwork import Form, Hypernetwork
 from ..unet import UNet
-from .adapters import file_and_strength
+from .adapters import family_of, file_and_strength
+from .configs import FAMILIES, misfit
 from .tensor_files import explained, require_range, unpickled
 
 ENDING = ".pt"
@@ -69,7 +70,9 @@ def read(path: str | Path, unet: UNet) -> Hypernetwork:
         with explained(path):
             form = form_of(held)
     except UserError as e:
-        raise UserError(f"{path} does not fit: {e}") from None
+        made, this = next((FAMILIES[d] for d in pairs if d in FAMILIES), None), family_of(unet)
+        other = "" if made in (None, this) else f"; it {misfit(made, this)}"
+        raise UserError(f"{path} does not fit: {e}{other}") from None
     with torch.device("meta"):  # of whatever size it says; the tensors in it come instead
         made = Hypernetwork(form, pairs)
     for d, of_it in pairs.items():

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..common.errors import UserError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+EMBEDDERS = {"text_encoder": "cond_stage_model.", "text_encoder_2": "conditioner.embedders.1."}
+FIRST_OF_TWO = "conditioner.embedders.0."  # SDXL's first encoder, which SD has at cond_stage_model.
+CLIP, OPEN_CLIP = "transformer.text_model.", "model."  # in it: OpenAI's code, or OpenCLIP's
 
 UNET_INNER = {
     "norm1": "in_layers.0",
@@ -38,13 +40,15 @@ OPEN_CLIP_NAMES = [
     (r"encoder\.layers\.(\d+)\.mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
     (r"encoder\.layers\.(\d+)\.mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
     (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
+    (r"text_projection\.weight", "text_projection"),  # transposed: x P there, x Pᵀ in a layer
 ]
-STACKED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)")
+STACKED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
+LOGIT_SCALE = 4.6052  # ln 100, CLIP's last temperature: readers count on the key, no picture on it
 
 # Beside the networks, single files carry the noise schedule, training state and unused parts.
 IGNORED = re.compile(
-    r"\w+|model_ema\..*|loss\..*|.*\.position_ids|cond_stage_model\.logit_scale|"
-    r"cond_stage_model\.model\.(text_projection|logit_scale|attn_mask|"
+    r"\w+|(model_ema|loss|denoiser)\..*|.*\.position_ids|cond_stage_model\.logit_scale|"
+    r"(cond_stage_model|conditioner\.embedders\.1)\.model\.(text_projection|logit_scale|attn_mask|"
     r"transformer\.resblocks\.(23\..*|\d+\.attn\.in_proj_\w+))"
 )
 
@@ -57,6 +61,8 @@ def unet_modules(config: dict) -> dict[str, str]:
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "mid_block.resnets.0": "middle_block.0",
         "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2",
@@ -123,63 +129,86 @@ def vae_key(key: str, config: dict) -> str:
     return VAE + rename(key, vae_modules(config), VAE_INNER)
 
 
-def open_clip_key(key: str) -> str:
+def text_key(key: str, name: str, config: dict) -> str:
+    """Of the text encoder `name`. With the exact GELU it is OpenCLIP's: SD 2.x's, SDXL's second."""
+    if config.get("hidden_act") != "gelu":
+        return EMBEDDERS[name] + CLIP + key
     for pattern, replacement in OPEN_CLIP_NAMES:
         renamed, hit = re.subn("^" + pattern, replacement, key)
         if hit:
-            return OPEN_CLIP + renamed
+            return EMBEDDERS[name] + OPEN_CLIP + renamed
     raise KeyError(key)
 
 
-def to_ldm(configs: dict[str, dict], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of unet, vae and text_encoder under their single-file names and shapes.
+def stacked_key(key: str, name: str, config: dict) -> tuple[str, int] | None:
+    """Where OpenCLIP has q, k and v of a layer as one tensor, and which of them this is."""
+    part = STACKED.fullmatch(key)
+    if config.get("hidden_act") != "gelu" or part is None:
+        return None
+    i, which, kind = part.groups()
+    stacked = f"transformer.resblocks.{i}.attn.in_proj_{kind}"
+    return EMBEDDERS[name] + OPEN_CLIP + stacked, "qkv".index(which)
 
-    A text encoder with the exact GELU is OpenCLIP's (SD 2.x): its q, k and v are stacked.
-    """
+
+def text_to_ldm(name: str, config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    out = {}
+    for key, tensor in tensors.items():
+        if stacked := stacked_key(key, name, config):
+            if stacked[1] == 0:
+                qkv = [tensors[key.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")]
+                out[stacked[0]] = torch.cat(qkv)
+        else:
+            out[text_key(key, name, config)] = tensor.T if "text_projection" in key else tensor
+    return out
+
+
+def to_ldm(configs: dict[str, dict], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all networks under their single-file names and shapes."""
     out = {unet_key(k, configs["unet"]): v for k, v in tensors["unet"].items()}
     for key, tensor in tensors["vae"].items():
         name = vae_key(key, configs["vae"])
         matrix = tensor.ndim == 2  # attention, which LDM stores as 1×1 convolutions
         out[name] = tensor[:, :, None, None] if matrix else tensor
-    text = tensors["text_encoder"]
-    if configs["text_encoder"].get("hidden_act") != "gelu":
-        return out | {CLIP + k: v for k, v in text.items()}
-    for key, tensor in text.items():
-        stacked = STACKED.fullmatch(key)
-        if stacked:
-            qkv = [text[key.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")]
-            i, kind = stacked.groups()
-            out[f"{OPEN_CLIP}transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(qkv)
-        elif not re.search(r"\.[kv]_proj\.", key):
-            out[open_clip_key(key)] = tensor
-    return out
+    for name in (n for n in EMBEDDERS if n in configs):
+        out |= text_to_ldm(name, configs[name], tensors[name])
+    if "text_encoder_2" not in configs:
+        return out
+    first, second = (EMBEDDERS[name] for name in ("text_encoder", "text_encoder_2"))
+    length = configs["text_encoder"].get("max_position_embeddings", 77)
+    out[first + CLIP + "embeddings.position_ids"] = torch.arange(length)[None]  # (1, 77)
+    out[second + OPEN_CLIP + "logit_scale"] = torch.tensor(LOGIT_SCALE)
+    return {key.replace(first, FIRST_OF_TWO): tensor for key, tensor in out.items()}
 
 
 def from_ldm(
     configs: dict[str, dict], keys: dict[str, list[str]], tensors: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """The other way: for each component's expected keys, the tensors found under the LDM names.
+    """The other way: for each component's expected keys, the tensors found under the LDM names,
+    where SDXL's first text encoder is called as SD's is.
 
     Takes what it uses out of `tensors`; what is not found is simply absent from the result.
     """
-    out: dict[str, dict[str, Tensor]] = {"unet": {}, "vae": {}, "text_encoder": {}}
+    out: dict[str, dict[str, Tensor]] = {name: {} for name in keys}
     for key in keys["unet"]:
         out["unet"][key] = tensors.pop(unet_key(key, configs["unet"]), None)
     for key in keys["vae"]:
         out["vae"][key] = tensors.pop(vae_key(key, configs["vae"]), None)
-    open_clip = configs["text_encoder"].get("hidden_act") == "gelu"
-    width = configs["text_encoder"]["hidden_size"]
-    for key in keys["text_encoder"]:
-        projection = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", key)
-        if open_clip and projection:
-            i, which, kind = projection.groups()
-            name = f"{OPEN_CLIP}transformer.resblocks.{i}.attn.in_proj_{kind}"
-            stacked = tensors.get(name)
-            if stacked is not None and stacked.shape[:1] != (3 * width,):
-                raise UserError(f"{name} is {list(stacked.shape)}: not q, k and v of {width} each")
-            part = None if stacked is None else stacked.chunk(3)["qkv".index(which)]
-            out["text_encoder"][key] = part
-        else:
-            name = open_clip_key(key) if open_clip else CLIP + key
-            out["text_encoder"][key] = tensors.pop(name, None)
+    for name in (n for n in EMBEDDERS if n in keys):
+        config = configs[name]
+        for key in keys[name]:
+            if stacked := stacked_key(key, name, config):
+                out[name][key] = unstacked(tensors, *stacked, config["hidden_size"])
+            else:
+                found = tensors.pop(text_key(key, name, config), None)
+                turned = found is not None and found.ndim == 2 and "text_projection" in key
+                out[name][key] = found.T if turned else found
     return {c: {k: v for k, v in found.items() if v is not None} for c, found in out.items()}
+
+
+def unstacked(tensors: dict[str, Tensor], name: str, which: int, width: int) -> Tensor | None:
+    stacked = tensors.get(name)
+    if stacked is None:
+        return None
+    if stacked.shape[:1] != (3 * width,):
+        raise UserError(f"{name} is {list(stacked.shape)}: not q, k and v of {width} each")
+    return stacked.chunk(3)[which]

@@ -20,6 +20,7 @@ from ..vae import VAE
 from . import saving
 from .checkpoint import memory_format
 from .configs import what_else_it_sees
+from .single_files import ZEROS
 
 
 @dataclass
@@ -129,9 +130,9 @@ class Parts:
         configs, tensors = self.configs, self.tensors()
         if self.tokenizer.added:
             known, key = min(self.tokenizer.added.values()), "embeddings.token_embedding.weight"
-            text = configs["text_encoder"] | {"vocab_size": known}
-            configs = configs | {"text_encoder": text}
-            tensors["text_encoder"][key] = tensors["text_encoder"][key][:known]
+            for name in self.text_encoders:
+                configs = configs | {name: configs[name] | {"vocab_size": known}}
+                tensors[name][key] = tensors[name][key][:known]
             words = ", ".join(self.tokenizer.added)
             warn(f"{words}: a single file has no place for added words", stacklevel=2)
         about = {
@@ -139,4 +140,6 @@ class Parts:
             "minibooth.licence_files": json.dumps(self.licence_files),
             **(metadata or {}),
         }
+        if self.text_encoder_2 and not self.zeros_for_empty:
+            about[ZEROS] = "false"
         saving.write_single_file(path, configs, tensors, self.tokenizer, dtype, about)

@@ -14,7 +14,6 @@ from .configs import PIPELINES
 from .tensor_files import require_range, write_safetensors
 
 SDXL_INDEX = {
-    "_class_name": "StableDiffusionXLPipeline",
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
 }
@@ -42,8 +41,9 @@ def write_folder(
         require_range(folder / name, tensors[name], dtype)
     # A model that was made for Flax has its name for the scheduler, which torch has not.
     scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler").removeprefix("Flax")
+    pipeline, _ = PIPELINES.get(configs["unet"]["in_channels"], PIPELINES[4])
     index = {
-        "_class_name": PIPELINES.get(configs["unet"]["in_channels"], PIPELINES[4])[0],
+        "_class_name": pipeline,
         "_diffusers_version": "0.30.0",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
@@ -56,7 +56,10 @@ def write_folder(
         "vae": ["diffusers", "AutoencoderKL"],
     }
     if "text_encoder_2" in names:
-        index |= SDXL_INDEX | {"force_zeros_for_empty_prompt": zeros_for_empty}
+        pipeline = pipeline.replace("StableDiffusion", "StableDiffusionXL")
+        index |= SDXL_INDEX | {"_class_name": pipeline}
+        index["force_zeros_for_empty_prompt"] = zeros_for_empty
+        del index["requires_safety_checker"], index["safety_checker"]  # its pipeline knows none
     for name in names:
         weights, config = tensors[name], configs[name]
         if name.startswith("text_encoder"):
@@ -92,6 +95,8 @@ def write_single_file(
     version = "v2" if configs["text_encoder"].get("hidden_act") == "gelu" else "v1"
     if version == "v2":
         version = "v2-768-v" if v else "v2-512"
+    if "text_encoder_2" in configs:
+        version = "xl-v1-base"
     inpainting = "-inpainting" if configs["unet"]["in_channels"] == 9 else ""
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -100,10 +105,10 @@ def write_single_file(
         "modelspec.title": path.stem,
         "modelspec.prediction_type": "v" if v else "epsilon",
         "minibooth.configs": json.dumps(configs),
-        **vocabulary.to_metadata(tokenizer, configs["text_encoder"]),
+        **vocabulary.to_metadata(tokenizer, configs),
     } | metadata
     stored = ldm.to_ldm(configs, tensors)
-    if v and version == "v1":  # which nobody expects of it
+    if v and not version.startswith("v2"):  # which nobody expects of it
         stored["v_pred"] = torch.empty(0)
     require_range(path, stored, dtype)
     write_safetensors(path, stored, dtype, metadata)

@@ -18,7 +18,7 @@ from .checkpoint import (
     skeleton,
     warn_unexpected,
 )
-from .configs import ONLY, SD2_V, SINGLE_FILE, other_file
+from .configs import DISTILLED, ONLY, REFINER, SD2_V, SINGLE_FILE, other_file
 from .folders import read_tokenizer
 from .tensor_files import json_metadata, read_tensors
 
@@ -27,7 +27,13 @@ from .tensor_files import json_metadata, read_tensors
 PREDICTION = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 PREDICTIONS = {"v": "v_prediction", "e": "epsilon"}  # by the first letter of what they write
 TRUE = ("true", "1")
+ZEROS = "minibooth.zeros_for_empty"  # only where it is not so, though it is SDXL
 PARTS = {*NETWORKS, "scheduler"}
+# The layers that see the text first, and SDXL's that sees the sizes.
+TEXT_KEYS = re.compile(
+    re.escape(ldm.UNET) + r"input_blocks\.\d\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
+)
+LABELS = ldm.UNET + "label_emb.0.0.weight"
 
 
 def read_single_file(
@@ -36,9 +42,10 @@ def read_single_file(
     """A .safetensors or .ckpt file in the layout of the original code (LDM)."""
     raw, metadata = read_tensors(path)
     tensors = {}
+    first = ldm.EMBEDDERS["text_encoder"]
     for key, tensor in raw.items():
-        key = key.replace("conditioner.embedders.0.", "cond_stage_model.")
-        key = re.sub(r"^cond_stage_model\.transformer\.(?!text_model\.)", ldm.CLIP, key)
+        key = key.replace(ldm.FIRST_OF_TWO, first)
+        key = re.sub(r"^cond_stage_model\.transformer\.(?!text_model\.)", first + ldm.CLIP, key)
         tensors[key] = tensor
     if "minibooth.configs" in metadata:
         written = json_metadata(path, metadata, "minibooth.configs")
@@ -51,13 +58,15 @@ def read_single_file(
         if zero_terminal_snr(tensors, metadata):
             configs["scheduler"]["rescale_betas_zero_snr"] = True  # as a folder says it
     keys = {name: list(skeleton(name, configs[name]).state_dict()) for name in networks_of(configs)}
-    choose_average(path, [ldm.unet_key(key, configs["unet"]) for key in keys["unet"]], tensors, ema)
+    names = [ldm.unet_key(key, configs["unet"]) for key in keys["unet"]]
+    if LABELS in tensors and any("attn2.to_k." in n for n in {*names} - tensors.keys()):
+        raise UserError(f"{path} is {DISTILLED}")
+    choose_average(path, names, tensors, ema)
     found = ldm.from_ldm(configs, keys, tensors)
     if unexpected := sorted(k for k in tensors if not ldm.IGNORED.fullmatch(k)):
         warn_unexpected(str(path), unexpected)
-    text_config = configs["text_encoder"]
     if tokenizer is None:
-        tokenizer = vocabulary.from_metadata(path, metadata, text_config)
+        tokenizer = vocabulary.from_metadata(path, metadata, configs)
     licences = json_metadata(path, metadata, "minibooth.licence_files")
     return Checkpoint(
         configs,
@@ -66,6 +75,7 @@ def read_single_file(
         licence=metadata.get("modelspec.license"),
         licence_files={n: str(licences[n]) for n in LICENCE_FILES if n in licences},
         needs_probe=not known,
+        zeros_for_empty="text_encoder_2" in configs and metadata.get(ZEROS, TRUE[0]) in TRUE,
     )
 
 
@@ -93,19 +103,21 @@ def guess_configs(
     path: Path, tensors: dict[str, Tensor], stated: str | None
 ) -> tuple[dict[str, dict], bool]:
     """The configs that a foreign single file must have, and whether what it predicts is known."""
-    text = tensors.get(ldm.UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    text = next((tensors[key] for key in sorted(tensors) if TEXT_KEYS.fullmatch(key)), None)
     conv_in = tensors.get(ldm.UNET + "input_blocks.0.0.weight")
     if text is None or text.ndim != 2 or conv_in is None or conv_in.ndim != 4:
         if any("lora" in key for key in tensors):
             raise UserError(f"{path} {adapters.NO_MODEL[adapters.DIFFUSERS_LORA]}")
         if kind := other_file(tensors):
             raise UserError(f"{path} is {kind}{ONLY if ':' not in kind else ''}")
-        raise UserError(f"{path} holds no UNet of Stable Diffusion 1.x or 2.x ({ldm.UNET}…)")
+        raise UserError(f"{path} holds no UNet of Stable Diffusion ({ldm.UNET}…)")
     if text.shape[1] not in SINGLE_FILE or conv_in.shape[1] == 7:
+        if LABELS in tensors:
+            raise UserError(f"{path} is {REFINER}")
         if kind := other_file(tensors):
             raise UserError(f"{path} is {kind}{ONLY}")
         raise UserError(
-            f"{path} is not Stable Diffusion 1.x or 2.x: its text conditioning is "
+            f"{path} is not Stable Diffusion 1.x, 2.x or XL: its text conditioning is "
             f"{text.shape[1]} wide"
         )
     configs = {name: dict(config) for name, config in SINGLE_FILE[text.shape[1]].items()}

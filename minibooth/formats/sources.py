@@ -14,6 +14,7 @@ NOT_IN_IT = {  # single files that are not whole
     "unet": "holds no UNet",
     "vae": "holds no VAE: give one with --vae, such as stabilityai/sd-vae-ft-mse",
     "text_encoder": "holds no text encoder, as files of a UNet alone: get the whole model",
+    "text_encoder_2": "holds one of SDXL's two text encoders: get the whole model",
 }
 
 
@@ -44,7 +45,7 @@ def read(
         config = checkpoint.configs["vae"]
         checkpoint.configs["vae"], checkpoint.tensors["vae"] = read_vae(vae, config)
     for name, what in NOT_IN_IT.items():
-        if not checkpoint.tensors[name]:
+        if name in checkpoint.tensors and not checkpoint.tensors[name]:
             raise UserError(f"{source} {what}")
     settle(checkpoint.configs)
     return checkpoint

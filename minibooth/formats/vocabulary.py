@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from ..common.errors import UserError, first_line
-from ..tokenizer import BOS, EOS, Tokenizer
+from ..tokenizer import BOS, EOS, PairedTokenizer, Tokenizer
 from .tensor_files import json_metadata
 
 KEY = "minibooth.tokenizer"
@@ -30,36 +30,43 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(tokens)}, [tuple(line.split()) for line in lines]
 
 
-def clip_tokenizer(text_config: dict) -> Tokenizer:
+def kind(configs: dict[str, dict]) -> type[Tokenizer]:
+    """Of a model of these: for one text encoder, or for two."""
+    return PairedTokenizer if "text_encoder_2" in configs else Tokenizer
+
+
+def clip_tokenizer(configs: dict[str, dict]) -> Tokenizer:
     """CLIP's, padding as the public models do: SD 2.x, known by its exact GELU, with "!"."""
-    pad = "!" if text_config.get("hidden_act") == "gelu" else EOS
-    return Tokenizer(*clip_vocabulary(), text_config.get("max_position_embeddings", 77), pad)
+    text = configs["text_encoder"]
+    pad = "!" if text.get("hidden_act") == "gelu" else EOS
+    return kind(configs)(*clip_vocabulary(), text.get("max_position_embeddings", 77), pad)
 
 
-def to_metadata(tokenizer: Tokenizer, text_config: dict) -> dict[str, str]:
+def to_metadata(tokenizer: Tokenizer, configs: dict[str, dict]) -> dict[str, str]:
     """What a single file must say of its tokenizer: nothing if it is CLIP's."""
-    usual = clip_tokenizer(text_config)
+    usual = clip_tokenizer(configs)
     if (tokenizer.vocab, tokenizer.merges, tokenizer.pad) == (*clip_vocabulary(), usual.pad):
         return {}
     own = {"vocab": tokenizer.vocab, "merges": tokenizer.merges, "pad": tokenizer.pad}
     return {KEY: json.dumps(own, ensure_ascii=False)}
 
 
-def from_metadata(path: Path, metadata: dict[str, str], text_config: dict) -> Tokenizer:
+def from_metadata(path: Path, metadata: dict[str, str], configs: dict[str, dict]) -> Tokenizer:
     """The tokenizer of a single file. Raises UserError where its own is damaged, and where it has
     none and cannot use CLIP's."""
+    text = configs["text_encoder"]
     if KEY not in metadata:
-        if text_config["vocab_size"] < len(clip_vocabulary()[0]):
+        if text["vocab_size"] < len(clip_vocabulary()[0]):
             raise UserError(
-                f"{path} holds no vocabulary, and its {text_config['vocab_size']} tokens are not "
+                f"{path} holds no vocabulary, and its {text['vocab_size']} tokens are not "
                 "CLIP's: give --tokenizer with the folder of one, to train it to minibooth.convert"
             )
-        return clip_tokenizer(text_config)
+        return clip_tokenizer(configs)
     own = json_metadata(path, metadata, KEY)
     try:
         merges = [tuple(merge) for merge in own["merges"]]
-        length = text_config.get("max_position_embeddings", 77)
-        return Tokenizer(own["vocab"], merges, length, own["pad"])
+        length = text.get("max_position_embeddings", 77)
+        return kind(configs)(own["vocab"], merges, length, own["pad"])
     except Exception as e:  # whatever tokenizers says of a damaged vocabulary
         raise UserError(
             f"{path} has a damaged tokenizer in its metadata: {first_line(e)}"

@@ -7,6 +7,7 @@ only the missing ones are drawn, none is overwritten, and one folder serves many
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from ..common.files import atomic
 from ..device import ranks
 from ..pipeline import StableDiffusion
 from . import photos
+from .passes import drawing
 from .settings import TrainConfig
 from .subjects import Subject
 
@@ -79,10 +81,13 @@ def find(config: TrainConfig, subject: Subject, resolution: int, fingerprint: st
     return Images(folder, own, wanted, todo[first:] + todo[:first], size, settings)
 
 
-def ensure(sd: StableDiffusion, images: Images) -> list[Path]:
+def ensure(
+    sd: StableDiffusion, images: Images, on_passes: Callable[[int], None] = lambda n: None
+) -> list[Path]:
     """Draw those that are missing, image i from seed + i; the files of all.
 
-    Each rank draws its share; raises UserError where it does not see the others'.
+    Each rank draws its share; raises UserError where it does not see the others'. `on_passes` is
+    told after each step of the sampler how many samples went through the UNet.
     """
     folder, own, wanted, todo = images.folder, images.own, images.drawn, images.missing
     settings = images.settings
@@ -97,6 +102,12 @@ def ensure(sd: StableDiffusion, images: Images) -> list[Path]:
     with tqdm(total=len(todo) * steps, desc="class images", unit="step", disable=not todo) as bar:
         for first in todo:
             paths = images.batch(first)
+            at_once = drawing(len(paths), 1, settings["guidance_scale"])
+
+            def on_step(at_once=at_once) -> None:
+                bar.update()
+                on_passes(at_once)
+
             if all(path.exists() for path in paths):  # by now
                 bar.update(steps)
                 continue
@@ -109,7 +120,7 @@ def ensure(sd: StableDiffusion, images: Images) -> list[Path]:
                 height=resolution,
                 width=resolution,
                 batch_size=images.batch_size,
-                on_step=bar.update,
+                on_step=on_step,
             )
             for path, image in zip(paths, pictures, strict=True):
                 if not path.exists():

@@ -14,6 +14,7 @@ from .. import pipeline
 from ..common import sheets
 from ..device import graphs, memory, ranks
 from ..formats.checks import NotFinite
+from . import passes
 from .report import save_image
 from .start import Run
 
@@ -22,7 +23,8 @@ Rows = list[list[Image.Image]]  # a row of pictures per prompt
 
 def draw(run: Run) -> Rows:
     """Idle networks, which training does not need, are on the device only while they work: the
-    text encoder while the UNet draws, the VAE after it."""
+    text encoder while the UNet draws, the VAE after it. SDXL is told that these are whole pictures,
+    of the training's size."""
     config, sd, idle = run.config, run.sd, run.idle
     count, size = config.num_validation_images, config.grid_batch_size
     if count == 0:
@@ -34,10 +36,15 @@ def draw(run: Run) -> Rows:
     steps = len(batches) * config.validation_inference_steps
     bar = tqdm(total=steps, desc="samples", unit="step", leave=False)
     text = memory.visiting([net for net in idle if net is not sd.vae], sd.device)
+
+    def on_step() -> None:
+        bar.update()
+        run.on_passes(passes.drawing(len(batches[0][0]), 1, config.validation_guidance_scale))
+
     # A CUDA graph keeps what it works in until all are drawn.
     graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
     with bar, text, graph, run.precision.autocast():
-        latents = [draw_latents(run, *batch, bar.update) for batch in batches]
+        latents = [draw_latents(run, *batch, on_step) for batch in batches]
     with memory.visiting([sd.vae], sd.device), torch.no_grad():
         parts = ranks.together([draw_pictures(run, part) for part in latents])
     images = pipeline.to_pil(torch.cat(parts))

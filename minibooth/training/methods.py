@@ -65,11 +65,11 @@ def to_train(sd: StableDiffusion, config: TrainConfig) -> dict[str, nn.Module]:
     it, or a word for it, which is added to the model."""
     if config.method == "textual_inversion":
         word = (config.placeholder_token, config.initializer_token, config.num_vectors)
-        return {"text_encoder": textual_inversion.create(sd, *word)}
+        return textual_inversion.create(sd, *word)
     if config.trains_hypernetwork:
         how = config.hypernetwork_widths, config.hypernetwork_form, config.weight_init
         return {"unet": hypernetwork.create(sd.unet, *how, config.seed)}
-    names = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+    names = ["unet", *sd.text_encoders] if config.train_text_encoder else ["unet"]
     if config.method == "dreambooth":
         return {name: sd.networks[name] for name in names}
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
@@ -117,7 +117,7 @@ def attach(sd: StableDiffusion, trained: dict[str, nn.Module]) -> None:
     """From now on the networks compute with what is trained beside their own weights."""
     for name, of_it in trained.items():
         if isinstance(of_it, textual_inversion.Word):
-            textual_inversion.attach(sd, of_it)
+            textual_inversion.attach(sd.networks[name], of_it)
         elif isinstance(of_it, Hypernetwork):
             hypernetwork.attach(sd.unet, of_it)
         elif of_it is not sd.networks[name]:
@@ -146,11 +146,11 @@ def write(
     if config.method == "dreambooth":
         sd.save(folder, dtype)
     elif config.method == "textual_inversion":
-        [word], token = trained.values(), config.placeholder_token
-        textual_inversion.store(sd, word)
-        adapters.write_embedding(folder / adapters.DIFFUSERS_EMBEDDING, token, word.vectors)
+        textual_inversion.store(sd, trained)
+        vectors, token = [word.vectors for word in trained.values()], config.placeholder_token
+        adapters.write_embedding(folder / adapters.DIFFUSERS_EMBEDDING, token, vectors)
         file = folder / report.small_file(config, step)
-        adapters.write_embedding(file, "emb_params", word.vectors)
+        adapters.write_embedding(file, "emb_params", vectors)
     elif config.method == "hypernetwork":
         about = {"step": step, "name": named_after(config.output_dir)}
         about |= {"sd_checkpoint_name": sd.source, "weight_initialization": config.weight_init}
@@ -200,7 +200,7 @@ def moved(
     for name, module in trained.items():
         network, what = sd.networks[name], f"the {name}'s weights"
         if isinstance(module, textual_inversion.Word):
-            what = "the word's vectors"
+            what = "the word's vectors" + f" for the {name}" * (len(trained) > 1)
         if isinstance(module, Hypernetwork):
             what = "the hypernetwork's weights"
         if not isinstance(module, nn.ModuleDict):

@@ -11,6 +11,7 @@ from ..device.memory import checkpoint_gradients
 from ..dreambooth import Term
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
+from . import passes
 
 STEPS = 2  # that are measured; the first one also reads the weights from the disk
 
@@ -22,16 +23,18 @@ def refuse(sd: StableDiffusion, config, resolution: int, device: torch.device) -
         return
     print(f"no GPU can be used: {no_gpu.why()}. Measuring {STEPS} steps on the CPU …", flush=True)
     step = seconds_per_step(sd, config, resolution)
+    of_pass = step / passes.samples(config) / passes.back_and_forth(config)
+    run = of_pass * passes.to_come(config, config.num_class_images * config.uses_prior).total
     raise UserError(
         f"no GPU can be used: {no_gpu.why()}. On the CPU this run takes about "
-        f"{in_words(foretold(config, step))} ({step:.2g} s a step, as measured): --device cpu goes "
+        f"{passes.in_words(run)} ({step:.2g} s a step, as measured): --device cpu goes "
         "on with it all the same"
     )
 
 
 def seconds_per_step(sd: StableDiffusion, config, resolution: int) -> float:
     """Of the UNet in a training step, forward and backward, on noise; the last of STEPS."""
-    batch, side = samples(config), resolution // sd.vae.factor
+    batch, side = passes.samples(config), resolution // sd.vae.factor
     shape = (batch, sd.configs["unet"]["out_channels"], side, side)
     whole = config.method == "dreambooth"  # else the gradients only pass through
     sd.unet.requires_grad_(whole)
@@ -46,20 +49,3 @@ def seconds_per_step(sd: StableDiffusion, config, resolution: int) -> float:
         sd.unet.zero_grad()
     sd.unet.requires_grad_(True)
     return seconds
-
-
-def samples(config) -> int:
-    """That go through the UNet in a step."""
-    return config.train_batch_size * (1 + config.uses_prior)
-
-
-def foretold(config, step: float) -> float:
-    """Seconds of a run, of which a step takes so many: its steps, and its class images. A step's
-    backward pass takes as long as two forward, or three where activations are computed again."""
-    forward = step / samples(config) / (4 if config.gradient_checkpointing else 3)
-    passes = 2 * config.num_class_images * config.class_steps * config.uses_prior  # with guidance
-    return step * config.max_train_steps * config.gradient_accumulation_steps + forward * passes
-
-
-def in_words(seconds: float) -> str:
-    return f"{seconds / 3600:.0f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"

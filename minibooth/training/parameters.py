@@ -1,10 +1,11 @@
 """The weights that train: by name, as they were, with gradients, and how far they moved."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from ..pipeline import StableDiffusion
 
 
 def named_weights(networks: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -25,12 +26,32 @@ def originals(networks: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {key: p.detach().cpu() for key, p in named_weights(networks).items()}
 
 
-def make_trainable(networks: Iterable[nn.Module], device: torch.device) -> None:
-    """Their weights become fp32 copies on the device that have gradients."""
-    for network in networks:
-        network.requires_grad_(True)
-        for p in network.parameters():
-            p.data = p.detach().to(device, torch.float32, copy=True)
+def unread(sd: StableDiffusion) -> tuple[str, ...]:
+    """How the names of the weights begin that no loss depends on: of SDXL's first text encoder the
+    last layer and the norm after it, since the UNet is shown what comes before them. Of the second
+    it is shown that, too, and what comes after them as well: the pooled prompt."""
+    *first, _ = sd.text_encoders
+    depths = [len(sd.text_encoders[name].encoder["layers"]) for name in first]
+    last = [f"encoder.layers.{depth - 1}." for depth in depths]
+    pairs = zip(first, last, strict=True)
+    return tuple(f"{name}.{part}" for name, layer in pairs for part in (layer, "final_layer_norm."))
+
+
+def make_trainable(
+    networks: dict[str, nn.Module], device: torch.device, but: tuple[str, ...] = ()
+) -> None:
+    """Their weights become fp32 copies on the device that have gradients; but not those whose names
+    begin so, which no loss depends on: they stay as they are. Clipping and ranks wait in vain for
+    their gradients, and AdamW could only let them decay. A LoRA's file has them all the same, as
+    others' files have."""
+    for name, p in named_weights(networks).items():
+        p.requires_grad_(not name.startswith(but))
+        p.data = p.detach().to(device, torch.float32, copy=True)
+
+
+def that_train(networks: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Those of named_weights that make_trainable gave a gradient."""
+    return {name: p for name, p in named_weights(networks).items() if p.requires_grad}
 
 
 @torch.no_grad()

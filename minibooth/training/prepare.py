@@ -22,15 +22,14 @@ def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     """
     config, sd, device = run.config, run.sd, run.device
     methods.place(sd, run.trained, device, run.precision.dtype)
-    of_run = run.resolution, run.fingerprint
-    found = [class_images.find(config, s, *of_run) for s in config.subjects * config.uses_prior]
+    found = start.images_of(run)
     start.try_kernels(run, captured, found)
 
     identity, class_photos, shown = run.identity, None, (run.shown,)
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
         graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
         with graph, run.precision.autocast():
-            files = [class_images.ensure(sd, images) for images in found]
+            files = [class_images.ensure(sd, images, run.on_passes) for images in found]
         of_class = torch.tensor([i for i, those in enumerate(files) for _ in those])
         files = [file for those in files for file in those]
         class_photos = photos.load_photos(files, run.resolution, config.center_crop)
@@ -63,11 +62,13 @@ def make_optimizer(run: Run, captured: bool = False) -> Update:
     config = run.config
     for network in run.idle:
         network.to("cpu")
-    parameters.make_trainable(run.trained.values(), run.device)
+    parameters.make_trainable(run.trained, run.device, but=parameters.unread(run.sd))
     methods.attach(run.sd, run.trained)
     of_text = config.learning_rate if config.trains_word else config.text_encoder_learning_rate
-    rates = {"unet": config.learning_rate, "text_encoder": of_text}
-    groups = [(rates[name], list(network.parameters())) for name, network in run.trained.items()]
+    groups = []
+    for name, network in run.trained.items():
+        rate = config.learning_rate if name == "unet" else of_text
+        groups.append((rate, [p for p in network.parameters() if p.requires_grad]))
     networks = [run.sd.networks[name] for name in run.trained]
     return update_of(config, run.precision, groups, networks, captured)
 

@@ -19,8 +19,8 @@ from ..common import cli
 from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, named_after, write_text
 from ..device import ranks
-from ..formats import hub, hypernetworks
-from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
+from ..formats import families, hub, hypernetworks
+from ..formats.adapters import CLIP_L_G, DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
@@ -317,7 +317,9 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
     if config.trains_hypernetwork:
         what, draw = "a hypernetwork", [*base, "--hypernetwork", result]
     draw += ["--prompt", f"{prompt} in the snow"]
-    if config.validation_guidance_scale != TrainConfig.validation_guidance_scale:
+    two = sd is not None and len(sd.text_encoders) == 2
+    usual = families.GUIDANCE if two else TrainConfig.validation_guidance_scale
+    if config.validation_guidance_scale != usual:
         draw += ["--guidance_scale", f"{config.validation_guidance_scale:g}"]
     lines = {"draw": command("minibooth.sample", *draw)}
     if config.method in ("dreambooth", "lora"):  # what can be merged
@@ -329,7 +331,7 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
         webui = f"stable-diffusion-webui/{A1111[config.method]}"
         lines["A1111"] = cli.copying(file, webui)
         if not config.trains_hypernetwork:  # which diffusers does not know
-            lines["diffusers"] = f"python -c {cli.pasted(for_diffusers(run, config))}"
+            lines["diffusers"] = f"python -c {cli.pasted(for_diffusers(run, config, two))}"
     said = [f"done: {run} is {what}"]
     said += [f"  {name + ':':10} {line}" for name, line in lines.items()]
     if (state := run / "state").exists():
@@ -341,18 +343,24 @@ def command(program: str, *given: str) -> str:
     return f"python -m {program} {' '.join(map(cli.pasted, map(str, given)))}"
 
 
-def for_diffusers(run: Path, config: TrainConfig) -> str:
-    """Python in one line that draws with the result."""
+def for_diffusers(run: Path, config: TrainConfig, two: bool) -> str:
+    """Python in one line that draws with the result; `two`: for SDXL's two text encoders."""
     base, small, folder = str(config.model), "", str(run)
     if config.method == "dreambooth":
         base = folder
     elif config.method == "lora":
         small = f"p.load_lora_weights({folder!r}); "
+    elif two:
+        token, file = config.placeholder_token, os.path.join(folder, DIFFUSERS_EMBEDDING)
+        small = f"from safetensors.torch import load_file; w = load_file({file!r}); "
+        for key, n in zip(CLIP_L_G, ("", "_2"), strict=True):
+            parts = f"text_encoder=p.text_encoder{n}, tokenizer=p.tokenizer{n}"
+            small += f"p.load_textual_inversion(w[{key!r}], token={token!r}, {parts}); "
     else:
         small = f"p.load_textual_inversion({folder!r}); "
     load = "from_single_file" if Path(base).is_file() else "from_pretrained"
     return (
-        f"from diffusers import StableDiffusionPipeline as S; p = S.{load}({base!r}); "
+        f"from diffusers import StableDiffusion{'XL' * two}Pipeline as S; p = S.{load}({base!r}); "
         f"{small}p({config.subjects[0].instance_prompt!r}).images[0].save('drawn.png')"
     )
 
@@ -364,7 +372,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
         classes = ", ".join(f"`{s.class_prompt}`" for s in config.subjects)
         prior = f"prior preservation of {classes} (λ = {config.prior_loss_weight})"
     names = ", ".join(s.instance_prompt for s in config.subjects)
-    picture = "\n![before and after](before_after.png)\n"
+    picture, two = "\n![before and after](before_after.png)\n", len(sd.text_encoders) == 2
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
     known = hub.is_repo_id(sd.source)  # the head of a card can name what is on the hub alone
@@ -378,14 +386,14 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     return f"""---
 license: {sd.licence or "unknown"}{base}
 instance_prompt: {json.dumps(names, ensure_ascii=False)}
-tags: [text-to-image, stable-diffusion, {config.method}]
+tags: [text-to-image, stable-diffusion{"-xl" * two}, {config.method}]
 ---
 
 # {names}
 
 `{sd.source or "unknown"}` fine-tuned with {how} by minibooth on photographs of
 `{names}`, with {prior}. {steps} steps, learning rate
-{config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder
+{config.learning_rate}, batch {config.train_batch_size * ranks.count()}, text encoder{"s" * two}
 {"trained" if config.train_text_encoder else "frozen"}. Every setting is in the run's `config.json`.
 
 The licence of the base model ({sd.licence or "see there"}) applies to these weights.

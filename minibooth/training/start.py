@@ -2,7 +2,7 @@
 
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from . import (
     fit,
     methods,
     on_cpu,
+    passes,
     photos,
     plan,
     report,
@@ -37,6 +38,8 @@ from .eight_bit import bitsandbytes
 from .photos import Photos
 from .resume import State
 from .settings import TrainConfig
+
+SMALLEST = 0.75  # of the side that a model was trained at, for what it is trained on and draws
 
 
 class Run:
@@ -56,6 +59,7 @@ class Run:
     identity: dict  # what must be the same when a run goes on, but for the class images
     trained: dict[str, nn.Module]  # by network: itself, its adapters, or a word for it
     events: events.Events  # for TensorBoard
+    on_passes: Callable[[int], None]  # is told after a step how many samples the UNet has seen
 
     def __init__(self, config: TrainConfig, sd: StableDiffusion, device: torch.device):
         """Read the photographs and, for a run that goes on, its state. Raises UserError where the
@@ -99,6 +103,7 @@ class Run:
         self.shown = torch.tensor(shown)
         logging = bool(config.report_to) and ranks.rank() == 0
         self.events = events.Events(folder, logging, saved.step if saved else 0)
+        self.on_passes = lambda n: None
 
     @property
     def idle(self) -> list[nn.Module]:
@@ -133,6 +138,12 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
     cli.check_folder("--output_dir", config.output_dir)
     subjects.check_folders(config.subjects, config.output_dir)
     return device
+
+
+def images_of(run: Run) -> list[class_images.Images]:
+    """The class images of each subject; none without a prior term."""
+    config, of_run = run.config, (run.resolution, run.fingerprint)
+    return [class_images.find(config, s, *of_run) for s in config.subjects * config.uses_prior]
 
 
 def load(config: TrainConfig) -> StableDiffusion:
@@ -210,6 +221,12 @@ def check_model(sd: StableDiffusion, resolution: int, sampler_steps: tuple[int, 
         raise UserError(f"{sees}: it cannot be trained here, give its base model")
     if resolution % sd.vae.factor:
         raise UserError(f"--resolution must be a multiple of {sd.vae.factor}")
+    if resolution < SMALLEST * sd.image_size:
+        warnings.warn(
+            f"--resolution {resolution}: this model draws pictures of {sd.image_size}², and so "
+            "much smaller ones break; without --resolution it is trained at its own size",
+            stacklevel=2,
+        )
     for steps in sampler_steps:
         schedule.timesteps(sd.schedule, steps)  # refuses what the model cannot do
     for name, network in sd.networks.items():
@@ -333,5 +350,8 @@ def announce(run: Run) -> None:
     text = "settings: " + ", ".join(f"{k} {v}" for k, v in given.items())
     print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
     cli.write_config(folder / "config.json", replace(config, resume_from_checkpoint=None))
+    missing = sum(len(images.batch(i)) for images in images_of(run) for i in images.missing)
+    done = run.saved.step if run.saved else 0
+    run.on_passes = passes.Forecast(passes.to_come(config, missing, done), config, run.device)
     sheet = photos.contact_sheet(run.photos)
     report.save_image(sheet, folder / "samples" / "photographs.png")

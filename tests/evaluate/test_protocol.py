@@ -339,12 +339,12 @@ def test_another_judge_measures_the_pictures_that_are_there(
 
 def test_the_settings_of_the_toybox_are_its_own(toybox, monkeypatch, capsys, training, tmp_path):
     given = {"model": "toybox"}
-    assert program.toybox_settings(given) == {
+    assert program.suitable_settings(given) == {
         **{"judge": "toybox", "steps": 25, "guidance_scale": 4.0, "batch_size": 32},
         "data": str(toybox / "subjects"),
     }
-    assert program.toybox_settings({"model": "x"}) == {}
-    assert "data" not in program.toybox_settings({"generated": "toybox"})
+    assert program.suitable_settings({"model": "x"}) == {}
+    assert "data" not in program.suitable_settings({"generated": "toybox"})
     config = protocol.DatasetConfig(model="toybox", data=str(toybox / "subjects"))
     settings = protocol.training_settings(config, "dreambooth")
     assert settings["max_train_steps"] == 240 and settings["train_batch_size"] == 4

@@ -358,7 +358,7 @@ def test_single_files_of_other_models_are_refused(tmp_path, monkeypatch):
         ({"something.weight": torch.zeros(1)}, "no UNet of Stable Diffusion"),
         ({"lora_unet_a.alpha": torch.zeros(1)}, "is a LoRA: give it as --lora"),
         (conv | {ldm.UNET + key: torch.zeros(8)}, "no UNet of Stable Diffusion"),
-        (conv | {ldm.UNET + key: torch.zeros(8, 2048)}, "2048 wide"),
+        (conv | {ldm.UNET + key: torch.zeros(8, 1536)}, "1536 wide"),
         ({ldm.UNET + key: torch.zeros(8, 768)}, "no UNet of Stable Diffusion"),
     ):
         save_file(tensors, path)

@@ -92,10 +92,10 @@ def test_a_model_is_downloaded_by_exact_names(tmp_path, monkeypatch):
     "name, said",
     [
         (
-            "StableDiffusionXLPipeline",
-            "is SDXL: only Stable Diffusion 1.x and 2.x can be used here",
+            "StableDiffusion3Pipeline",
+            "is Stable Diffusion 3: only Stable Diffusion 1.x, 2.x and XL can be used here",
         ),
-        ("StableDiffusion3Pipeline", "is Stable Diffusion 3: only"),
+        ("StableDiffusionXLControlNetPipeline", "is a ControlNet: only"),
         ("FluxPipeline", "is Flux: only"),
         ("StableDiffusionUpscalePipeline", "is an upscaler: only"),
     ],

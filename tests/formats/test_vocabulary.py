@@ -60,11 +60,12 @@ def test_it_equals_transformers_from_the_hubs_files(config, pad, tmp_path):
     theirs = transformers.CLIPTokenizer.from_pretrained(public_files(tmp_path, pad))
     assert theirs.get_vocab() == vocabulary.clip_vocabulary()[0]
     want = theirs(TEXTS, padding="max_length", max_length=77, truncation=True).input_ids
-    assert vocabulary.clip_tokenizer(config)(TEXTS).tolist() == want
+    assert vocabulary.clip_tokenizer({"text_encoder": config})(TEXTS).tolist() == want
 
 
 def test_stable_diffusion_2_pads_with_token_0():
-    sd1, sd2 = (vocabulary.clip_tokenizer(c)(["a dog"])[0].tolist() for c in (SD1_TEXT, SD2_TEXT))
+    both = ({"text_encoder": config} for config in (SD1_TEXT, SD2_TEXT))
+    sd1, sd2 = (vocabulary.clip_tokenizer(configs)(["a dog"])[0].tolist() for configs in both)
     assert sd1 == [49406, 320, 1929] + [49407] * 74
     assert sd2 == [49406, 320, 1929, 49407] + [0] * 73
 
@@ -79,7 +80,7 @@ def with_clips_vocabulary(kind: str) -> minibooth.StableDiffusion:
     embedding = sd.text_encoder.embeddings.token_embedding
     embedding.weight = torch.nn.Parameter(torch.randn(49408, config["hidden_size"]))
     config["vocab_size"] = 49408
-    sd.tokenizer = vocabulary.clip_tokenizer(config)
+    sd.tokenizer = vocabulary.clip_tokenizer(sd.configs)
     return sd
 
 
@@ -106,7 +107,7 @@ def test_a_file_with_another_vocabulary_brings_it_along(kind, tmp_path, no_warni
 
 def test_clips_vocabulary_with_another_padding_is_another(tmp_path):
     sd, path = with_clips_vocabulary("sd1"), tmp_path / "x.safetensors"
-    sd.tokenizer = vocabulary.clip_tokenizer(SD2_TEXT)
+    sd.tokenizer = vocabulary.clip_tokenizer({"text_encoder": SD2_TEXT})
     sd.save_single_file(path)
     assert minibooth.load(path).tokenizer.pad == "!"
 

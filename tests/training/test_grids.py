@@ -19,9 +19,9 @@ SMALL = {"num_validation_images": 3, "validation_inference_steps": 2}
 def run_of(folder, sd, idle=("vae", "text_encoder"), **changes):
     """What grids are drawn of: a run without all that only its training needs."""
     config, idle = runs.config(folder, **SMALL | changes), [sd.networks[name] for name in idle]
-    precision = Precision("no", CPU)
+    precision, on_passes = Precision("no", CPU), lambda n: None
     return types.SimpleNamespace(
-        config=config, sd=sd, idle=idle, precision=precision, resolution=32
+        config=config, sd=sd, idle=idle, precision=precision, resolution=32, on_passes=on_passes
     )
 
 

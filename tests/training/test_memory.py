@@ -407,7 +407,7 @@ def test_a_model_that_is_on_the_gpu_is_not_kept_there_twice():
         given = [weakref.ref(p.untyped_storage()) for p in networks["unet"].parameters()]
         originals = parameters.originals(networks)
         assert {p.device.type for p in originals.values()} == {"cpu"}
-        parameters.make_trainable(networks.values(), torch.device("meta"))
+        parameters.make_trainable(networks, torch.device("meta"))
         assert {p.device.type for p in networks["unet"].parameters()} == {"meta"}
         assert [storage() for storage in given] == [None, None]
 

@@ -223,7 +223,7 @@ def test_a_word_is_trained_and_no_weight(vectors, tmp_path, capsys):
     assert 1e-3 < change.max() < 3.1e-3
 
     word, read = adapters.read_embedding(tmp_path / "sks.safetensors")
-    assert word == "sks" and torch.equal(read, learned)
+    assert word == "sks" and torch.equal(read[0], learned)
     textual_inversion.add_word(base, "<sks>", learned)
     draw = {"steps": 2, "seed": 1, "guidance_scale": 2.0, "output": "latent"}
     wanted = sd.generate(["a <sks>"], **draw)
@@ -275,9 +275,10 @@ def test_the_gradient_is_the_new_rows_of_the_whole_embedding_s(tmp_path, monkeyp
 
     other = runs.model()
     config = runs.config(tmp_path / "other", **WORD)
-    start = textual_inversion.embedding_of(other).weight[other.tokenizer.pieces("dog")[0][1]]
+    rows = textual_inversion.embedding_of(other.text_encoder).weight
+    start = rows[other.tokenizer.pieces("dog")[0][1]]
     textual_inversion.add_word(other, "<sks>", start.detach()[None])
-    table = textual_inversion.embedding_of(other).weight.requires_grad_(True)
+    table = textual_inversion.embedding_of(other.text_encoder).weight.requires_grad_(True)
     [prompt] = {config.prompts[i] for i in drawn_prompt(config)}
     context = other.text_encoder(other.tokenizer([prompt]))
     t = data.rng(config.seed, "instance", "noise", 0)

@@ -128,6 +128,31 @@ def test_a_nearly_square_photograph_gives_only_its_middle(tmp_path):
     assert len(load_photos([save_png(tmp_path / "b.png", wider)], 100)) == 3
 
 
+def test_each_crop_has_the_size_of_its_photograph_and_its_own_corner(tmp_path):
+    """SDXL is told them: height, width, as one looks at it; top, left of the crop in what it was
+    resized to; and of a mirrored photograph, where what was left of the crop is right of it."""
+    Image.new("RGB", (90, 40)).save(tmp_path / "a wide.png")
+    Image.new("RGB", (30, 33)).save(tmp_path / "b tall.png")
+    Image.new("RGB", (400, 1001)).save(tmp_path / "c large.jpg")  # decoded at an eighth of its size
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90°: 80 high and 33 wide
+    Image.new("RGB", (80, 33)).save(tmp_path / "d turned.jpg", exif=exif)
+    photos = load_photos(tmp_path, 20)
+    assert photos.photo.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert photos.sizes.tolist() == [
+        # 90×40 becomes 45×20; 30×33, 20×22; 400×1001, 20×50; 33×80, 20×48
+        *([40, 90, 0, left, 20, 20] for left in (0, 12, 25)),
+        *([33, 30, top, 0, 20, 20] for top in (0, 1, 2)),
+        *([1001, 400, top, 0, 20, 20] for top in (0, 15, 30)),
+        *([80, 33, top, 0, 20, 20] for top in (0, 14, 28)),
+    ]
+    mirrored = photos.sizes.clone()
+    mirrored[:3, 3] = torch.tensor([25, 13, 0])
+    assert torch.equal(photos.mirrored_sizes, mirrored)
+    [middle] = load_photos([tmp_path / "a wide.png"], 20, center_crop=True).sizes.tolist()
+    assert middle == [40, 90, 0, 12, 20, 20]
+
+
 def test_a_folder_loads_in_order_of_name_with_the_index_of_each_photograph(tmp_path):
     save_png(tmp_path / "b.png", noise(16, 32, seed=1))
     save_png(tmp_path / "a.png", noise(16, 16, seed=2))
