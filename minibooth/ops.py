@@ -1,4 +1,4 @@
-"""Attention, norms and GEGLU: PyTorch's own, or the Triton kernels. The choice is made here only.
+"""Attention, norms, GEGLU, AdamW: PyTorch's own, or the Triton kernels. The choice is made here.
 
 The switch is the environment variable MINIBOOTH_KERNELS, or `use`, which the programs' --kernels
 flag calls:
@@ -24,12 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .common.errors import UserError
 
 try:
+    from minibooth_kernels import adamw as adamw_kernels
     from minibooth_kernels import attention as attention_kernels
     from minibooth_kernels import geglu as geglu_kernels
     from minibooth_kernels import group_norm as group_norm_kernels
     from minibooth_kernels import layer_norm as layer_norm_kernels
 except ImportError:  # no Triton, as on macOS
-    attention_kernels = geglu_kernels = group_norm_kernels = layer_norm_kernels = None
+    adamw_kernels = attention_kernels = geglu_kernels = None
+    group_norm_kernels = layer_norm_kernels = None
 
 MODES = ("auto", "triton", "torch")
 _mode = os.environ.get("MINIBOOTH_KERNELS", "auto")
@@ -40,8 +42,9 @@ _seen: dict["Case", None] | None = None
 class Case(NamedTuple):
     """What the choice is made for: an operator, its sizes, and all else that its speed hangs on."""
 
-    op: str  # "attention" | "group_norm" | "layer_norm" | "geglu"
-    shape: tuple[int, ...]  # (B, H, N_q, N_k, d) | of x: (N, C, *spatial) | (B, N, C)
+    op: str  # "attention" | "group_norm" | "layer_norm" | "geglu" | "adamw"
+    # (B, H, N_q, N_k, d) | of x: (N, C, *spatial) | (B, N, C) | nothing: of all weights that train
+    shape: tuple[int, ...]
     dtype: str  # "bfloat16", …
     backward: bool  # whether there is a backward pass to come, which is chosen with the forward
     # Of a norm: groups, SiLU, channels_last, weights' dtype, shifted | of a sum, weights' dtype.
@@ -201,3 +204,14 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
         return geglu_kernels.geglu(x)
     h, gate = x.chunk(2, dim=-1)
     return h * F.gelu(gate)
+
+
+def adamw_case(dtype: torch.dtype) -> Case:
+    """Of AdamW over the weights of networks that compute in `dtype`."""
+    return Case("adamw", (), str(dtype)[6:], False)
+
+
+def adamw_by_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is the kernel's (training/by_kernel.py); `weight` is the largest of them. Raises
+    UserError if the kernel was asked for and cannot run."""
+    return _choose_triton(adamw_kernels, adamw_case(dtype), weight) is not None

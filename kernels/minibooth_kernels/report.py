@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import attention, card, geglu, group_norm, layer_norm
+from . import adamw, attention, card, geglu, group_norm, layer_norm
 from .sass import measure
 
 # Shared memory of one block, bytes, by compute capability (CUDA C++ Programming Guide, "Technical
@@ -154,6 +154,16 @@ def launch_rows(dtype: torch.dtype, weights: torch.dtype, widths, candidates) ->
         geglu._geglu_backward(geglu._geglu(x), x)
 
 
+def launch_adamw(dtype: torch.dtype) -> None:
+    """As many weights as one launch notes, with copies in this dtype where it has 16 bits."""
+    weights = [torch.empty(1) for _ in range(adamw.NOTED)]
+    copies = [None if dtype == torch.float32 else w.to(dtype) for w in weights]
+    table = adamw.Table(weights, (weights, weights), copies, [0] * len(weights))
+    table.norm([w.to(dtype) for w in weights])
+    number = weights[0]
+    table.update(number, number, number, number, 0.01)
+
+
 def report(capability: int, dtype: str, cases: dict) -> list[dict]:
     """The measurements of every kernel that the cases launch on such a card."""
     lines, half = [], DTYPES[dtype]
@@ -162,6 +172,8 @@ def report(capability: int, dtype: str, cases: dict) -> list[dict]:
         for weights in dict.fromkeys([dtype, "fp32"]):  # under autocast the norms' stay in fp32
             launch_norms(half, DTYPES[weights], cases["shapes"], cases["silu"])
             launch_rows(half, DTYPES[weights], cases["widths"], cases["candidates"])
+            if weights == dtype:
+                launch_adamw(half)
             head = {"capability": capability, "dtype": dtype, "weights": weights}
             lines += [head | measure(*launch) for launch in launches[len(lines) :]]
     return lines

@@ -299,14 +299,15 @@ def problems(todo: list[Case], found: dict[Case, Verdict], why: str | None) -> I
 
 
 def describe(case: Case) -> str:
-    sizes = "×".join(map(str, case.shape))
-    return f"{case.op} {sizes} {case.dtype}{' with gradients' if case.backward else ''}"
+    sizes = ["×".join(map(str, case.shape))] if case.shape else []
+    return " ".join([case.op, *sizes, case.dtype, *["with gradients"] * case.backward])
 
 
 def summary(chosen: dict[Case, Verdict]) -> str:
     """kernels: 14 of 18 attention shapes, 22 of 25 norms and 4 of 4 gates by Triton, 1.31× …"""
     counted = []
-    for name, of in (("attention shapes", "attention"), ("norms", "norm"), ("gates", "geglu")):
+    names = {"attention": "attention shapes", "norm": "norms", "geglu": "gates", "adamw": "updates"}
+    for of, name in names.items():
         if taken := [verdict.triton for case, verdict in chosen.items() if of in case.op]:
             counted.append(f"{sum(taken)} of {len(taken)} {name}")
     *before, last = counted

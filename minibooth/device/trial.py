@@ -30,6 +30,7 @@ from .verdicts import NO_MEMORY, Verdict
 EPS = 1e-5  # of the norms that are tried; any would do
 L2_BYTES = 128 * 2**20  # more than any card's L2: the inputs of a graph's calls exceed it
 GRAPH_CALLS = 10  # at least, per graph
+UPDATED = 256, 2**16  # weights that AdamW is tried on, and numbers in each: more than any L2
 PARTS = 16  # in which tensors are compared: fp64 copies of the whole would not fit a small card
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -45,8 +46,11 @@ Timer = Callable[[Callable[[], list[Callable]]], float]
 def make_inputs(case: Case, device: torch.device) -> tuple[list[Tensor], Tensor]:
     """What the operator is called with, in the layout in which a network brings it, and an upstream
     gradient. Attention: views of projections' outputs. Norm: x with a mean, γ, β; then what is
-    added to x, if anything. GEGLU: x."""
+    added to x, if anything. GEGLU: x. AdamW: weights, both averages and gradients."""
     dtype = getattr(torch, case.dtype)
+    if case.op == "adamw":
+        weights, first, second, gradients = torch.randn(4, math.prod(UPDATED), device=device)
+        return [weights, first, second.square(), gradients.to(dtype)], gradients
     if case.op == "attention":
         B, H, N_q, N_k, d = case.shape
         q, k, v, upstream = (
@@ -92,6 +96,8 @@ def ours(case: Case, choices: Sequence[int] = ()) -> Callable[..., Tensor]:
         return lambda q, k, v: ops.attention_kernels.attention(q, k, v, choices=choices)
     if case.op == "geglu":
         return ops.geglu_kernels.geglu
+    if case.op == "adamw":
+        return UpdatesByKernel()
     if case.op == "layer_norm":
         layer_norm = ops.layer_norm_kernels.layer_norm
         return lambda x, w, b, h=None: layer_norm(x, w, b, EPS, h, choices)
@@ -106,7 +112,7 @@ def counts(case: Case, device: torch.device) -> tuple[int, ...]:
         _, _, N_q, N_k, d = case.shape
         q = torch.empty(1, 1, N_q, d, dtype=getattr(torch, case.dtype), device=device)
         return ops.attention_kernels.candidates(q, N_k, case.backward)
-    if case.op == "geglu":
+    if case.op in ("geglu", "adamw"):
         return ()
     if case.op == "layer_norm":
         return ops.layer_norm_kernels.candidates(getattr(torch, case.dtype), case.backward)
@@ -121,6 +127,8 @@ def implementations(case: Case) -> dict[str, Callable[..., Tensor]]:
         return {"triton": ours(case), "torch": F.scaled_dot_product_attention, **others}
     if case.op == "geglu":
         return {"triton": ours(case), "torch": ops.geglu_kernels.reference}
+    if case.op == "adamw":
+        return {"triton": ours(case), "torch": update}
 
     def eager_group_norm(x, weight, bias, *shift):
         groups, silu, *_ = case.norm
@@ -138,6 +146,58 @@ def implementations(case: Case) -> dict[str, Callable[..., Tensor]]:
 
     eager = eager_group_norm if case.op == "group_norm" else eager_layer_norm
     return {"triton": ours(case), "torch": eager}
+
+
+STEP = {"lr": 1e-2, "weight_decay": 1e-2, "t": 10.0, "scale": 2.0}  # an update that is tried
+
+
+def parts(x: Tensor) -> list[Tensor]:
+    """Of a tensor, what are the weights of a network."""
+    return [*x.view(UPDATED).unbind()]
+
+
+def update(w: Tensor, m: Tensor, v: Tensor, gradients: Tensor) -> tuple[Tensor, ...]:
+    """AdamW in PyTorch, with all that is beside it in a step: gradients cast to fp32, their norm,
+    and weights cast for the next forward pass. What is given stays; after it, and the norm."""
+    w, m, v, copy = w.clone(), m.clone(), v.clone(), torch.empty_like(gradients)
+    g = [g.float() for g in parts(gradients)]
+    norm = torch.nn.utils.get_total_norm(g)
+    t, scale, skip = (w.new_full((), x) for x in (STEP["t"], STEP["scale"], 0.0))
+    lists = parts(w), g, parts(m), parts(v), [], [t] * len(g)
+    how = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
+    how |= {"lr": STEP["lr"], "weight_decay": STEP["weight_decay"]}
+    torch._fused_adamw_(*lists, **how, grad_scale=scale, found_inf=skip)
+    for x, y in zip(parts(copy), parts(w), strict=True):
+        x.copy_(y)
+    return w, m, v, copy, norm[None]
+
+
+class UpdatesByKernel:
+    """The same by the kernels. What they write to must stay where it is: it is kept by what was
+    given, which is copied there in each call, as `update` copies it."""
+
+    def __init__(self):
+        self.kept: dict[int, tuple] = {}
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        *state, gradients = given
+        key = gradients.data_ptr()
+        if key not in self.kept:
+            self.kept[key] = self.allocated(state, gradients.dtype)
+        table, *written, numbers = self.kept[key]
+        for x, y in zip(written, state, strict=False):
+            x.copy_(y)
+        norm = table.norm(parts(gradients))
+        table.update(*numbers, STEP["weight_decay"])
+        return *written, norm[None]
+
+    def allocated(self, state: list[Tensor], dtype: torch.dtype) -> tuple:
+        w, m, v = (x.clone() for x in state)
+        copy, in_16_bits = w.to(dtype, copy=True), dtype != torch.float32
+        copies, groups = parts(copy) if in_16_bits else [None] * UPDATED[0], [0] * UPDATED[0]
+        table = ops.adamw_kernels.Table(parts(w), (parts(m), parts(v)), copies, groups)
+        rates, scale, skip, t = w.new_tensor([STEP["lr"], STEP["scale"], 0.0, STEP["t"]]).split(1)
+        return table, w, m, v, copy if in_16_bits else w, (rates, scale, skip, t)
 
 
 def results(f: Callable, inputs: list[Tensor], upstream: Tensor, backward: bool) -> list[Tensor]:

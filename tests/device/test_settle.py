@@ -73,6 +73,13 @@ def test_a_first_run_tries_and_a_second_remembers(tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_an_update_is_a_case_of_no_shape():
+    case = ops.adamw_case(torch.bfloat16)
+    assert settle.describe(case) == "adamw bfloat16"
+    said = settle.summary({case: Verdict(True, {"triton": 1.0, "torch": 1.5})})
+    assert said == "kernels: 1 of 1 updates by Triton, 1.50× PyTorch's speed for them"
+
+
 def test_only_new_cases_are_tried(tmp_path):
     settled(tmp_path / "kernels.json", CASES[:2])
     assert settled(tmp_path / "kernels.json") == GIVEN and tried.asked == [CASES[2:]]

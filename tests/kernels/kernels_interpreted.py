@@ -11,8 +11,8 @@ from unittest import mock
 import fast_interpreter  # noqa: F401
 import pytest
 import torch
+from minibooth_kernels import adamw, card, geglu
 from minibooth_kernels import attention as at
-from minibooth_kernels import card, geglu
 from minibooth_kernels import group_norm as gn
 from minibooth_kernels import layer_norm as ln
 from triton.runtime.interpreter import GridExecutor
@@ -567,6 +567,56 @@ def test_the_work_of_a_case_is_what_the_formulas_say():
     assert kernels.work(small)["moved"] == 5 * 2 * 2 * 640 * 64
 
 
+# ---- AdamW ----------------------------------------------------------------------------------
+
+RATES = (0.01, 0.1)  # of the weights with an even number, and of the others
+
+
+def weights_and_gradients(half):
+    """Weights of several chunks, of few numbers and in channels_last; averages, copies, gradients.
+    Without `half` there are no copies, with it not of the second one."""
+    draw, shapes = torch.Generator().manual_seed(0), [(50, 100), (5,), (8, 24, 3, 3)]
+    w, m, v, g = ([torch.randn(shape, generator=draw) for shape in shapes] for _ in range(4))
+    for xs in (w, m, v, g):
+        xs[2] = xs[2].contiguous(memory_format=torch.channels_last)
+    v = [x.square() for x in v]
+    copies = [x.to(half) if half and x.ndim > 1 else None for x in w]
+    g = [x if c is None else x.to(half) for x, c in zip(g, copies, strict=True)]
+    return w, (m, v), copies, g
+
+
+@pytest.mark.parametrize("half", [None, FP16])
+def test_adamw_matches_fp64(half, monkeypatch):
+    monkeypatch.setattr(adamw, "CHUNK", 2048)
+    monkeypatch.setattr(adamw, "NOTED", 2)
+    w, (m, v), copies, g = weights_and_gradients(half)
+    wide = [[x.double() for x in xs] for xs in (w, m, v, g)]
+    scale, t, decay = torch.tensor(2.0), torch.tensor(3.0), 0.02
+    expected = [
+        adamw.reference(*of, scale.double(), RATES[i % 2], decay, 3)
+        for i, of in enumerate(zip(*wide, strict=True))
+    ]
+    table = adamw.Table(w, (m, v), copies, [0, 1, 0])
+    norm = torch.cat([x.flatten() for x in wide[3]]).norm()
+    assert table.norm(g).item() == pytest.approx(norm.item(), rel=1e-6)
+    before = [x.clone() for x in w]
+    table.update(torch.tensor(RATES), scale, torch.tensor(1.0), t, decay)  # skipped
+    assert all(map(torch.equal, w, before))
+    table.norm(g)
+    table.update(torch.tensor(RATES), scale, torch.tensor(0.0), t, decay)
+    for found, of in zip(zip(w, m, v, strict=True), expected, strict=True):
+        for x, y in zip(found, of, strict=True):
+            assert relative_error(x, y) < 1e-7
+    for x, copy in zip(w, copies, strict=True):
+        assert copy is None or torch.equal(copy, x.to(half))
+
+
+def test_adamw_takes_a_gradient_that_begins_anywhere():
+    x = torch.arange(9.0)
+    assert adamw.aligned(x[4:]).data_ptr() == x[4:].data_ptr()
+    assert adamw.aligned(x[1:]).data_ptr() % 16 == 0 and torch.equal(adamw.aligned(x[1:]), x[1:])
+
+
 # ---- the choice -----------------------------------------------------------------------------
 
 
@@ -613,6 +663,7 @@ def test_the_smallest_kernel_is_launched():
         Case("attention", (2, 2, 20, 77, 40), "float16", True),
         Case("attention", (1, 2, 70, 150, 40), "float16", False),
         Case("group_norm", (2, 32, 12, 12), "float16", True, (4, True, True, "float32", False)),
+        Case("adamw", (), "float16", False),
         Case("group_norm", (1, 64, 70, 70), "float16", True, (32, True, False, "float16", False)),
         Case("layer_norm", (2, 9, 40), "float16", True, (True, "float32")),
         Case("layer_norm", (2, 9, 40), "float16", False, (False, "float16")),
@@ -620,7 +671,8 @@ def test_the_smallest_kernel_is_launched():
     ],
     ids=lambda case: f"{case.op} {case.shape}",
 )
-def test_the_trial_finds_the_kernels_right(case):
+def test_the_trial_finds_the_kernels_right(case, monkeypatch):
+    monkeypatch.setattr(trial, "UPDATED", (3, 400))
     verdict = trial.examine(case, torch.device("cpu"), lambda make_calls: 1.0)
     assert verdict.why is None and verdict.triton
 

@@ -133,6 +133,7 @@ def test_a_representative_of_each_kernel_compiles_without_spills(tmp_path):
         "partial_statistics", "combine_statistics", "apply",
         "backward_partial_sums", "backward_combine", "backward_apply",
         "normalize", "normalize_backward", "gate", "gate_backward",
+        "note_gradients", "sum_of_squares", "adamw",
     }  # fmt: skip
     plain, ahead = (k for k in kernels if k["kernel"] == "forward")
     assert int(plain["tensor_core"]) == 11  # 32 + 16 columns: 3 for S, 8 for P V
