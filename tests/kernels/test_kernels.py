@@ -89,7 +89,7 @@ def test_no_launch_counts_beyond_32_bits(op, shape, monkeypatch):
         weight = torch.empty(shape[1], device="meta")
         assert group_norm.unsupported(x, 32, weight, weight) is None
         y, mean, rstd = group_norm._group_norm._init_fn(x, 32, weight, weight, 1e-5, True, None, ())
-        arguments = (y, x, 32, weight, weight, mean, rstd, True, ())
+        arguments = (y, x, 32, weight, weight, mean, rstd, True, False, ())
         group_norm._group_norm_backward._init_fn(*arguments)
         offsets = [x[0].numel()]
         offsets += [a.numel() for _, arguments in launches for a in arguments

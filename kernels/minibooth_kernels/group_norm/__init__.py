@@ -97,6 +97,7 @@ def _group_norm_backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     silu: bool,
+    shifted: bool,
     choices: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = _dense(x)
@@ -112,7 +113,7 @@ def _group_norm_backward(
 
     tile = _one_pass(R, C // G, BACKWARD_TILES, channels_last)
     if tile and card.chosen(choices, 1) == 0:
-        _backward_one_pass[(G, N)](*inputs, dx, sums, *sizes, **layout, **tile)
+        _backward_one_pass[(G, N)](*inputs, dx, sums, *sizes, SHIFTED=shifted, **layout, **tile)
     else:
         tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
         partial = x.new_empty(2, chunks[0], N, C, dtype=torch.float32)
@@ -125,7 +126,7 @@ def _group_norm_backward(
 
 
 @_group_norm_backward.register_fake
-def _(dy, x, num_groups, weight, bias, mean, rstd, silu, choices):
+def _(dy, x, num_groups, weight, bias, mean, rstd, silu, shifted, choices):
     return torch.empty_like(_dense(x)), weight.new_empty(2, x.shape[1])
 
 
@@ -138,8 +139,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, dy, *_):
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    arguments = (dy, x, ctx.num_groups, weight, bias, mean, rstd, ctx.silu, ctx.choices)
-    dx, (dweight, dbias) = _group_norm_backward(*arguments)
+    arguments = (dy, x, ctx.num_groups, weight, bias, mean, rstd)
+    how = (ctx.silu, ctx.shifted, ctx.choices)
+    dx, (dweight, dbias) = _group_norm_backward(*arguments, *how)
     dshift = dx.sum(tuple(range(2, dx.ndim))) if ctx.shifted else None
     return dx, None, dweight, dbias, None, None, dshift, None
 

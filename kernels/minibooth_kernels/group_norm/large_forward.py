@@ -84,8 +84,8 @@ def _combine_statistics(
             partial = Partial + (chunk[:, None] * N + n) * C + channels
             mean_i = tl.load(partial, mask=mask, other=0.0)
             if SHIFTED:
-                shift = tl.load(Shift + n * C + channels, mask=mask, other=0.0)
-                mean_i += shift.to(tl.float32)
+                added = tl.load(Shift + n * C + channels, mask=mask, other=0.0)
+                mean_i += added.to(tl.float32)
             M2_i = tl.load(partial + chunks * N * C, mask=mask, other=0.0)
             rows = tl.minimum(R - chunk * chunk_rows, chunk_rows).to(tl.float32)  # the last: fewer
             count_i = tl.where(mask, rows[:, None], 0.0)
@@ -102,10 +102,11 @@ def _combine_statistics(
         channels = g * group_channels + channel
         scale = rstd * tl.load(Weight + channels, mask=mask, other=0.0).to(tl.float32)
         bias = tl.load(Bias + channels, mask=mask, other=0.0).to(tl.float32)
-        mean_c = tl.zeros_like(scale) + mean
+        mean_c = mean
         if SHIFTED:
-            mean_c -= tl.load(Shift + n * C + channels, mask=mask, other=0.0).to(tl.float32)
-        tl.store(Mean + n * C + channels, mean_c, mask=mask)
+            shift = tl.load(Shift + n * C + channels, mask=mask, other=0.0).to(tl.float32)
+            mean_c = mean - shift
+        tl.store(Mean + n * C + channels, tl.zeros_like(scale) + mean_c, mask=mask)
         tl.store(Rstd + n * C + channels, tl.zeros_like(scale) + rstd, mask=mask)
         tl.store(Affine + n * C + channels, scale, mask=mask)
         tl.store(Affine + (N + n) * C + channels, bias - mean_c * scale, mask=mask)

@@ -43,9 +43,8 @@ def _forward_one_pass(
     offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
     sample = n.to(tl.int64) * R * C
     x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.zeros([BLOCK_C], tl.float32)
     if SHIFTED:
-        shift += tl.load(Shift + n * C + channels, mask=channel_mask, other=0.0).to(tl.float32)
+        shift = tl.load(Shift + n * C + channels, mask=channel_mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x + shift[None, :], 0.0)
 
     size = R * group_channels
@@ -56,8 +55,11 @@ def _forward_one_pass(
     if SILU:
         z = z * tl.sigmoid(z)
     tl.store(Y + sample + offsets, z, mask=mask)
-    tl.store(Mean + n * C + channels, mean - shift, mask=channel_mask)
-    tl.store(Rstd + n * C + channels, tl.zeros_like(shift) + rstd, mask=channel_mask)
+    statistics = tl.zeros([BLOCK_C], tl.float32)
+    if SHIFTED:
+        mean -= shift
+    tl.store(Mean + n * C + channels, statistics + mean, mask=channel_mask)
+    tl.store(Rstd + n * C + channels, statistics + rstd, mask=channel_mask)
 
 
 @triton.jit
@@ -71,8 +73,8 @@ def _backward_one_pass(
     dX,  # (N, R, C) out
     Sums,  # (2, N, C) fp32 out: Σ dz·x̂ and Σ dz over the rows, which sum over n to dγ and dβ
     R, C, group_channels,
-    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr, SHIFTED: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     g, n = tl.program_id(0), tl.program_id(1)
     rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
@@ -81,10 +83,12 @@ def _backward_one_pass(
     sample = n.to(tl.int64) * R * C
     x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
     dz = tl.load(dY + sample + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(Mean + n * C + channels, mask=channel_mask, other=0.0)
-    rstd = tl.load(Rstd + n * C + g * group_channels)
+    first = n * C + g * group_channels  # one of the group's channels, which are alike
+    mean, rstd = tl.load(Mean + first), tl.load(Rstd + first)
+    if SHIFTED:  # but for this
+        mean = tl.load(Mean + n * C + channels, mask=channel_mask, other=0.0)[None, :]
 
-    x_hat = (x - mean[None, :]) * rstd
+    x_hat = (x - mean) * rstd
     z, weight = _affine(x_hat, channels, channel_mask, Weight, Bias)
     if SILU:
         dz = _silu_backward(z, dz)
