@@ -52,7 +52,7 @@ SDXL = """
 
 At 1024², with its own settings: a LoRA of rank 16, pictures drawn one at a time.
 
-| method | options | class images | pictures before | training |
+| of SDXL | options | class images | pictures before | training |
 | --- | --- | --- | --- | --- |"""
 LAST = """
 Counted, too. Where an option saves memory:

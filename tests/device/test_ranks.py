@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from minibooth import UserError, train
 from minibooth.bench import models
+from minibooth.common.trees import each
 from minibooth.device import ranks
 from minibooth.training import data, fit, plan, report
 from minibooth.training.loss import Loss
@@ -98,7 +99,7 @@ def add_halves(monkeypatch):
     loss_of = Loss.__call__
 
     def mean(self, drawn):
-        a, b = (loss_of(self, [x.chunk(2)[i] for x in drawn]) for i in (0, 1))
+        a, b = (loss_of(self, each(lambda x, i=i: x.chunk(2)[i], drawn)) for i in (0, 1))
         names = ("loss", "loss_instance", "loss_prior")
         return replace(a, **{name: (getattr(a, name) + getattr(b, name)) / 2 for name in names})
 

@@ -422,8 +422,8 @@ def test_the_last_step_stands_beside_the_first_also_where_the_run_was_resumed(
     seen, made, there, updates = [], [], [], []
     look, make_optimizer, one_update = microscope.look, prepare.make_optimizer, train.one_update
 
-    def make(run):
-        made.append(make_optimizer(run))
+    def make(*given):
+        made.append(make_optimizer(*given))
         return made[-1]
 
     def update_of(*given):

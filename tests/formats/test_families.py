@@ -19,6 +19,7 @@ OF_ALL = {
     "num_class_images": 50,
     "class_sampler": "dpm++",
     "class_steps": 20,
+    "sample_batch_size": 1,
     "class_guidance_scale": 5.0,
     "validation_guidance_scale": 5.0,
 }
