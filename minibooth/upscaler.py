@@ -16,6 +16,7 @@ with 0 … 349, and that pictures are enlarged at a level that was trained.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from torch import Tensor
 from .common.errors import UserError
 from .common.forwards import replaced
 from .formats.checks import require_finite
-from .pipeline import StableDiffusion, projected_once, to_device, to_pil
-from .schedule import Schedule, ddim_step, q_sample, trajectory
+from .formats.scheduler import read_schedule
+from .pipeline import BUILT, StableDiffusion, projected_once, to_device, to_pil
+from .schedule import ddim_step, q_sample, trajectory
 from .text_encoder import Condition
 
 SCALE = 4  # sides of the large picture, in sides of the small one
@@ -52,11 +54,17 @@ def seeing(unet: Callable, small: Tensor, level: Tensor) -> Callable[..., Tensor
 
 @dataclass
 class Upscaler(StableDiffusion):
-    """A model of the second stage. It has the parts of a Stable Diffusion; sizes are its pictures',
-    so the latent z of a large picture is as large as the small picture."""
+    """A model of the second stage. It has the parts of a Stable Diffusion, and a second schedule:
+    of the noise on the small picture, ᾱ_s. Sizes are its pictures', so the latent z of a large
+    picture is as large as the small picture."""
 
-    small_schedule: Schedule | None = None  # of the noise on the small picture: ᾱ_s
-    levels: int = 350  # s is below
+    def __post_init__(self):
+        config = self.configs["low_res_scheduler"]
+        self.small_schedule = read_schedule(config).to(self.device)
+
+    def to(self, device) -> Self:
+        self.small_schedule = self.small_schedule.to(device)
+        return super().to(device)
 
     def noised(self, small: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """c = √ᾱ_s x + √(1−ᾱ_s) η of small pictures x in [-1, 1]: (B, 3, h, w); level: (B,)."""
@@ -143,3 +151,6 @@ class Upscaler(StableDiffusion):
             finished.append(z if output == "latent" else self.decode(z))
         result = torch.cat(finished)
         return to_pil(result) if output == "pil" else result
+
+
+BUILT[4 + 3] = Upscaler  # channels of the latent and of the small picture

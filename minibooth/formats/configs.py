@@ -106,6 +106,35 @@ SDXL_SCHEDULER = SD_SCHEDULER | {
     "_class_name": "EulerDiscreteScheduler",
     "set_alpha_to_one": True,
 }
+X4_UNET = SD2_UNET | {
+    "attention_head_dim": 8,
+    "block_out_channels": [256, 512, 512, 1024],
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
+    "in_channels": 7,
+    "num_class_embeds": 1000,
+    "only_cross_attention": [True, True, True, False],
+    "sample_size": 128,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"],
+}
+X4_VAE = SD_VAE | {
+    "block_out_channels": [128, 256, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "sample_size": 256,
+    "scaling_factor": 0.08333,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+X4_BETAS = {"beta_end": 0.02, "beta_start": 0.0001}
+X4_SCHEDULER = SD_SCHEDULER | X4_BETAS | {"prediction_type": "v_prediction"}
+X4_SMALL = SD_SCHEDULER | X4_BETAS | {"_class_name": "DDPMScheduler", "clip_sample": True}
+X4_LEVELS = 350
+# stable-diffusion-x4-upscaler.
+X4 = {
+    "unet": X4_UNET,
+    "vae": X4_VAE,
+    "text_encoder": SD2_TEXT,
+    "scheduler": X4_SCHEDULER,
+    "low_res_scheduler": X4_SMALL,
+}
 # A single file says nothing of its sizes; the width of its text conditioning tells them apart.
 SINGLE_FILE = {
     768: {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT, "scheduler": SD_SCHEDULER},
@@ -165,8 +194,8 @@ READ_FINAL += ("TCDScheduler",)  # the classes that look at set_alpha_to_one: th
 
 def is_public_size(configs: dict[str, dict]) -> bool:
     """Whether a model has the sizes of a public one, so that other programs take it."""
-    public = SINGLE_FILE.get(configs["unet"]["cross_attention_dim"])
-    name = "block_out_channels"
+    public, name = SINGLE_FILE.get(configs["unet"]["cross_attention_dim"]), "block_out_channels"
+    public = X4 if "low_res_scheduler" in configs else public
     return public is not None and list(configs["unet"][name]) == public["unet"][name]
 
 
@@ -175,6 +204,7 @@ def is_public_size(configs: dict[str, dict]) -> bool:
 PIPELINES = {
     4: ("StableDiffusionPipeline", "nothing else"),
     5: ("StableDiffusionDepth2ImgPipeline", "a depth map"),
+    7: ("StableDiffusionUpscalePipeline", "the small picture that it enlarges (an upscaler)"),
     8: ("StableDiffusionInstructPix2PixPipeline", "the picture that it edits (InstructPix2Pix)"),
     9: ("StableDiffusionInpaintPipeline", "a picture and a mask (inpainting)"),
 }
@@ -185,7 +215,7 @@ OTHER_CLASSES = (
     (r"^Flux", "Flux"),
     (r"^ControlNet|XLControlNet|XLAdapter", "a ControlNet"),
     (r"^Autoencoder", A_VAE),
-    (r"Upscale", "an upscaler"),
+    (r"LatentUpscale", "an upscaler of latents"),
     (r"^UNet2DConditionModel", "a UNet alone: give the folder that it is in"),
     (r"Transformer2D|Transformer3D", "a network of another kind"),
 )
@@ -194,7 +224,6 @@ OTHER_FILES = (
     (r"(^|\.)double_blocks\.", "Flux"),
     (r"^(control_model|input_hint_block|controlnet_cond_embedding)\.", "a ControlNet"),
     (r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.", A_VAE),
-    (r"^(model\.diffusion_model\.)?label_emb\.weight$", "an upscaler"),
     (
         r"^(input_blocks|down_blocks|time_embed|time_embedding)\.",
         "a UNet alone: get the whole model",
@@ -255,8 +284,8 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
         "flip_sin_to_cos": (True,),
         "freq_shift": (0,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "num_class_embeds": (None,),
-        "only_cross_attention": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "only_cross_attention": (None, False, True),
         "resnet_time_scale_shift": ("default",),
         "reverse_transformer_layers_per_block": (None,),
         "time_cond_proj_dim": (None,),
@@ -277,6 +306,7 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
     "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
     "text_encoder_2": {"hidden_act": ("quick_gelu", "gelu")},
     "scheduler": {},
+    "low_res_scheduler": {},
 }
 # Whole numbers and the largest that makes sense: each costs modules or memory.
 LARGEST = {
@@ -291,6 +321,7 @@ LARGEST = {
     "layers_per_block": 10,
     "max_position_embeddings": 10_000,
     "norm_num_groups": 100_000,
+    "num_class_embeds": 100_000,
     "num_attention_heads": 1000,
     "num_hidden_layers": 100,
     "num_train_timesteps": 100_000,
@@ -314,9 +345,7 @@ def settle(configs: dict[str, dict]) -> None:
     diffusers 0.9 was trained on less than 512² pixels: 64² latents.
     """
     scheduler, unet = configs["scheduler"], configs["unet"]
-    kind = str(scheduler.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
-    for key, value in (UNSAID | UNSAID_BY.get(kind, LIKE_EULER)).items():
-        scheduler.setdefault(key, value)
+    kind = say_all(scheduler)
     if kind not in READ_FINAL and "text_encoder_2" in configs:  # SD's are read as ever
         scheduler["set_alpha_to_one"] = True  # SDXL's own says false beside EulerDiscreteScheduler
     outdated = []
@@ -325,6 +354,11 @@ def settle(configs: dict[str, dict]) -> None:
         outdated.append(f"{key} {config[key]} → {value}")
         config[key] = value
 
+    if "low_res_scheduler" in configs:
+        say_all(configs["low_res_scheduler"])
+        configs["vae"].setdefault("scaling_factor", X4_VAE["scaling_factor"])
+        if configs["vae"]["scaling_factor"] == SD_VAE["scaling_factor"]:  # of nothing said, once
+            correct(configs["vae"], "scaling_factor", X4_VAE["scaling_factor"])
     if scheduler["clip_sample"] is True:
         correct(scheduler, "clip_sample", False)
     offset = scheduler["steps_offset"]
@@ -351,6 +385,14 @@ def settle(configs: dict[str, dict]) -> None:
         )
 
 
+def say_all(scheduler: dict) -> str:
+    """Have a scheduler's config say what its class takes where it says nothing; that class."""
+    kind = str(scheduler.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
+    for key, value in (UNSAID | UNSAID_BY.get(kind, LIKE_EULER)).items():
+        scheduler.setdefault(key, value)
+    return kind
+
+
 def check_config(name: str, config: dict) -> None:
     """Raise UserError unless what the config says is what the code does, and of a sane size."""
     for key, value in config.items():
@@ -365,6 +407,7 @@ def check_config(name: str, config: dict) -> None:
             few = len(values) <= 8 if key in PER_LEVEL else values == [value]
             sane = few and all(type(v) is int and 0 < v <= largest for v in values)
         else:
-            sane = key not in POSITIVE or (isinstance(value, int | float) and 0 < value < 1e6)
+            sane = key != "only_cross_attention" or not values[-1]  # as the middle, which is last
+            sane &= key not in POSITIVE or (isinstance(value, int | float) and 0 < value < 1e6)
         if not sane:
             raise UserError(f"the {name}'s config says {key} = {value!r:.80}, which cannot be")
