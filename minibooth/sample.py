@@ -47,7 +47,7 @@ class SampleConfig:
     )
     sampler: str = option("ddim", "how to step from noise to picture", choices=checks.SAMPLERS)
     eta: float = option(0.0, "DDIM's share of fresh noise per step, 0 to 1")
-    height: int | None = option(None, "pixels [the model's own]")
+    height: int | None = option(None, "pixels [the model's own]; SDXL is told it, and width, too")
     width: int | None = option(None, "pixels [the model's own]")
 
     lora: tuple[str, ...] = option(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common.errors import UserError
-from .formats.configs import FAMILIES, misfit
+from .formats.configs import family, misfit
 from .pipeline import StableDiffusion
 from .text_encoder import TextEncoder
 
@@ -67,7 +67,7 @@ def add_word(sd: StableDiffusion, word: str, vectors: Tensor | list[Tensor]) -> 
     old = [embedding_of(encoder).weight for encoder in sd.text_encoders.values()]  # (ids, D)
     given, wanted = ([tensor.shape[1] for tensor in those] for those in (vectors, old))
     if given != wanted:
-        other = misfit(*(FAMILIES.get(sum(widths)) for widths in (given, wanted)))
+        other = misfit(family(given), family(wanted))
         given, wanted = (" and ".join(map(str, widths)) for widths in (given, wanted))
         raise UserError(
             f"{word} {other}: its vectors have {given} numbers, this one's words have {wanted}"
@@ -79,6 +79,10 @@ def add_word(sd: StableDiffusion, word: str, vectors: Tensor | list[Tensor]) -> 
         embeddings = sd.networks[name].embeddings
         embeddings["token_embedding"] = nn.Embedding.from_pretrained(rows)
         sd.configs[name] |= {"vocab_size": last}
+    if (
+        sd.text_encoder_2
+    ):  # which pools at the end: unsaid, transformers takes the largest id for it
+        sd.configs["text_encoder_2"] |= {"eos_token_id": sd.text_encoder_2.end}
 
 
 def create(

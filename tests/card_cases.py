@@ -346,7 +346,7 @@ class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.resnet = vae.ResnetBlock(16, 16, 4, 1e-5, c_temb=16)
-        self.transformer = unet.Transformer(16, 16, 2, 4, False)
+        self.transformer = unet.Transformer(16, 4, False, [unet.TransformerBlock(16, 16, 2)])
 
     def forward(self, x, temb, context):
         return self.transformer(self.resnet(x, temb), context)

@@ -35,7 +35,9 @@ MATRIX = [
     ("word", "no", "in the backward"),
     ("word", "fp16", "8-bit"),
 ]
-HYPERNETWORK = ("hypernetwork", "bf16", "in full")  # which trains as a LoRA does: one run of it
+# One run of each: the one trains as a LoRA does, the other has text encoders by the pair, of whose
+# weights some get no gradient.
+OTHERS = [("hypernetwork", "bf16", "in full"), ("SDXL", "bf16", "in full")]
 STEPS = 6  # three as they are, then the recording is replayed three times
 
 
@@ -51,9 +53,11 @@ def of_matrix(folder, method, precision, mode):
         ("dreambooth", "bf16"): {"train_text_encoder": True, "save_state": "full"},
         ("dreambooth", "fp16"): {"gradient_accumulation_steps": 2, "lr_warmup_steps": 3},
         ("lora", "no"): {"snr_gamma": 5.0},
+        ("SDXL", "bf16"): {"method": "lora", "train_text_encoder": True},
         ("lora", "fp16"): {"train_text_encoder": True, "lora_targets": "all"},
     }
-    trained = METHODS.get(method, {"method": method})
+    other = {"kind": "sdxl"} if method == "SDXL" else {"method": method}
+    trained = METHODS.get(method, other)
     changes = trained | MODES[mode] | own.get((method, precision), {})
     return settings(
         folder / "-".join((method, precision, mode)), mixed_precision=precision, **changes
@@ -80,7 +84,7 @@ def test_every_pair_of_settings_meets():
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_captured_and_eager_training_are_the_same(half, tmp_path):
-    rows = MATRIX[half::2] + [HYPERNETWORK] * half
+    rows = MATRIX[half::2] + OTHERS * half
     pairs = on_card.ask("both", runs=[of_matrix(tmp_path, *row) for row in rows])
     for row, (captured, eager) in zip(rows, pairs, strict=True):
         assert "error" not in captured, (row, captured)

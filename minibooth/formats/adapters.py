@@ -117,7 +117,9 @@ def made_for(tensors: dict[str, Tensor]) -> str | None:
     for pattern, model in OTHER_MODELS:
         if any(re.search(pattern, key) for key in tensors):
             return model
-    of_text = [x for key, x in tensors.items() if re.search(r"attn2\b.*to_[kv].*(_A|down)\.", key)]
+    of_text = [
+        x for key, x in tensors.items() if re.search(r"attn2[._].*to_[kv].*(_A|down)\.", key)
+    ]
     return FAMILIES.get(of_text[0].shape[1]) if of_text and of_text[0].ndim > 1 else None
 
 

@@ -152,6 +152,11 @@ SINGLE_FILE = {
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 
+def family(widths: list[int]) -> str | None:
+    """Of a model whose text encoders make so many numbers of each token."""
+    return "SDXL" if len(widths) == 2 else FAMILIES.get(sum(widths))
+
+
 def misfit(made: str | None, this: str | None) -> str:
     """What to say of what was made for one family and is given to another; None is unknown."""
     if made in (None, this):

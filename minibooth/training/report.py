@@ -20,7 +20,7 @@ from ..common.errors import UserError
 from ..common.files import atomic, folder_size, gigabytes, named_after, write_text
 from ..device import ranks
 from ..formats import families, hub, hypernetworks
-from ..formats.adapters import DIFFUSERS_EMBEDDING, DIFFUSERS_LORA, SDXL_EMBEDDING
+from ..formats.adapters import CLIP_L_G, DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
@@ -353,7 +353,7 @@ def for_diffusers(run: Path, config: TrainConfig, two: bool) -> str:
     elif two:
         token, file = config.placeholder_token, os.path.join(folder, DIFFUSERS_EMBEDDING)
         small = f"from safetensors.torch import load_file; w = load_file({file!r}); "
-        for key, n in zip(SDXL_EMBEDDING, ("", "_2"), strict=True):
+        for key, n in zip(CLIP_L_G, ("", "_2"), strict=True):
             parts = f"text_encoder=p.text_encoder{n}, tokenizer=p.tokenizer{n}"
             small += f"p.load_textual_inversion(w[{key!r}], token={token!r}, {parts}); "
     else:

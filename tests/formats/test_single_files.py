@@ -268,11 +268,6 @@ ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.t
 CONV = "model.diffusion_model.input_blocks.0.0.weight"
 # A few of the keys, and their shapes, of what is published.
 KINDS_OF_FILES = {
-    "is SDXL: only": {
-        "conditioner.embedders.1.model.ln_final.weight": (1280,),
-        "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
-        CONV: (320, 4, 3, 3),
-    },
     "is Stable Diffusion 3: only": {
         "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (9, 3)
     },
