@@ -32,6 +32,7 @@ from .schedule import ddim_step, q_sample, trajectory
 from .text_encoder import Condition
 
 SCALE = 4  # sides of the large picture, in sides of the small one
+MOST = 1024 * 1024  # pixels of a small picture: decoding one of 4096² works in 64 GiB
 
 
 def seeing(unet: Callable, small: Tensor, level: Tensor) -> Callable[..., Tensor]:
@@ -87,6 +88,11 @@ class Upscaler(StableDiffusion):
         B, channels, h, w = pictures.shape
         if channels != 3 or h % 4 or w % 4:
             raise UserError(f"a picture of {w}×{h} pixels: give RGB and multiples of 4")
+        if h * w > MOST:
+            raise UserError(
+                f"a picture of {w}×{h} pixels would be one of {SCALE * w}×{SCALE * h}, more than "
+                f"memory is for: give one of {MOST:,} pixels at most"
+            )
         if not 0 <= noise_level < self.levels:
             raise UserError(f"noise level {noise_level}: give one from 0 to {self.levels - 1}")
         if len(prompts) != B:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny import rel
 
 import minibooth
+from minibooth import ops
 from minibooth.dreambooth import Term, step
 from minibooth.text_encoder import Condition
 from minibooth.upscaler import seeing
@@ -98,3 +99,29 @@ def test_pictures_are_those_of_diffusers_pipeline(both, negative):
     ).images
     assert ours.shape == (2, 3, 32, 64)
     assert np.abs(ours.permute(0, 2, 3, 1).numpy() - theirs).max() < 2e-2
+
+
+@pytest.mark.parametrize("limit", [1, 100, 48 * 7, 48 * 48 - 1])
+def test_attention_in_parts_is_attention(limit, monkeypatch):
+    """Of 48 queries; with gradients, which training beside a large picture would want."""
+    q, k, v = (drawn(2, 3, 48, 8, seed=i).requires_grad_() for i in range(3))
+    whole = ops.attention(q, k, v)
+    wanted = torch.autograd.grad(whole.square().sum(), (q, k, v))
+    monkeypatch.setattr(ops, "SCORES", limit)
+    calls = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape) or sdpa(*a, **k)
+    )
+    parts = ops.attention(q, k, v)
+    assert len(calls) > 1 and max(n for *_, n, _ in calls) * 48 <= max(limit, 48)
+    assert rel(parts, whole) < 1e-6
+    for ours, theirs in zip(
+        torch.autograd.grad(parts.square().sum(), (q, k, v)), wanted, strict=True
+    ):
+        assert rel(ours, theirs) < 1e-5
+
+
+def test_attention_is_whole_where_its_scores_fit():
+    """As many pixels as an upscaler's training and Stable Diffusion at 1024² have in the VAE."""
+    assert ops.SCORES // 16_384 >= 16_384 and ops.SCORES // 77 > 2048**2
