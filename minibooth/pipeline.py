@@ -30,7 +30,7 @@ class StableDiffusion(Parts):
     def encode(self, prompts: list[str] | Tensor) -> Condition:
         """Prompts, or the tokenizer's ids of them → c without sizes, which belong to a picture."""
         ids = prompts if isinstance(prompts, Tensor) else self.tokenizer(prompts)
-        return encode(list(self.text_encoders.values()), ids.to(self.device))
+        return each(lambda x: x.to(self.device), encode(list(self.text_encoders.values()), ids))
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor | Condition:

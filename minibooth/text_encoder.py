@@ -132,6 +132,7 @@ def cat(conditions: list[Tensor | Condition]) -> Tensor | Condition:
 
 def encode(encoders: list[TextEncoder], ids: Tensor) -> Condition:
     """Prompts as each encoder's tokenizer has them, (B, 77); for SDXL's two (B, 2, 77)."""
+    ids = ids.to(encoders[0].final_layer_norm.weight.device)
     if len(encoders) == 1:
         return Condition(encoders[0](ids))
     found = [encoder.hidden(i) for encoder, i in zip(encoders, ids.unbind(1), strict=True)]

@@ -57,6 +57,7 @@ def train(
     device = start.check(config, has_model=sd is not None)
     with start.folder_of(config):
         if sd is None:
+            start.look_ahead(config, device)
             sd = start.load(config)
         with fit.advised(sd, config):
             run = Run(config, sd, device)
@@ -175,7 +176,7 @@ def finish(run: Run, before: list[list], originals: dict[str, Tensor]) -> None:
     grids.save(run, run.config.max_train_steps, after)
     grids.save_before_after(run, before, after)
     write_result(run, originals)
-    run.sd.to(run.device)
+    run.sd.to(run.device, but=run.resting)
 
 
 @ranks.by_first

@@ -13,7 +13,7 @@ from ..device.trial import implementations, make_inputs, poisoned, results
 from ..ops import Case
 
 DEVICE = torch.device("cuda")
-# name: (heads, N_q, N_k, head dimension), images of 512²
+# name: (heads, N_q, N_k, head dimension), images of 512², SDXL's of 1024²
 ATTENTION = {
     "SD 1.5 self 4096": (8, 4096, 4096, 40),
     "SD 1.5 self 1024": (8, 1024, 1024, 80),
@@ -27,6 +27,10 @@ ATTENTION = {
     "SD 2.1 self 1024": (10, 1024, 1024, 64),
     "SD 2.1 self 256": (20, 256, 256, 64),
     "SD 2.1 cross 4096": (5, 4096, 77, 64),
+    "SDXL self 4096": (10, 4096, 4096, 64),
+    "SDXL self 1024": (20, 1024, 1024, 64),
+    "SDXL cross 4096": (10, 4096, 77, 64),
+    "SDXL cross 1024": (20, 1024, 77, 64),
     "VAE 4096": (1, 4096, 4096, 512),
 }
 # name: (channels, height and width); 32 groups, channels_last, SiLU behind
@@ -37,6 +41,9 @@ NORMS = {
         ("UNet", 32, (640, 1280, 1920)),
         ("UNet", 16, (1280, 2560)),
         ("UNet", 8, (1280, 2560)),
+        ("SDXL", 128, (320, 640, 960)),
+        ("SDXL", 64, (1280, 1920)),  # and 320, 640 and 960, as above
+        ("SDXL", 32, (2560,)),  # and 640, 1280 and 1920
         ("VAE", 64, (512,)),
         ("VAE", 256, (256,)),
         ("VAE", 512, (128,)),

@@ -63,7 +63,7 @@ def room(sd: StableDiffusion, device: torch.device) -> int | None:
 def checkpoint_gradients(unet: UNet, wanted: bool = True) -> Iterator[None]:
     """Within it, only what enters each resnet and transformer is kept; the backward pass computes
     the rest again. Same values, less memory, a third more to compute."""
-    blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock | Transformer)] * wanted
+    blocks = [part for m in unet.modules() for part in computed_again(m)] * wanted
     for block in blocks:
         # No dropout anywhere, so there is no random state to keep.
         block.forward = partial(
@@ -76,6 +76,14 @@ def checkpoint_gradients(unet: UNet, wanted: bool = True) -> Iterator[None]:
             del block.forward  # the class's own shows again
 
 
+def computed_again(module: nn.Module) -> list[nn.Module]:
+    """The parts of a UNet's module that are each computed again as one: of a transformer of many
+    blocks each block, lest all be there at once, and the norm, whose input is there already."""
+    if isinstance(module, Transformer) and len(module.transformer_blocks) > 1:
+        return [module.norm, *module.transformer_blocks]
+    return [module] if isinstance(module, ResnetBlock | Transformer) else []
+
+
 @contextmanager
 def visiting(networks: list[nn.Module], device: torch.device) -> Iterator[None]:
     """Within it the networks are on the device; afterwards on the CPU."""
@@ -86,6 +94,34 @@ def visiting(networks: list[nn.Module], device: torch.device) -> Iterator[None]:
     finally:
         for network in networks:
             network.to("cpu")
+
+
+@contextmanager
+def away(network: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Within it the network is on the CPU; afterwards where it was."""
+    device = next(network.parameters()).device
+    network.to("cpu" if wanted else device)
+    try:
+        yield
+    finally:
+        network.to(device)
+
+
+@contextmanager
+def by_turns(sd: StableDiffusion, wanted: bool) -> Iterator[None]:
+    """Within it, the UNet is away whenever latents are decoded."""
+    decode = sd.decode
+
+    def alone(latents: Tensor) -> Tensor:
+        with away(sd.unet):
+            return decode(latents)
+
+    if wanted:
+        sd.decode = alone
+    try:
+        yield
+    finally:
+        vars(sd).pop("decode", None)  # the class's own shows again
 
 
 @contextmanager

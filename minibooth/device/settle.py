@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from .. import ops
 from ..ops import Case
 from ..pipeline import StableDiffusion
+from ..text_encoder import Condition
 from . import beside, graphs, verdicts
 from .trial import EPS, examine, graph_time, make_inputs
 from .verdicts import NO_MEMORY, Verdict
@@ -141,6 +142,15 @@ def batches(pictures: int, at_once: int, guidance_scale: float) -> list[int]:
     return [size * (2 if guidance_scale > 1 else 1) for size in sorted(sizes)]
 
 
+def blank(config: dict, batch: int, device: torch.device) -> Condition:
+    """Zeros in the place of encoded prompts, for a UNet of this config."""
+    c = Condition(torch.zeros(batch, 77, config["cross_attention_dim"], device=device))
+    if told := config.get("projection_class_embeddings_input_dim"):  # the prompts', and six sizes'
+        pooled = told - 6 * config["addition_time_embed_dim"]
+        c = replace(c.whole(0, 0), pooled=torch.zeros(batch, pooled, device=device))
+    return c
+
+
 def met(
     sd: StableDiffusion,
     height: int,
@@ -157,14 +167,14 @@ def met(
     none. `adapted` are the frozen weights beside which something trains, `text_changes` whether
     the text's encoding has a gradient."""
     h, w = height // sd.vae.factor, width // sd.vae.factor
-    text = sd.configs["unet"]["cross_attention_dim"]
 
     def unet(batch: int) -> None:
         x = torch.zeros(batch, sd.configs["unet"]["in_channels"], h, w, device=sd.device)
         t = torch.zeros(batch, dtype=torch.int64, device=sd.device)
-        context = torch.zeros(batch, 77, text, device=sd.device)
+        c = blank(sd.configs["unet"], batch, sd.device)
+        c.context.requires_grad_(text_changes)
         with autocast():
-            sd.unet(x, t, context.requires_grad_(text_changes))
+            sd.unet(x, t, c)
 
     with ops.observed() as seen:
         with torch.no_grad():

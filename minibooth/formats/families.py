@@ -19,6 +19,7 @@ SDXL = {
     "num_class_images": 50,
     "class_sampler": "dpm++",
     "class_steps": 20,
+    "sample_batch_size": 1,  # with guidance one picture of 1024² is work enough, and least memory
     "class_guidance_scale": GUIDANCE,
     "validation_guidance_scale": GUIDANCE,
 }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -58,9 +59,10 @@ class Parts:
         """The side in pixels of the square pictures it was trained on."""
         return (self.configs["unet"].get("sample_size") or 64) * self.vae.factor
 
-    def to(self, device) -> Self:
-        for name, network in self.networks.items():
-            network.to(device, memory_format=memory_format(name, device))
+    def to(self, device, but: Collection[str] = ()) -> Self:
+        """All networks go there `but` those of these names."""
+        for name in self.networks.keys() - but:
+            self.networks[name].to(device, memory_format=memory_format(name, device))
         self.schedule = self.schedule.to(device)
         return self
 

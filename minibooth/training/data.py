@@ -65,7 +65,7 @@ def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Late
         sizes = torch.cat([sizes, pictures.mirrored_sizes])
     parts = ranks.mine(pixels.split(vae_batch(pixels[0, 0].numel())))
     rows = tqdm(parts, desc=f"encoding {what}", unit="batch")
-    images = (as_floats(part).to(sd.device) for part in rows)
+    images = (as_floats(part).to(sd.vae.quant_conv.weight.device) for part in rows)
     moments = [torch.stack(sd.vae.encode(part)).float().cpu() for part in images]
     # (N, 4, h, w) each
     mean, std = torch.cat(ranks.together(moments), dim=1) * sd.vae.scaling_factor

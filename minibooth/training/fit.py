@@ -12,7 +12,7 @@ from ..common.files import gigabytes
 from ..device import memory, ranks
 from ..pipeline import StableDiffusion
 from .eight_bit import bitsandbytes
-from .plan import ACTIVATIONS, needed, peak
+from .plan import activations, needed, peak, phases
 
 # What can be switched on, in the order in which it is tried: what changes no weight comes first.
 MODES = (
@@ -49,6 +49,15 @@ def advised(sd: StableDiffusion, config, half: bool = False) -> Iterator[None]:
 
 def advice(sd: StableDiffusion, config, half: bool = False) -> str:
     """Which settings lower the memory that is needed, and by about how much."""
+    need = needed(sd, config, half)
+    total = need["weights"] + need["gradients"] + need["averages"]
+    return (
+        f"out of memory. Weights, gradients and optimizer alone need {gigabytes(total)}; "
+        f"what helps: {helping(sd, config, half)}"
+    )
+
+
+def helping(sd: StableDiffusion, config, half: bool) -> str:
     need, helps = needed(sd, config, half), []
     total = need["weights"] + need["gradients"] + need["averages"]
     if config.sample_batch_size > 1:
@@ -56,8 +65,10 @@ def advice(sd: StableDiffusion, config, half: bool = False) -> str:
     if config.train_batch_size > 1:
         share = 1 - 1 / config.train_batch_size
         helps.append(f"--train_batch_size 1 (about -{share:.0%} of the activations)")
+    if config.uses_prior:
+        helps.append("--prior_loss_weight 0 (no class images: about -50% of the activations)")
     if not config.gradient_checkpointing:
-        full, short = ACTIVATIONS[config.method][half]
+        full, short = activations(sd)[config.method][half]
         share = 1 - short / full
         helps.append(f"--gradient_checkpointing (about -{share:.0%} of the activations)")
     saved = need["averages"] - needed(sd, replace(config, use_8bit_adam=True))["averages"]
@@ -70,10 +81,7 @@ def advice(sd: StableDiffusion, config, half: bool = False) -> str:
         alone = needed(sd, replace(config, train_text_encoder=False))
         saved = sum(need[key] - alone[key] for key in ("gradients", "averages"))
         helps.append(f"no --train_text_encoder (-{gigabytes(saved)})")
-    return (
-        f"out of memory. Weights, gradients and optimizer alone need {gigabytes(total)}; "
-        f"what helps: {'; '.join(helps)}"
-    )
+    return "; ".join(helps)
 
 
 # ---- what is chosen ----------------------------------------------------------------------------
@@ -112,6 +120,20 @@ def choose(
                 line += f"; {INSTALL} would make it fit: --use_8bit_adam saves {gigabytes(saved)}"
                 break
     return fitted, line
+
+
+def refuse(sd: StableDiffusion, config, pixels: int, precision: str, device: torch.device) -> None:
+    """Raise UserError where no mode makes a run fit, even without anything to spare. `sd` is an
+    outline of a model that is still to be downloaded, on the meta device."""
+    fitted, _ = choose(sd, config, pixels, precision, device, resumed=False)
+    half, free = precision != "no", memory.room(sd, device)
+    least = max(map(sum, phases(sd, fitted, pixels, half).values()))
+    if least > free:
+        on = " ".join(f"--{name}" for name in MODES[-1] if getattr(fitted, name))
+        raise UserError(
+            f"{config.model} is not downloaded: {gigabytes(free)} of memory are free, and even "
+            f"with {on} its run takes {gigabytes(least)}; what helps: {helping(sd, fitted, half)}"
+        )
 
 
 def possible(mode: tuple[str, ...], config, precision: str, resumed: bool) -> bool:

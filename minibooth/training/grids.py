@@ -23,8 +23,8 @@ Rows = list[list[Image.Image]]  # a row of pictures per prompt
 
 def draw(run: Run) -> Rows:
     """Idle networks, which training does not need, are on the device only while they work: the
-    text encoder while the UNet draws, the VAE after it. SDXL is told that these are whole pictures,
-    of the training's size."""
+    text encoder while the UNet draws, the VAE after it, from which the UNet may have to be away.
+    SDXL is told that these are whole pictures, of the training's size."""
     config, sd, idle = run.config, run.sd, run.idle
     count, size = config.num_validation_images, config.grid_batch_size
     if count == 0:
@@ -45,7 +45,11 @@ def draw(run: Run) -> Rows:
     graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
     with bar, text, graph, run.precision.autocast():
         latents = [draw_latents(run, *batch, on_step) for batch in batches]
-    with memory.visiting([sd.vae], sd.device), torch.no_grad():
+    with (
+        memory.visiting([sd.vae], sd.device),
+        memory.away(sd.unet, run.by_turns),
+        torch.no_grad(),
+    ):
         parts = ranks.together([draw_pictures(run, part) for part in latents])
     images = pipeline.to_pil(torch.cat(parts))
     return [images[i : i + count] for i in range(0, len(images), count)]

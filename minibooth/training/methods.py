@@ -7,6 +7,7 @@ One loss and one run for all four: what the optimizer is given for each network 
 import json
 import math
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -102,15 +103,19 @@ def place(
     trained: dict[str, nn.Module],
     device: torch.device,
     dtype: torch.dtype | None,
+    resting: Collection[str] = (),
 ) -> None:
     """The networks go to the device as they came, but those that keep their weights while something
-    is trained in them go in `dtype`, where the run computes in 16 bits."""
+    is trained in them go in `dtype`, where the run computes in 16 bits; and the `resting` ones to
+    the CPU."""
     for name, network in sd.networks.items():
         trains = trained.get(name) is network
         network.requires_grad_(trains)
         if name in {"unet", *trained} and not trains:
             network.to(device, dtype)
-    sd.to(device)
+    for name in resting:
+        sd.networks[name].to("cpu")
+    sd.to(device, but=resting)
 
 
 def attach(sd: StableDiffusion, trained: dict[str, nn.Module]) -> None:

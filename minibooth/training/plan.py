@@ -25,31 +25,30 @@ def needed(sd: StableDiffusion, config, half: bool = False) -> dict[str, int]:
     trained = sum(size(p) for p in trained)
     weights = trained
     if config.method != "dreambooth":
-        weights += sum(placed(sd, config, half)[name] for name in at_work(config))
+        weights += sum(placed(sd, config, half)[name] for name in at_work(sd, config))
     gradients = 0 if config.optimizer_in_backward else trained
     return {"weights": weights, "trained": trained, "gradients": gradients, "averages": averages}
 
 
-def at_work(config) -> tuple[str, ...]:
+def at_work(sd: StableDiffusion, config) -> tuple[str, ...]:
     """The networks that train, or through which the gradient of what trains goes."""
-    return ("unet", "text_encoder") if config.text_changes else ("unet",)
+    return ("unet", *sd.text_encoders) if config.text_changes else ("unet",)
 
 
 def placed(sd: StableDiffusion, config, half: bool) -> dict[str, int]:
     """Bytes of each network's weights before training: in fp32 but, as methods.place has it, for
     those at work that keep their weights."""
-    rounded = at_work(config) if half and config.method != "dreambooth" else ()
-    return {
-        name: size_of(net) // (2 if name in rounded else 1) for name, net in sd.networks.items()
-    }
+    rounded = at_work(sd, config) if half and config.method != "dreambooth" else ()
+    placed = sd.networks.keys() - resting(sd, config)
+    return {name: size_of(sd.networks[name]) // (2 if name in rounded else 1) for name in placed}
 
 
 def trainable(sd: StableDiffusion, config) -> list[Tensor]:
     """The weights that train, or for adapters, which are not there yet, their shapes."""
-    networks = [sd.networks[name] for name in at_work(config)]
+    networks = [sd.networks[name] for name in at_work(sd, config)]
     if config.trains_word:
-        width = sd.text_encoder.final_layer_norm.weight.shape[0]
-        return [torch.empty(config.num_vectors, width, device="meta")]
+        widths = [len(encoder.final_layer_norm.weight) for encoder in sd.text_encoders.values()]
+        return [torch.empty(config.num_vectors, width, device="meta") for width in widths]
     if config.trains_hypernetwork:
         widths = config.hypernetwork_widths or hypernetwork.widths(sd.unet)
         with torch.device("meta"):
@@ -58,6 +57,20 @@ def trainable(sd: StableDiffusion, config) -> list[Tensor]:
         shapes = [s for n in networks for s in lora.shapes(n, config.rank, config.lora_targets)]
         return [torch.empty(shape, device="meta") for shape in shapes]
     return [p for network in networks for p in network.parameters()]
+
+
+def resting(sd: StableDiffusion, config) -> tuple[str, ...]:
+    """The text encoders, where memory is short, they are large and only encode a few prompts: which
+    they do on the CPU, without ever being on the device."""
+    large = sum(map(size_of, sd.text_encoders.values())) > LARGE
+    short = config.saves_memory and not config.text_changes
+    return tuple(sd.text_encoders) if large and short else ()
+
+
+def by_turns(config, pixels: int) -> bool:
+    """Whether the UNet waits on the CPU while the VAE works on so many latent pixels: where memory
+    is short, that is much, and no CUDA graph of the step wants the weights to keep their place."""
+    return config.use_8bit_adam and pixels * CODING > LARGE
 
 
 def size(p: Tensor) -> int:
@@ -77,17 +90,26 @@ def eight_bit(numbers: int) -> int:
 
 # ---- what is likely ----------------------------------------------------------------------------
 
-# Bytes per latent pixel and sample, counted over SD 1.5's networks at 512²: what a training step
-# has at most beside weights, their 16-bit copies and gradients; in full, and checkpointed.
+# Bytes per latent pixel and sample, counted over SD 1.5's networks at 512² and SDXL's at 1024²:
+# what a training step has at most beside weights, their 16-bit copies and gradients; in full, and
+# checkpointed.
 ACTIVATIONS = {  # where the UNet computes in 16 bits, and in fp32
     "dreambooth": {True: (304_000, 62_000), False: (464_000, 87_000)},
     "lora": {True: (261_000, 46_000), False: (382_000, 84_000)},
     "textual_inversion": {True: (234_000, 44_000), False: (353_000, 81_000)},
     "hypernetwork": {True: (273_000, 50_000), False: (419_000, 88_000)},
 }
+DEEP_ACTIVATIONS = {  # SDXL's, whose transformers have up to ten blocks
+    "dreambooth": {True: (532_000, 53_500), False: (800_000, 80_000)},
+    "lora": {True: (443_000, 40_300), False: (683_000, 65_300)},
+    "textual_inversion": {True: (390_000, 40_300), False: (628_000, 65_300)},
+    "hypernetwork": {True: (477_000, 40_300), False: (770_000, 68_700)},
+}
 LEFT = 0.33, 0.6  # of these, where the backward pass has most of the gradients
 PREDICTING = {True: 17_300, False: 32_000}  # the UNet without a backward pass
+DEEP_PREDICTING = {True: 12_200, False: 19_600}
 CODING = 197_000  # the VAE, which computes in fp32 and takes one picture of this size at once
+LARGE = 2e9  # bytes of what makes room, or of what room is made for, where memory is short
 SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
 
 
@@ -100,26 +122,41 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     """
     need, short = needed(sd, config, half), config.gradient_checkpointing
     samples = config.train_batch_size * (1 + config.uses_prior)
-    kept = samples * pixels * ACTIVATIONS[config.method][half][short]
-    activations = kept + copies(sd, config, half)
-    step = max(activations, int(LEFT[short] * kept) + need["gradients"])
+    kept = samples * pixels * activations(sd)[config.method][half][short]
+    worked = kept + copies(sd, config, half)
+    step = max(worked, int(LEFT[short] * kept) + need["gradients"])
     stays = 0 if config.use_8bit_adam else step
     if ranks.count() > 1:  # no graph, but gradients are always there, in the buckets they travel in
-        step, stays = activations + need["gradients"], need["gradients"]
+        step, stays = worked + need["gradients"], need["gradients"]
     pictures = 0
     if config.num_validation_images:  # as grids.draw does it: the UNet, then the VAE
-        text = 0 if config.text_changes else size_of(sd.text_encoder)
-        predicting = text + drawing(sd, config, pixels, half, config.grid_batch_size)
-        pictures = max(predicting, size_of(sd.vae) + pixels * CODING)
+        predicting = drawing(sd, config, pixels, half, config.grid_batch_size)
+        room = need["weights"] if by_turns(config, pixels) else 0
+        pictures = max(visiting(sd, config) + predicting, size_of(sd.vae) + pixels * CODING - room)
     return {
         "weights": need["weights"],
         "gradients": need["gradients"],
         "averages": need["averages"],
-        "activations": activations,
+        "activations": worked,
         "step": step,
         "graph": stays,
         "pictures": pictures,
     }
+
+
+def activations(sd: StableDiffusion) -> dict[str, dict[bool, tuple[int, int]]]:
+    return DEEP_ACTIVATIONS if is_deep(sd) else ACTIVATIONS
+
+
+def is_deep(sd: StableDiffusion) -> bool:
+    return sd.configs["unet"].get("transformer_layers_per_block", 1) != 1
+
+
+def visiting(sd: StableDiffusion, config) -> int:
+    """Bytes of the text encoders that are on the device while it draws, and only then."""
+    if config.text_changes or resting(sd, config):
+        return 0
+    return sum(map(size_of, sd.text_encoders.values()))
 
 
 def copies(sd: StableDiffusion, config, half: bool) -> int:
@@ -130,20 +167,22 @@ def copies(sd: StableDiffusion, config, half: bool) -> int:
 
 def drawing(sd: StableDiffusion, config, pixels: int, half: bool, pictures: int) -> int:
     """Bytes that the UNet works in while it draws so many at once, with guidance."""
-    return copies(sd, config, half) + 2 * pictures * pixels * PREDICTING[half]
+    each = (DEEP_PREDICTING if is_deep(sd) else PREDICTING)[half]
+    return copies(sd, config, half) + 2 * pictures * pixels * each
 
 
 def phases(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, tuple[int, int]]:
     """By phase of a run on a GPU, bytes that stay through it and bytes that it works in at most."""
     part, coding = parts(sd, config, pixels, half), pixels * CODING
-    vae, text = size_of(sd.vae), 0 if config.text_changes else size_of(sd.text_encoder)
+    vae, text, there = size_of(sd.vae), visiting(sd, config), placed(sd, config, half)
+    room = there["unet"] if by_turns(config, pixels) else 0
 
     # While a CUDA graph draws, what it works in is kept from the VAE.
     draw = drawing(sd, config, pixels, half, config.sample_batch_size) if config.uses_prior else 0
-    first = max(draw, coding) if config.saves_memory else draw + coding
+    first = max(draw, coding - room) if config.saves_memory else draw + coding
     if config.num_validation_images:
         first = max(first, drawing(sd, config, pixels, half, config.grid_batch_size))
-    found = {"pictures before": (sum(placed(sd, config, half).values()), first)}
+    found = {"pictures before": (sum(there.values()), first)}
 
     if config.explain:  # without averages, yet or any more; of a gradient there are six at most
         gradients = 6 * max(size(p) for p in trainable(sd, config))

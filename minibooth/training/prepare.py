@@ -3,7 +3,7 @@
 import torch
 
 from .. import dreambooth
-from ..device import graphs, ranks
+from ..device import graphs, memory, ranks
 from . import class_images, methods, parameters, photos, resume, start
 from .data import Batches, encode
 from .in_backward import UpdateInBackward
@@ -18,14 +18,14 @@ def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     The networks go to the device. `captured`: whether the steps will be a CUDA graph.
     """
     config, sd, device = run.config, run.sd, run.device
-    methods.place(sd, run.trained, device, run.precision.dtype)
+    methods.place(sd, run.trained, device, run.precision.dtype, run.resting)
     found = start.images_of(run)
     start.try_kernels(run, captured, found)
 
     identity, class_photos, shown = run.identity, None, (run.shown,)
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
         graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
-        with graph, run.precision.autocast():
+        with graph, memory.by_turns(sd, run.by_turns), run.precision.autocast():
             files = [class_images.ensure(sd, images, run.on_passes) for images in found]
         of_class = torch.tensor([i for i, those in enumerate(files) for _ in those])
         files = [file for those in files for file in those]
@@ -35,8 +35,9 @@ def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     if run.saved is not None:
         resume.check(run.folder, run.saved.identity, identity)
 
-    instance = encode(sd, run.photos, config.random_flip, "photographs")
-    prior = encode(sd, class_photos, False, "class images") if class_photos else None
+    with memory.away(sd.unet, run.by_turns):
+        instance = encode(sd, run.photos, config.random_flip, "photographs")
+        prior = encode(sd, class_photos, False, "class images") if class_photos else None
     T, size = sd.schedule.T, config.train_batch_size * ranks.count()
     prompts, choice = methods.prompts_of(config, run.captions, shown)
     drawn_from = T, config.seed, size, device, choice, shown, ranks.share()

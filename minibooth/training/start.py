@@ -16,6 +16,8 @@ from ..common.errors import Stopped, UserError
 from ..common.files import alone_in, folder_size, require_space
 from ..device import memory, ranks, settle
 from ..device.precision import Precision
+from ..formats import folders, hub
+from ..formats.checkpoint import NETWORKS, skeleton
 from ..formats.configs import what_else_it_sees
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
@@ -105,10 +107,25 @@ class Run:
         self.on_passes = lambda n: None
 
     @property
+    def resting(self) -> tuple[str, ...]:
+        """The networks that stay on the CPU."""
+        return plan.resting(self.sd, self.config)
+
+    @property
+    def by_turns(self) -> bool:
+        """Whether the UNet makes room for the VAE."""
+        return plan.by_turns(self.config, self.pixels)
+
+    @property
+    def pixels(self) -> int:
+        """Of the latents of a training picture."""
+        return (self.resolution // self.sd.vae.factor) ** 2
+
+    @property
     def idle(self) -> list[nn.Module]:
-        """The networks that have no part in training."""
-        at_work = {"unet", *self.trained}
-        return [net for name, net in self.sd.networks.items() if name not in at_work]
+        """The networks that have no part in training, but visit the device."""
+        out = {"unet", *self.trained, *self.resting}
+        return [net for name, net in self.sd.networks.items() if name not in out]
 
 
 def check(config: TrainConfig, has_model: bool) -> torch.device:
@@ -143,6 +160,22 @@ def images_of(run: Run) -> list[class_images.Images]:
     """The class images of each subject; none without a prior term."""
     config, of_run = run.config, (run.resolution, run.fingerprint)
     return [class_images.find(config, s, *of_run) for s in config.subjects * config.uses_prior]
+
+
+def look_ahead(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what would not fit a GPU's memory before a model on the hub is downloaded: its configs
+    alone, a few kilobytes, say how large it is."""
+    source = str(config.model)
+    if device.type != "cuda" or Path(source).exists() or not hub.is_repo_id(source):
+        return
+    file = folders.file_getter(source, config.revision)
+    names = NETWORKS.keys() & folders.require_kind(file, source).keys()
+    files = {name: file(f"{name}/config.json") for name in names}
+    configs = {name: folders.read_config(files[name], source) for name in names}
+    networks = {name: skeleton(name, configs[name]) for name in names}
+    sd = StableDiffusion(None, schedule=None, configs=configs, **networks)
+    pixels = ((config.resolution or sd.image_size) // sd.vae.factor) ** 2
+    fit.refuse(sd, config, pixels, Precision(config.mixed_precision, device).name, device)
 
 
 def load(config: TrainConfig) -> StableDiffusion:

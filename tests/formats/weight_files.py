@@ -1,5 +1,6 @@
 """Models as weight files, and what is the same when they are read back."""
 
+import functools
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minibooth
-from minibooth.formats import single_files
+from minibooth.formats import checkpoint, configs, single_files
 
 KINDS = ("sd1", "sd2", "inpaint")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -93,3 +94,10 @@ def one_line(error):
     text = str(error.value)
     assert "\n" not in text and len(text) < 700
     return text
+
+
+@functools.cache
+def full_sdxl():
+    """The public SDXL's networks, without weights; only looked at."""
+    public = configs.SINGLE_FILE[2048]
+    return {n: checkpoint.skeleton(n, public[n]) for n in checkpoint.networks_of(public)}

@@ -97,8 +97,8 @@ def test_frozen_weights_are_rounded_before_pictures_are_drawn_whose_names_stay(
 ):
     ensure, seen = class_images.ensure, {}
 
-    def watched(sd, images):
-        files = ensure(sd, images)
+    def watched(sd, images, on_passes):
+        files = ensure(sd, images, on_passes)
         kinds = [next(sd.networks[name].parameters()).dtype for name in ("unet", "text_encoder")]
         seen[method] = kinds, files
         return files
