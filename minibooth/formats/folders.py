@@ -13,15 +13,8 @@ from ..common.files import read_text
 from ..tokenizer import PairedTokenizer, Tokenizer
 from . import adapters, hub, ldm, vocabulary
 from .checkpoint import LICENCE_FILES, NETWORKS, STEMS, Checkpoint, legacy_names, skeleton
-from .configs import (
-    DISTILLED,
-    ONLY,
-    REFINER,
-    X4_LEVELS,
-    check_config,
-    is_distilled,
-    other_class,
-)
+from .configs import DISTILLED, ONLY, REFINER, check_config, is_distilled, other_class
+from .public import X4_LEVELS
 from .tensor_files import read_tensors
 
 VARIANTS = ("", ".fp16", ".non_ema")  # in the order of preference; safetensors before pickles

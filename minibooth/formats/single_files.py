@@ -18,17 +18,9 @@ from .checkpoint import (
     skeleton,
     warn_unexpected,
 )
-from .configs import (
-    DISTILLED,
-    ONLY,
-    REFINER,
-    SD2_V,
-    SINGLE_FILE,
-    X4,
-    X4_LEVELS,
-    other_file,
-)
+from .configs import DISTILLED, ONLY, REFINER, other_file
 from .folders import read_tokenizer
+from .public import SD2_V, SINGLE_FILE, X4, X4_LEVELS
 from .tensor_files import json_metadata, read_tensors
 
 # Where the tools that write single files say what the UNet predicts: the specification, ComfyUI,

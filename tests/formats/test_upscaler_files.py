@@ -14,7 +14,7 @@ import minibooth
 from minibooth.common.errors import UserError
 from minibooth.formats import ldm, single_files
 from minibooth.formats.checkpoint import skeleton
-from minibooth.formats.configs import X4
+from minibooth.formats.public import X4
 from minibooth.formats.tensor_files import read_tensors, write_safetensors
 from minibooth.upscaler import Upscaler
 
