@@ -71,6 +71,18 @@ class Upscaler(StableDiffusion):
         """c = √ᾱ_s x + √(1−ᾱ_s) η of small pictures x in [-1, 1]: (B, 3, h, w); level: (B,)."""
         return q_sample(small, noise, self.small_schedule.alpha_bar[level])
 
+    @staticmethod
+    def check_size(height: int, width: int) -> None:
+        """Raise UserError unless a small picture can be of this size."""
+        given = f"a picture of {width}×{height} pixels"
+        if height % 4 or width % 4:
+            raise UserError(f"{given}: what is enlarged has sides that are multiples of 4")
+        if height * width > MOST:
+            large = f"{SCALE * width}×{SCALE * height}"
+            raise UserError(
+                f"{given} would become one of {large}: give one of {MOST:,} pixels at most"
+            )
+
     def require(
         self,
         pictures: list[Image.Image] | Tensor,
@@ -86,13 +98,9 @@ class Upscaler(StableDiffusion):
             rows = [np.asarray(picture.convert("RGB")) for picture in pictures]
             pictures = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255
         B, channels, h, w = pictures.shape
-        if channels != 3 or h % 4 or w % 4:
-            raise UserError(f"a picture of {w}×{h} pixels: give RGB and multiples of 4")
-        if h * w > MOST:
-            raise UserError(
-                f"a picture of {w}×{h} pixels would be one of {SCALE * w}×{SCALE * h}, more than "
-                f"memory is for: give one of {MOST:,} pixels at most"
-            )
+        if channels != 3:
+            raise UserError(f"pictures of {channels} channels: give RGB")
+        self.check_size(h, w)
         if not 0 <= noise_level < self.levels:
             raise UserError(f"noise level {noise_level}: give one from 0 to {self.levels - 1}")
         if len(prompts) != B:
@@ -157,6 +165,18 @@ class Upscaler(StableDiffusion):
             finished.append(z if output == "latent" else self.decode(z))
         result = torch.cat(finished)
         return to_pil(result) if output == "pil" else result
+
+
+def require_kind(sd: StableDiffusion, given: str, upscaler: bool = False) -> None:
+    """Raise UserError where a model that was `given` is an upscaler and none is wanted, or the
+    reverse."""
+    if upscaler and not isinstance(sd, Upscaler):
+        raise UserError(f"{given} is no upscaler: give one such as the x4 upscaler's folder")
+    if isinstance(sd, Upscaler) and not upscaler:
+        raise UserError(
+            f"{given} is an upscaler, which draws nothing by itself: give a model that draws; "
+            "minibooth.sample takes this one as --upscaler, minibooth.train as --model"
+        )
 
 
 BUILT[4 + 3] = Upscaler  # channels of the latent and of the small picture
