@@ -63,9 +63,9 @@ class Upscaler(StableDiffusion):
         config = self.configs["low_res_scheduler"]
         self.small_schedule = read_schedule(config).to(self.device)
 
-    def to(self, device) -> Self:
+    def to(self, device, **how) -> Self:
         self.small_schedule = self.small_schedule.to(device)
-        return super().to(device)
+        return super().to(device, **how)
 
     def noised(self, small: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """c = √ᾱ_s x + √(1−ᾱ_s) η of small pictures x in [-1, 1]: (B, 3, h, w); level: (B,)."""

@@ -97,7 +97,7 @@ def test_a_model_is_downloaded_by_exact_names(tmp_path, monkeypatch):
         ),
         ("StableDiffusionXLControlNetPipeline", "is a ControlNet: only"),
         ("FluxPipeline", "is Flux: only"),
-        ("StableDiffusionUpscalePipeline", "is an upscaler: only"),
+        ("StableDiffusionLatentUpscalePipeline", "is an upscaler of latents: only"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_by_its_first_file(name, said, tmp_path, monkeypatch):
