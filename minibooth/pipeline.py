@@ -196,12 +196,10 @@ def load(
 ) -> StableDiffusion:
     """Load a model: a folder in diffusers' layout, a single file, or an id on the hub.
 
-    `tokenizer` (a folder or id) and `vae` (folder, id or file) replace the model's own; a single
-    file that holds no vocabulary has CLIP's. `prediction_type` overrides what the model says,
-    "epsilon" or "v_prediction"; `revision` is a branch, tag or commit on the hub; `ema` takes the
-    averaged weights of a single file that has them beside the plain ones. With fp16 the VAE stays
-    fp32, since some overflow to black. Raises UserError where the source is no model, damaged,
-    hostile, of another kind or incomplete, or its parts do not fit together.
+    `tokenizer` (folder or id) and `vae` (folder, id or file) replace the model's own; `revision` is
+    the hub's; `prediction_type` overrides what the model says; `ema` takes a single file's averaged
+    weights. Under fp16 the VAE stays fp32, since some overflow to black pictures. Raises UserError
+    where the source is no model of these, damaged or hostile, or its parts do not fit together.
     """
     found = sources.read(source, tokenizer, vae, revision, ema)
     networks = checkpoint.build_all(found, dtype, device)

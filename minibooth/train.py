@@ -69,7 +69,7 @@ def train(
             batches, loss, identity = prepare.gather(run, captured)
             before = grids.draw(run)
             grids.save(run, 0, before)
-            adam = prepare.make_optimizer(run)
+            adam = prepare.make_optimizer(run, captured)
             learn(run, batches, loss, adam, identity, captured, on_step)
             finish(run, before, originals)
             if score.applies(run.config):
@@ -90,10 +90,11 @@ def one_update(
     def update(step: Tensor, rate: Tensor, *batches: Batch) -> Tensor:
         losses = []
         for batch in ranks.each(loss_of, batches):
-            result = loss_of(batch)
-            loss = result.loss
-            adam.start(loss, rate)
-            (loss * adam.scale / len(batches)).backward()
+            with adam.copies_in_place():
+                result = loss_of(batch)
+                loss = result.loss
+                adam.start(loss, rate)
+                (loss * adam.scale / len(batches)).backward()
             losses.append(torch.stack([loss, result.loss_instance, result.loss_prior]).detach())
             if on_step:
                 on_step(int(step), result)

@@ -67,6 +67,17 @@ class Attention(nn.Module):
         return self.to_out[0](y.transpose(1, 2).flatten(2))  # (B, N, C)
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm through ops; and for where something is added to x first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def of_sum(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """x + h, and its norm."""
+        return ops.add_layer_norm(x, h, self.weight, self.bias, self.eps)
+
+
 class GEGLU(nn.Module):
     """A linear layer, and a second one that says how much of each value passes (2002.05202)."""
 
@@ -75,8 +86,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, gate = self.proj(x).chunk(2, dim=-1)
-        return h * F.gelu(gate)
+        return ops.geglu(self.proj(x))  # h · GELU(gate)
 
 
 class FeedForward(nn.Module):
@@ -96,18 +106,18 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, c_context: int, heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, c_context, heads)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)  # the only place where the text comes in
-        return x + self.ff(self.norm3(x))
+        x, h = self.norm2.of_sum(x, self.attn1(h, h))  # x + attn1, and its norm
+        x, h = self.norm3.of_sum(x, self.attn2(h, context))  # the only place where text comes in
+        return x + self.ff(h)
 
 
 class TextBlock(TransformerBlock):

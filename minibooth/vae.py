@@ -13,10 +13,11 @@ EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's is 1e-5
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm through ops, with the SiLU that follows most of them."""
+    """nn.GroupNorm through ops, with the SiLU that follows most of them; of x + shift where there
+    is a shift, (B, C)."""
 
-    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        return ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
+    def forward(self, x: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+        return ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu, shift)
 
 
 class ResnetBlock(nn.Module):
@@ -36,9 +37,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(self.norm1(x, silu=True))
-        if temb is not None:
-            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]  # (B, c_out, 1, 1)
-        h = self.conv2(self.norm2(h, silu=True))
+        shift = None if temb is None else self.time_emb_proj(F.silu(temb))  # (B, c_out)
+        h = self.conv2(self.norm2(h, silu=True, shift=shift))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

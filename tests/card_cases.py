@@ -14,6 +14,7 @@ from pathlib import Path
 import pretend_card
 import tiny
 import torch
+from torch import nn
 from triton.runtime import interpreter
 
 from minibooth import UserError, load, lora, ops, toybox, train, unet, vae
@@ -25,7 +26,7 @@ from minibooth.device.precision import Precision
 from minibooth.formats.public import SD1_UNET, SD_VAE
 from minibooth.toybox import score, world
 from minibooth.toybox.pretrain import TEXT_CONFIG
-from minibooth.training import fit, optimizer
+from minibooth.training import fit, optimizer, prepare
 from minibooth.training.settings import TrainConfig
 
 
@@ -77,11 +78,47 @@ def run(settings: dict) -> dict:
     return found
 
 
+class TableInPyTorch:
+    """The kernels of AdamW by operators that PyTorch's path takes, in their order."""
+
+    def __init__(self, weights, averages, copies, groups):
+        self.weights, self.averages, self.copies, self.groups = weights, averages, copies, groups
+
+    def norm(self, gradients):
+        for gradient, copy in zip(gradients, self.copies, strict=True):
+            assert gradient.dtype == (torch.float32 if copy is None else copy.dtype)
+        self.gradients = [gradient.float() for gradient in gradients]
+        return torch.nn.utils.get_total_norm(self.gradients)
+
+    def update(self, rates, scale, skip, t, decay):
+        numbers = {"weight_decay": decay, "grad_scale": scale, "found_inf": skip, "eps": 1e-8}
+        numbers |= {"beta1": 0.9, "beta2": 0.999, "amsgrad": False, "maximize": False}
+        for i, rate in enumerate(rates.unbind()):
+            lists = self.weights, self.gradients, *self.averages, [t] * len(self.weights)
+            parts = [[x for x, g in zip(xs, self.groups, strict=True) if g == i] for xs in lists]
+            torch._fused_adamw_(*parts[:-1], [], parts[-1], lr=rate, **numbers)
+        for weight, copy in zip(self.weights, self.copies, strict=True):
+            if copy is not None:
+                copy.copy_(weight)
+
+
+@contextlib.contextmanager
+def copies_kept():
+    """Within it AdamW is that of kernels, with copies in 16 bits: by TableInPyTorch."""
+    table, by_kernel = ops.adamw_kernels.Table, ops.adamw_by_kernel
+    ops.adamw_kernels.Table, ops.adamw_by_kernel = TableInPyTorch, lambda weight, dtype: True
+    try:
+        yield
+    finally:
+        ops.adamw_kernels.Table, ops.adamw_by_kernel = table, by_kernel
+
+
 def both(runs: list[dict]) -> list[list[dict]]:
-    """Each run with CUDA graphs, then without."""
+    """Each run with CUDA graphs and copies that are kept, where it keeps any; then without."""
     pairs = []
     for settings in runs:
-        captured = run(settings)
+        with copies_kept():
+            captured = run(settings)
         if settings.get("use_8bit_adam"):  # which is never captured: there is nothing to compare
             pairs.append([captured, captured])
             continue
@@ -93,7 +130,8 @@ def both(runs: list[dict]) -> list[list[dict]]:
 
 
 def run_each(runs: list[dict]) -> list[dict]:
-    return [run(settings) for settings in runs]
+    with copies_kept():
+        return [run(settings) for settings in runs]
 
 
 # ---- sampling ----------------------------------------------------------------------------------
@@ -268,7 +306,8 @@ def too_little_memory(settings: dict) -> dict:
             end(self)
 
         torch.cuda.CUDAGraph.capture_end = room_again
-        found[name] = run(settings | {"output_dir": f"{settings['output_dir']}-{name}"})
+        with copies_kept():
+            found[name] = run(settings | {"output_dir": f"{settings['output_dir']}-{name}"})
         torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = begin, end
     with eager():
         pretend_card.Graph.stuck = False
@@ -394,6 +433,52 @@ def kernels() -> dict:
         found[name] = torch.stack(out).tolist()
         found[f"{name} launches"] = len(launches)
     interpreter.GridExecutor.__call__ = run_one
+    return found
+
+
+def updates() -> dict:
+    """Steps of a small network in fp16, with two learning rates: by AdamW's kernels 20 replayed
+    from a graph, the first 7 of them not, the last 5 from a state on; and all by PyTorch."""
+    device, found = cli.pick_device("cuda"), {}
+    precision = Precision("fp16", device)
+
+    def trained(name, steps, captured=False, state=None):
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 16, bias=False), nn.LayerNorm(16, bias=False)
+        net = nn.Sequential(*layers, nn.Linear(16, 8, bias=False)).to(device)
+        groups = [(1e-2, list(net[:2].parameters())), (3e-3, list(net[2:].parameters()))]
+        adam = prepare.update_of(TrainConfig(), precision, groups, [net], captured=True)
+        adam.allocate()
+        weights = dict(net.named_parameters())
+        if state is not None:
+            with torch.no_grad():
+                for key, p in weights.items():
+                    p.copy_(state[key])
+            adam.load_state(state)
+
+        def update(step, x):
+            with adam.copies_in_place():
+                with precision.autocast():
+                    loss = (net(x).float() - x).square().mean()
+                (loss * adam.scale).backward()
+            return torch.stack([loss.detach(), adam.apply(step, loss.detach(), 1 / step)])
+
+        call, out = graphs.captured(update, device, adam.forget) if captured else update, []
+        for step in steps:
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            out.append(call(torch.tensor(float(step)).to(device), x.to(device)))
+            if step == 15:
+                state = {k: x.detach().clone() for k, x in (weights | adam.state()).items()}
+        values = torch.cat([p.detach().flatten() for p in weights.values()])
+        found[name] = {"losses": torch.stack(out).tolist(), "weights": values.tolist()}
+        return state
+
+    ops.use("triton")
+    state = trained("replayed", range(1, 21), captured=True)
+    trained("eager", range(1, 8))
+    trained("resumed", range(16, 21), state=state)
+    ops.use("torch")
+    trained("torch", range(1, 21))
     return found
 
 

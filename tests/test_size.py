@@ -43,9 +43,9 @@ INSIDE = {  # the same within a room
     ],
     "training": [
         *("events", "photos", "subjects", "settings", "passes", "class_images", "data"),
-        *("eight_bit", "optimizer", "in_backward", "parameters", "plan", "fit", "on_cpu"),
-        *("report", "methods", "resume", "snapshots", "start", "stop", "loss", "prepare"),
-        *("grids", "finite"),
+        *("eight_bit", "optimizer", "in_backward", "by_kernel", "parameters", "plan", "fit"),
+        *("on_cpu", "report", "methods", "resume", "snapshots", "start", "stop", "loss"),
+        *("prepare", "grids", "finite"),
     ],
     "bench": [
         *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),

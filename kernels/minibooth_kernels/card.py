@@ -2,6 +2,7 @@
 
 import functools
 import subprocess
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -51,6 +52,12 @@ def unsupported(x: torch.Tensor) -> str | None:
     if x.numel() == 0:
         return "an empty tensor has nothing to compute"
     return None
+
+
+def chosen(choices: Sequence[int], kernel: int) -> int:
+    """Which candidate of its tiles an operator's so-manieth kernel takes: the first, if none is
+    named."""
+    return choices[kernel] if kernel < len(choices) else 0
 
 
 @triton.jit

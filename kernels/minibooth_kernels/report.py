@@ -10,7 +10,6 @@ alignment of each pointer. `problems` is the gate the tests use.
 import argparse
 import contextlib
 import csv
-import functools
 import itertools
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import attention, card, group_norm
+from . import adamw, attention, card, geglu, group_norm, layer_norm
 from .sass import measure
 
 # Shared memory of one block, bytes, by compute capability (CUDA C++ Programming Guide, "Technical
@@ -67,6 +66,7 @@ def recording(capability: int):
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(card, "capability", lambda device: capability),
+        mock.patch.object(card, "unsupported_card", lambda device: None),
     ):
         yield launches
 
@@ -108,28 +108,57 @@ LENGTHS = ((64, 77), (256, 256), (200, 200))  # N_q, N_k: short; long, whole blo
 SHAPES = ((640, 32), (320, 32), (960, 32), (640, 16), (1280, 16), (1920, 16), (2560, 16))
 SHAPES += ((128, 8), (256, 8), (320, 8), (640, 8), (1280, 8), (2560, 8), (320, 64))
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
+SHIFTED = (False, True)  # only with a SiLU behind
+WIDTHS = (128, 320, 640, 1280)  # of the rows of a transformer
 QUICK = {"dims": (40,), "lengths": LENGTHS[:2], "shapes": ((320, 64), (1280, 8)), "silu": (True,)}
-QUICK |= {"candidates": 2}
+QUICK |= {"candidates": 2, "widths": (320,)}
 FULL = {"dims": DIMS, "lengths": LENGTHS, "shapes": SHAPES, "silu": (True, False), "candidates": 3}
+FULL |= {"widths": WIDTHS}
 
 
 def launch_attention(dtype: torch.dtype, dims, lengths, candidates) -> None:
     """Calls it, forward and backward, on every combination, with so many of a row's tiles."""
     for choice, d, (N_q, N_k) in itertools.product(range(candidates), dims, lengths):
         q, k, v = (torch.empty(1, 1, N, d, dtype=dtype) for N in (N_q, N_k, N_k))
-        chosen = functools.partial(attention.tiles.config, choice=choice)
-        with mock.patch.object(attention, "config", chosen):
-            out, L = attention._attention(q, k, v, 1.0)
-            if d <= 160:
-                attention._attention_backward(out, q, k, v, out, L, 1.0)
+        counts = attention.candidates(q, N_k, backward=d <= 160)
+        choices = [choice if choice < count else 0 for count in counts]
+        out, L = attention._attention(q, k, v, 1.0, choices)
+        if d <= 160:
+            attention._attention_backward(out, q, k, v, out, L, 1.0, choices)
 
 
 def launch_norms(dtype: torch.dtype, weights: torch.dtype, shapes, silu) -> None:
-    for (C, size), layout, silu_ in itertools.product(shapes, LAYOUTS, silu):
+    for (C, size), layout, silu_, shifted in itertools.product(shapes, LAYOUTS, silu, SHIFTED):
+        if shifted and not silu_:
+            continue
         x = torch.empty(1, C, size, size, dtype=dtype).to(memory_format=layout)
         weight = torch.empty(C, dtype=weights)
-        y, mean, rstd = group_norm._group_norm(x, 32, weight, weight, 1e-5, silu_)
-        group_norm._group_norm_backward(y, x, 32, weight, weight, mean, rstd, silu_)
+        shift = x[..., 0, 0].contiguous() if shifted else None
+        y, mean, rstd = group_norm._group_norm(x, 32, weight, weight, 1e-5, silu_, shift, ())
+        group_norm._group_norm_backward(y, x, 32, weight, weight, mean, rstd, silu_, ())
+
+
+def launch_rows(dtype: torch.dtype, weights: torch.dtype, widths, candidates) -> None:
+    """The norms of a transformer's rows, and its gates."""
+    for choice, C, add in itertools.product(range(candidates), widths, (False, True)):
+        x, weight = torch.empty(1, 64, C, dtype=dtype), torch.empty(C, dtype=weights)
+        choices = [choice if choice < count else 0 for count in layer_norm.candidates(dtype, True)]
+        h = x if add else None
+        _, y, statistics = layer_norm._layer_norm(x, h, weight, weight, 1e-5, choices)
+        layer_norm._layer_norm_backward(y, h, x, weight, statistics, choices)
+    for C in widths:
+        x = torch.empty(1, 64, 8 * C, dtype=dtype)
+        geglu._geglu_backward(geglu._geglu(x), x)
+
+
+def launch_adamw(dtype: torch.dtype) -> None:
+    """As many weights as one launch notes, with copies in this dtype where it has 16 bits."""
+    weights = [torch.empty(1) for _ in range(adamw.NOTED)]
+    copies = [None if dtype == torch.float32 else w.to(dtype) for w in weights]
+    table = adamw.Table(weights, (weights, weights), copies, [0] * len(weights))
+    table.norm([w.to(dtype) for w in weights])
+    number = weights[0]
+    table.update(number, number, number, number, 0.01)
 
 
 def report(capability: int, dtype: str, cases: dict) -> list[dict]:
@@ -139,6 +168,9 @@ def report(capability: int, dtype: str, cases: dict) -> list[dict]:
         launch_attention(half, cases["dims"], cases["lengths"], cases["candidates"])
         for weights in dict.fromkeys([dtype, "fp32"]):  # under autocast the norms' stay in fp32
             launch_norms(half, DTYPES[weights], cases["shapes"], cases["silu"])
+            launch_rows(half, DTYPES[weights], cases["widths"], cases["candidates"])
+            if weights == dtype:
+                launch_adamw(half)
             head = {"capability": capability, "dtype": dtype, "weights": weights}
             lines += [head | measure(*launch) for launch in launches[len(lines) :]]
     return lines

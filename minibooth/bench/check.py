@@ -50,12 +50,19 @@ NORMS = {
     )
     for channels in widths
 }
+# name: (rows, channels) of a transformer's norms, and of what its gates make
+ROWS = {
+    f"UNet rows {rows} C{channels}": (rows, channels)
+    for rows, channels in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))
+}
 # checked, not timed
 ODD_ATTENTION = {"odd": (3, 333, 201, 88), "odd short": (2, 130, 77, 40), "tiny": (1, 5, 3, 8)}
 ODD_NORMS = {"odd small": (64, 13), "odd large": (64, 131)}
+ODD_ROWS = {"odd rows": (77, 100)}
 QUICK = (  # of both, a selection
     *(*ODD_ATTENTION, "SD 1.5 self 4096", "SD 1.5 cross 4096", "SD 1.5 self 64"),
     *(*ODD_NORMS, "UNet 64x64 C320", "UNet 8x8 C1280"),
+    *(*ODD_ROWS, "UNet rows 4096 C320"),
 )
 HEADS_AT_ONCE = 2  # in fp64: one head's 4096 × 4096 scores are 134 MB, several times over
 
@@ -68,7 +75,17 @@ def norm(B: int, name: str, dtype: torch.dtype, backward: bool) -> Case:
     channels, side = (NORMS | ODD_NORMS)[name]
     dtype = str(dtype)[6:]
     shape = (B, channels, side, side)
-    return Case("group_norm", shape, dtype, backward, (32, True, True, dtype))
+    return Case("group_norm", shape, dtype, backward, (32, True, True, dtype, True))
+
+
+def layer_norm(B: int, name: str, dtype: torch.dtype, backward: bool) -> Case:
+    dtype, shape = str(dtype)[6:], (B, *(ROWS | ODD_ROWS)[name])
+    return Case("layer_norm", shape, dtype, backward, (True, dtype))
+
+
+def gate(B: int, name: str, dtype: torch.dtype, backward: bool) -> Case:
+    rows, channels = (ROWS | ODD_ROWS)[name]
+    return Case("geglu", (B, rows, 8 * channels), str(dtype)[6:], backward)
 
 
 def in_fp64(f: Callable, inputs: list[Tensor], upstream: Tensor, case: Case) -> list[Tensor]:
@@ -94,11 +111,11 @@ def check_one(name: str, case: Case, functions: dict[str, Callable]) -> list[str
     first, second, other = (
         results(f, inputs, upstream, case.backward) for f in (ours, ours, theirs)
     )
-    failures = []
+    failures, outputs = [], len(expected) - len(inputs) * case.backward
     for i, (a, b, c, true) in enumerate(zip(first, second, other, expected, strict=True)):
-        what = f"{name} {'output' if i == 0 else f'gradient {i}'}"
+        what = f"{name} {'output' if i < outputs else f'gradient {i - outputs + 1}'}"
         error = relative_error(a, true)
-        allowed = max((3 if i else 2) * relative_error(c, true), 2e-6)
+        allowed = max((2 if i < outputs else 3) * relative_error(c, true), 2e-6)
         if not error <= allowed:
             failures.append(f"{what}: error {error:.2e}, allowed {allowed:.2e}")
         if not torch.equal(a, b):
@@ -110,14 +127,16 @@ def check(dtype: torch.dtype, names: Collection[str] | None = None) -> list[str]
     """Odd shapes, and for half precision every benchmarked one, or those of these names; the
     failures, in lines."""
     half = dtype != torch.float32
-    cases = {
-        name: attention(2, name, dtype, backward=shape[3] <= 160)
+    cases = [
+        (name, attention(2, name, dtype, backward=shape[3] <= 160))
         for name, shape in (ODD_ATTENTION | (ATTENTION if half else {})).items()
-    }
-    cases |= {name: norm(2, name, dtype, True) for name in ODD_NORMS | (NORMS if half else {})}
+    ]
+    cases += [(name, norm(2, name, dtype, True)) for name in ODD_NORMS | (NORMS if half else {})]
+    rows = ODD_ROWS | (ROWS if half else {})
+    cases += [(name, of(2, name, dtype, True)) for name in rows for of in (layer_norm, gate)]
     failures = []
     with poisoned():
-        for name, case in cases.items():
+        for name, case in cases:
             if names is None or name in names:
                 failures += check_one(f"{name} {dtype}", case, implementations(case))
     return failures
@@ -127,8 +146,10 @@ def smoke() -> None:
     """Each kernel once on a small odd shape, for compute-sanitizer."""
     cases = [Case("attention", (1, 2, 130, N_k, 40), "float16", True) for N_k in (77, 201)]
     for side in (13, 130):
-        norm = (32, True, True, "float16")
+        norm = (32, True, True, "float16", True)
         cases.append(Case("group_norm", (1, 64, side, side), "float16", True, norm))
+    cases.append(Case("layer_norm", (1, 77, 100), "float16", True, (True, "float16")))
+    cases.append(Case("geglu", (1, 77, 100), "float16", True))
     for case in cases:
         results(implementations(case)["triton"], *make_inputs(case, DEVICE), case.backward)
     torch.cuda.synchronize()

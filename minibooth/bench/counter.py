@@ -55,6 +55,7 @@ NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.detach", "aten.lift_fresh", "
 KINDS = {  # of operators, by a part of the name: the first that is in it
     "_foreach": "AdamW",
     "_fused": "AdamW",
+    "adamw": "AdamW",
     "convolution": "convolutions",
     "attention": "attention",
     "group_norm": "norms",
@@ -177,13 +178,14 @@ class Counter(TorchDispatchMode):
 
     def launch_code(self, func, args):
         """An operator of minibooth_kernels. Its own launch code runs and decides what to launch;
-        each kernel moves its arguments once."""
+        each kernel moves its arguments once, AdamW's what its table leads to."""
         name = func.overloadpacket.__name__
-        attends = name.startswith("attention")
-        kernels = ops.attention_kernels if attends else ops.group_norm_kernels
+        attends, by_table = name.startswith("attention"), name.startswith("adamw")
+        of = "adamw" if by_table else name.removesuffix("_backward")
+        kernels = getattr(ops, f"{of}_kernels")
 
         def launch(kernel, *arguments, **options):
-            self.add(name, total(arguments))
+            self.add(name, 0 if by_table else total(arguments))
 
         with (
             mock.patch("triton.runtime.jit.JITFunction.run", launch),
@@ -191,6 +193,10 @@ class Counter(TorchDispatchMode):
             self,
         ):
             out = getattr(kernels, f"_{name}")._init_fn.__wrapped__(*args)
+        if by_table:
+            names = [argument.name for argument in func._schema.arguments]
+            overwritten = dict(zip(names, args, strict=True)).get("copies")
+            self.add(name, moved_by(func, args, {}, out) - total(overwritten), 0)
         if attends:
             backward = "backward" in name
             flops = sdpa_backward_flop_count if backward else sdpa_flop_count

@@ -7,11 +7,9 @@ the inputs of a graph's calls differ and together exceed the L2 cache. The bound
 compared with, the rates of a matrix product and of a copy, are measured in the same run.
 """
 
-import functools
 import json
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch._functorch.config as functorch_config
@@ -20,8 +18,10 @@ from .. import ops
 from ..device.trial import GRAPH_CALLS, examine, graph_time, implementations
 from ..ops import Case
 from . import chart, check
-from .check import ATTENTION, NORMS
+from .check import ATTENTION, NORMS, ROWS
 
+KINDS = ((check.attention, ATTENTION), (check.norm, NORMS))
+KINDS += ((check.layer_norm, ROWS), (check.gate, ROWS))
 BATCH_SIZES = (2, 8, 16)
 FORWARD, BOTH = "forward", "with backward"
 
@@ -48,6 +48,11 @@ def work(case: Case) -> dict[str, float]:
             ("bytes", "moved"), moved
         )
     tensor, moved = size * torch.Size(case.shape).numel(), 0
+    if case.op != "group_norm":
+        # x and y, halves of one another; x, dy and dx. Or x, h, their sum and y; dy, the sum's
+        # gradient, the sum and dx.
+        passes = 1.5 + 2.5 * case.backward if case.op == "geglu" else 4 + 4 * case.backward
+        return {"flops": 0} | dict.fromkeys(("bytes", "moved"), int(tensor * passes))
     kernels, channels = ops.group_norm_kernels, case.shape[1] // case.norm[0]
     pixels = torch.Size(case.shape[2:]).numel()
     passes = [(kernels.FORWARD_TILES, 2, 3)] + [(kernels.BACKWARD_TILES, 3, 5)] * case.backward
@@ -62,6 +67,7 @@ def row(name: str, case: Case, bound: dict, functions: dict | None = None) -> di
     found = {"kind": case.op, "shape": name, "B": case.shape[0], "dtype": case.dtype}
     found |= {"direction": BOTH if case.backward else FORWARD, "us": verdict.us}
     found |= {"taken": verdict.triton, "why": verdict.why}
+    found |= {"choices": verdict.choices, "other choices": verdict.others}
     others = {name: us for name, us in verdict.us.items() if name != "triton"}
     best = min(others, key=others.get) if others else None
     if "triton" in verdict.us:
@@ -87,17 +93,6 @@ def functions_of(case: Case) -> dict:
         torch._dynamo.reset()  # one compilation per shape, as a fixed-size training run has it
         functions["compile"] = torch.compile(functions["torch"], dynamic=False)
     return functions
-
-
-def forward_variants(bound: dict) -> list[dict]:
-    """The 4096 · 4096 forward with d = 40, with each candidate of the table."""
-    kernels = ops.attention_kernels
-    rows, table = [], kernels.config
-    case = check.attention(2, "SD 1.5 self 4096", torch.bfloat16, False)
-    for choice in range(3):
-        with mock.patch.object(kernels, "config", functools.partial(table, choice=choice)):
-            rows.append({"candidate": choice} | row("SD 1.5 self 4096", case, bound))
-    return rows
 
 
 # ---- the report --------------------------------------------------------------------------------
@@ -148,7 +143,7 @@ def benchmark(minutes: float, output: Path, extra: dict) -> None:
         (name, make_case(B, name, dtype, backward), dtype)
         for dtype in (bf16, fp16)
         for B in BATCH_SIZES
-        for make_case, names in ((check.attention, ATTENTION), (check.norm, NORMS))
+        for make_case, names in KINDS
         for name in names
         for backward in (False, True)
         if not (name.startswith("VAE 4096") and backward)
@@ -157,10 +152,6 @@ def benchmark(minutes: float, output: Path, extra: dict) -> None:
     first = (BATCH_SIZES[0], bf16)
     plan.sort(key=lambda p: 2 * ((p[1].shape[0], p[2]) != first) + (p[1].op == "group_norm"))
     rows, left_out = [], []
-    variants = forward_variants(bound[bf16])
-    for variant in variants:
-        us = variant["us"].get("triton", 0)
-        print(f"4096 · 4096 · 40 with candidate {variant['candidate']}: {us:.1f} µs")
     for name, case, dtype in plan:
         if time.monotonic() > end:
             left_out.append(
@@ -178,7 +169,6 @@ def benchmark(minutes: float, output: Path, extra: dict) -> None:
         "cudnn": torch.backends.cudnn.version(),
         "bounds": {str(d)[6:]: b for d, b in bound.items()},
         **extra,
-        "variants": variants,
         "rows": rows,
         "left_out": left_out,
     }

@@ -22,9 +22,9 @@ from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..text_encoder import Condition
 from ..train import one_update
+from ..training import prepare
 from ..training.data import Batch, Drawn
 from ..training.loss import Loss
-from ..training.optimizer import Update
 from ..training.settings import TrainConfig
 from ..unet import UNet
 from .counter import KINDS, Counter
@@ -91,10 +91,11 @@ def our_step(
     config = TrainConfig(mixed_precision=row.precision, **dict(row.settings))
     schedule = replace(schedule, alpha_bar=torch.empty(schedule.T, device=CARD))
     sd = StableDiffusion(None, None, None, network, schedule, {})
-    how = Precision(row.precision, CARD), config.gradient_checkpointing
+    precision = Precision(row.precision, CARD)
+    how = precision, config.gradient_checkpointing
     loss = Loss(sd, None, contexts, config.prior_loss_weight, None, *how)
     groups = [(config.learning_rate, list(network.parameters()))]
-    adam = Update(groups, config.adam_weight_decay, config.max_grad_norm, scaled=False)
+    adam = prepare.update_of(config, precision, groups, [network], captured=True)
     update = one_update(loss, adam)
     number, rate = torch.ones(2, device=CARD).unbind()
     return lambda: update(number, rate, batch)
@@ -169,6 +170,13 @@ def found_by(who: str, row: Row, counter: Counter) -> dict:
     return found
 
 
+def label(found: dict) -> str:
+    row = found["row"]
+    side = row["kernels"] if found["whose"] == OURS else found["whose"]
+    modes = "".join(f", {name}" for name, _ in row["settings"])
+    return f"{row['what']}, batch {row['batch']}, {row['precision']}{modes}: {side}"
+
+
 def table(results: list[dict]) -> str:
     """As Markdown: rows and their phases; then launches and GB by kind."""
     kinds = list(dict.fromkeys(KINDS.values()))
@@ -177,18 +185,14 @@ def table(results: list[dict]) -> str:
         [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"] for head in heads
     )
     for found in results:
-        row = found["row"]
-        side = row["kernels"] if found["whose"] == OURS else found["whose"]
-        modes = "".join(f", {name}" for name, _ in row["settings"])
-        label = f"{row['what']}, batch {row['batch']}, {row['precision']}{modes}: {side}"
         phases = found["phases"] if len(found["phases"]) > 1 else {}
-        for name, sums in {label: found, **phases}.items():
+        for name, sums in {label(found): found, **phases}.items():
             least = [f"{1e3 * sums['least_seconds'][of]:.2f}" for of in ("bytes", "flops")]
             cells = f"{sums['launches']} | {sums['bytes'] / 1e9:.2f} | {sums['flops'] / 1e12:.2f}"
             first.append(f"| {name} | {cells} | {' | '.join(least)} |")
         sums = [found["kinds"].get(kind, summed([[0, 0, 0]])) for kind in kinds]
         cells = " | ".join(f"{s['launches']}, {s['bytes'] / 1e9:.2f}" for s in sums)
-        second.append(f"| {label} | {cells} |")
+        second.append(f"| {label(found)} | {cells} |")
     return "\n".join([ABOUT, "", *first, "", *second, ""])
 
 

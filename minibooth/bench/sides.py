@@ -113,7 +113,7 @@ def their_forward(row: Row, peer: Peer, inputs: tuple[Tensor, ...]) -> Callable[
 
 def our_step(run: Run, batches: Batches, loss: Loss) -> Callable[[], Tensor]:
     """The training program's own update, captured where it captures it."""
-    adam = prepare.make_optimizer(run)
+    adam = prepare.make_optimizer(run, captured=True)
     update = one_update(loss, adam)
     if adam.capturable:
         adam.allocate()

@@ -6,6 +6,10 @@ operator keeps Python busier than PyTorch's; there PyTorch's are taken (ops.pref
 ranks and in the VAE, in training with 8-bit AdamW or with a watcher of its steps, and in drawing
 where memory is short.
 
+Kernels are tried with all the tiles that their tables have for the card, so long as CHOOSING says,
+and then with the first of each. Which one is taken is a part of the verdict, so that two runs on
+one machine add up in the same order.
+
 An illegal access ruins a process's whole GPU context, so cases are tried (trial.py) in a process of
 its own: when that dies, the case it died of goes to PyTorch, and another process does the rest.
 """
@@ -14,6 +18,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,11 +36,12 @@ from ..ops import Case
 from ..pipeline import StableDiffusion
 from ..text_encoder import Condition
 from . import beside, graphs, verdicts
-from .trial import EPS, examine, graph_time, make_inputs
+from .trial import counts, examine, graph_time, make_inputs, ours, results
 from .verdicts import NO_MEMORY, Verdict
 
 MOST_DEATHS = 3  # of the process that tries
 SILENCE = 120.0  # seconds in which it must say something: it imports PyTorch, and compiles
+CHOOSING = 90.0  # seconds in which other tiles than the first of each kernel are tried
 
 
 # ---- in a process of its own -------------------------------------------------------------------
@@ -48,50 +54,80 @@ class NotTried(Exception):
     """Why cases are left that were not tried, of which nothing is known and nothing remembered."""
 
 
-def compile_case(case: Case, capability: int) -> None:
+def compile_case(case: Case, choices: tuple[int, ...], capability: int) -> None:
     """Compile its kernels into Triton's cache, without a GPU: for a process beside others."""
-    from minibooth_kernels import attention, group_norm, report
+    from minibooth_kernels import report
 
-    inputs, _ = make_inputs(case, torch.device("meta"))
-    a, b, c = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs)
+    inputs, upstream = make_inputs(case, torch.device("meta"))
+    *inputs, upstream = (
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in (*inputs, upstream)
+    )
     # What does not compile is found out, and said, when it is tried.
     with contextlib.suppress(Exception), report.recording(capability):
-        if case.op == "attention":
-            out, L = attention._attention(a, b, c, 1.0)
-            if case.backward:
-                attention._attention_backward(out, a, b, c, out, L, 1.0)
-        else:
-            groups, silu, *_ = case.norm
-            y, mean, rstd = group_norm._group_norm(a, groups, b, c, EPS, silu)
-            if case.backward:
-                group_norm._group_norm_backward(y, a, groups, b, c, mean, rstd, silu)
+        results(ours(case, choices), inputs, upstream, case.backward)
 
 
-def compile_all(cases: list[Case], capability: int, say: Callable[[str], object]) -> None:
-    """Side by side, which is only to save time: what is missing is compiled when it is tried."""
-    workers = min(8, os.cpu_count() or 1, len(cases))
+def to_compile(cases: list[Case], device: torch.device) -> tuple[list[tuple], list[tuple]]:
+    """Cases with choices, of which each is compiled once: the first choice of every case, and the
+    others that may be tried. Kernels do not know how large a batch is; and those of the forward
+    pass are the same whether there is a backward pass or not."""
+    backward: dict[Case, bool] = {}
+    for case in cases:
+        alike = case._replace(shape=(2, *case.shape[1:]), backward=False)
+        backward[alike] = backward.get(alike, False) or case.backward
+    first, others = [], []
+    for case in (alike._replace(backward=both) for alike, both in backward.items()):
+        of_each = counts(case, device)
+        none = (0,) * len(of_each)
+        first.append((case, none))
+        others += [
+            (case, (*none[:place], choice, *none[place + 1 :]))
+            for place, count in enumerate(of_each)
+            for choice in range(1, count)
+        ]
+    return first, others
+
+
+def compile_all(
+    cases: list[Case], device: torch.device, say: Callable[[str], object], until: float
+) -> None:
+    """Side by side, which is only to save time: what is missing is compiled when it is tried. The
+    other choices than the first only until then. Says COMPILED as often as there are cases."""
+    capability = ops.attention_kernels.card.capability(device)
+    first, others = to_compile(cases, device)
+    todo, said = first + others, 0
+    workers = min(8, os.cpu_count() or 1, len(todo))
     with (
         contextlib.suppress(BrokenProcessPool),
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
     ):
-        for _ in pool.map(compile_case, cases, [capability] * len(cases)):
-            say(COMPILED)
+        compiled = pool.map(compile_case, *zip(*todo, strict=True), [capability] * len(todo))
+        for done, _ in enumerate(compiled, 1):
+            while said < done * len(cases) // len(todo):
+                say(COMPILED)
+                said += 1
+            if done >= len(first) and time.monotonic() > until:
+                pool.shutdown(cancel_futures=True)
+                return
 
 
-def try_all(cases: list[Case], device: torch.device, say: Callable[[str], object]) -> None:
-    """The child's work: see that kernels can be launched at all, compile, try one by one."""
+def try_all(
+    cases: list[Case], device: torch.device, say: Callable[[str], object], seconds: float
+) -> None:
+    """The child's work: see that kernels can be launched at all, compile, try one by one; for so
+    many seconds with all tiles, then with the first of each kernel."""
+    until = time.monotonic() + seconds
     card = ops.attention_kernels.card
     try:
         torch.cuda.set_device(device)  # Triton launches, and graphs record, on the current one
         card.launch_one(device)
-        capability = card.capability(device)
     except Exception as error:
         say(CANNOT + card.why_no_launch(error))
         return
-    compile_all(cases, capability, say)
+    compile_all(cases, device, say, until)
     for case in cases:
         say(BEGIN)
-        verdict = examine(case, device, graph_time)
+        verdict = examine(case, device, graph_time, until=until)
         torch.cuda.synchronize(device)  # ends this process where the case ruined its context
         say(VERDICT + json.dumps(asdict(verdict)))
         torch.cuda.empty_cache()
@@ -109,9 +145,11 @@ def in_a_process(
     """`examine` of every case, in order, each as soon as it is known. A case that was begun is
     blamed for the process's end; raises NotTried at an end for which none can be."""
     todo, path = list(cases), os.pathsep.join(sys.path)
+    until = time.monotonic() + CHOOSING
     for death in range(MOST_DEATHS):
         begun = False
-        with beside.started([*child, str(device)], json.dumps(todo), PYTHONPATH=path) as process:
+        command = [*child, str(device), str(until - time.monotonic())]
+        with beside.started(command, json.dumps(todo), PYTHONPATH=path) as process:
             for line in process.lines(SILENCE):
                 if line == COMPILED and death == 0:
                     on_compiled()
@@ -119,7 +157,8 @@ def in_a_process(
                     begun = True
                 elif line.startswith(VERDICT):
                     begun = False
-                    yield todo.pop(0), Verdict(**json.loads(line.removeprefix(VERDICT)))
+                    found = verdicts.verdict(json.loads(line.removeprefix(VERDICT)))
+                    yield todo.pop(0), found
                 elif line.startswith(CANNOT):
                     raise NotTried(line.removeprefix(CANNOT))
         if not todo:
@@ -142,11 +181,11 @@ def batches(pictures: int, at_once: int, guidance_scale: float) -> list[int]:
     return [size * (2 if guidance_scale > 1 else 1) for size in sorted(sizes)]
 
 
-def blank(config: dict, batch: int, device: torch.device) -> Condition:
-    """Zeros in the place of encoded prompts, for a UNet of this config."""
-    c = Condition(torch.zeros(batch, 77, config["cross_attention_dim"], device=device))
-    if told := config.get("projection_class_embeddings_input_dim"):  # the prompts', and six sizes'
-        pooled = told - 6 * config["addition_time_embed_dim"]
+def blank(unet: dict, batch: int, device: torch.device) -> Condition:
+    """Zeros in the place of encoded prompts, for a UNet whose config says so."""
+    c = Condition(torch.zeros(batch, 77, unet["cross_attention_dim"], device=device))
+    if told := unet.get("projection_class_embeddings_input_dim"):  # the prompts', and six sizes'
+        pooled = told - 6 * unet["addition_time_embed_dim"]
         c = replace(c.whole(0, 0), pooled=torch.zeros(batch, pooled, device=device))
     if config.get("num_class_embeds"):  # an upscaler's levels
         c = replace(c, level=torch.zeros(batch, dtype=torch.int64, device=device))
@@ -218,7 +257,7 @@ def settle(
     wrong, and one for what could not be tried. Returns what is known."""
     cases = list(dict.fromkeys(cases))
     if not cases:
-        ops.prefer([])
+        ops.prefer({})
         return {}
     path, here = path or verdicts.file(), verdicts.machine(device)
     remembered = verdicts.read(path, here)
@@ -242,7 +281,7 @@ def settle(
         for line in problems(todo, found, why):
             print(line)
     chosen = {case: verdict for case, verdict in known.items() if verdict is not None}
-    ops.prefer(case for case, verdict in chosen.items() if verdict.triton)
+    ops.prefer({case: verdict.choices for case, verdict in chosen.items() if verdict.triton})
     if chosen:
         print(summary(chosen))
     return chosen
@@ -262,21 +301,24 @@ def problems(todo: list[Case], found: dict[Case, Verdict], why: str | None) -> I
 
 
 def describe(case: Case) -> str:
-    sizes = "×".join(map(str, case.shape))
-    return f"{case.op} {sizes} {case.dtype}{' with gradients' if case.backward else ''}"
+    sizes = ["×".join(map(str, case.shape))] if case.shape else []
+    return " ".join([case.op, *sizes, case.dtype, *["with gradients"] * case.backward])
 
 
 def summary(chosen: dict[Case, Verdict]) -> str:
-    """kernels: 14 of 18 attention shapes and 22 of 25 norms by Triton, 1.31× PyTorch's speed …"""
-    counts = []
-    for op, name in (("attention", "attention shapes"), ("group_norm", "norms")):
-        of_op = [verdict.triton for case, verdict in chosen.items() if case.op == op]
-        counts.append(f"{sum(of_op)} of {len(of_op)} {name}")
+    """kernels: 14 of 18 attention shapes, 22 of 25 norms and 4 of 4 gates by Triton, 1.31× …"""
+    counted = []
+    names = {"attention": "attention shapes", "norm": "norms", "geglu": "gates", "adamw": "updates"}
+    for of, name in names.items():
+        if taken := [verdict.triton for case, verdict in chosen.items() if of in case.op]:
+            counted.append(f"{sum(taken)} of {len(taken)} {name}")
+    *before, last = counted
+    said = f"{', '.join(before)} and {last}" if before else last
     taken = [verdict.us for verdict in chosen.values() if verdict.triton]
     theirs = [min((t for n, t in us.items() if n != "triton"), default=0.0) for us in taken]
     ours = sum(us["triton"] for us in taken)
     speed = f", {sum(theirs) / ours:.2f}× PyTorch's speed for them" if ours else ""
-    return f"kernels: {' and '.join(counts)} by Triton{speed}"
+    return f"kernels: {said} by Triton{speed}"
 
 
 def wanted(device: torch.device) -> bool:
@@ -302,7 +344,8 @@ def main() -> None:
     os.dup2(2, 1)
     given = [Case(*c) for c in json.loads(sys.stdin.read())]
     given = [c._replace(shape=tuple(c.shape), norm=c.norm and tuple(c.norm)) for c in given]
-    try_all(given, torch.device(sys.argv[1]), lambda line: print(line, file=lines))
+    device, seconds = torch.device(sys.argv[1]), float(sys.argv[2])
+    try_all(given, device, lambda line: print(line, file=lines), seconds)
 
 
 if __name__ == "__main__":

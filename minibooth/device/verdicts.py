@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +28,8 @@ class Verdict:
     triton: bool  # right, and at least as fast as the fastest of PyTorch's
     us: dict[str, float]  # microseconds of a call, by implementation
     why: str | None = None  # why they are not taken although they might be fast: wrong, raises, …
+    choices: tuple[int, ...] = ()  # which candidate of its tiles each kernel has, in order
+    others: dict[str, float | str] = field(default_factory=dict)  # choices, and µs or a fault
 
 
 def file() -> Path:
@@ -84,11 +86,17 @@ def key(case: Case) -> str:
     return json.dumps(case)
 
 
+def verdict(read: dict) -> Verdict:
+    """Of what was read of JSON. Raises KeyError, TypeError or ValueError for what is none."""
+    choices, others = tuple(map(int, read["choices"])), dict(read["others"])
+    return Verdict(bool(read["triton"]), dict(read["us"]), read["why"], choices, others)
+
+
 def read(path: Path, machine: str) -> dict[str, Verdict]:
     """What is remembered for this machine, by `key`; nothing where the file is damaged or old."""
     try:
         found = json.loads(read_text(path))[machine]
-        return {k: Verdict(bool(v["triton"]), dict(v["us"]), v["why"]) for k, v in found.items()}
+        return {k: verdict(v) for k, v in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return {}
 

@@ -5,6 +5,7 @@ Nothing here waits for the device, but 8-bit AdamW: whether an update may happen
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,10 @@ class Update:
         numbers yet."""
         self.adam.zero_grad()
 
+    def copies_in_place(self) -> AbstractContextManager:
+        """Around a step's passes: for those who have networks compute with copies of weights."""
+        return nullcontext()
+
     def start(self, loss: Tensor, rate: float | Tensor) -> None:
         """Before the backward pass: for those who update in it."""
 
@@ -97,19 +102,15 @@ class Update:
     def apply(self, step: int | Tensor, loss: Tensor, rate: float | Tensor) -> Tensor:
         """Update the weights from the gradients of `scale · loss`; the gradients' norm before
         clipping, (). `rate` multiplies the learning rates."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters]) / self.scale
+        norm = self.norm_of_gradients() / self.scale
         clip = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)  # what gradients are divided by
         overflow = ~norm.isfinite()
         bad = ~loss.isfinite() | (overflow & (self.scale <= 1))  # without a scale to blame
         self.bad_step.copy_(torch.where(bad & (self.bad_step < 0), step, self.bad_step))
         skip = overflow | (self.bad_step >= 0)
 
-        for group in self.adam.param_groups:
-            group["lr"].fill_(group["base_lr"] * rate)
-        # The fused kernel divides by grad_scale, and does nothing where found_inf is 1.
-        self.adam.grad_scale, self.adam.found_inf = self.scale * clip, skip.float()
-        self.adam.step()
-        self.adam.zero_grad()
+        self.move(rate, self.scale * clip, skip.float())
+        self.forget()
 
         if self.scaled:
             self.good_steps.copy_(torch.where(overflow, 0.0, self.good_steps + 1))
@@ -117,6 +118,17 @@ class Update:
             self.good_steps.masked_fill_(grow, 0.0)
             self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0)))
         return norm
+
+    def norm_of_gradients(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+
+    def move(self, rate: float | Tensor, divisor: Tensor, skip: Tensor) -> None:
+        """AdamW by the gradients divided by `divisor`, but where `skip` is 1: both are ()."""
+        for group in self.adam.param_groups:
+            group["lr"].fill_(group["base_lr"] * rate)
+        # The fused kernel divides by grad_scale, and does nothing where found_inf is 1.
+        self.adam.grad_scale, self.adam.found_inf = divisor, skip
+        self.adam.step()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next `apply` depends on beside the weights."""
@@ -129,11 +141,10 @@ class Update:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.scale.copy_(state["scale"])
         self.good_steps.copy_(state["good_steps"])
+        self.allocate()  # in the weights' memory format
         for i, parameter in enumerate(self.parameters):
-            fresh = self.fresh_state(parameter)  # in the weight's memory format
-            for key, value in fresh.items():
+            for key, value in self.adam.state[parameter].items():
                 value.copy_(state[f"{key}.{i}"])
-            self.adam.state[parameter] = fresh
 
     def fresh_state(self, p: Tensor) -> dict[str, Tensor]:
         return fresh_state(p, self.eight_bit)

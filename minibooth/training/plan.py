@@ -9,6 +9,7 @@ from .. import hypernetwork, lora
 from ..device import ranks
 from ..hypernetwork import Hypernetwork
 from ..pipeline import StableDiffusion
+from . import by_kernel
 from .eight_bit import AdamW8bit
 
 # ---- what is sure ------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ ACTIVATIONS = {  # where the UNet computes in 16 bits, and in fp32
     "hypernetwork": {True: (273_000, 50_000), False: (419_000, 88_000)},
 }
 DEEP_ACTIVATIONS = {  # SDXL's, whose transformers have up to ten blocks
-    "dreambooth": {True: (532_000, 53_500), False: (800_000, 80_000)},
+    "dreambooth": {True: (532_000, 53_500), False: (800_000, 86_800)},
     "lora": {True: (443_000, 40_300), False: (683_000, 65_300)},
     "textual_inversion": {True: (390_000, 40_300), False: (628_000, 65_300)},
     "hypernetwork": {True: (477_000, 40_300), False: (770_000, 68_700)},
@@ -118,13 +119,16 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     `phases`. `pixels` of the latents; whether the networks compute in 16 bits.
 
     A step takes less than activations and gradients together, since the backward pass gives back
-    the ones while it adds the others. Its CUDA graph keeps that to itself.
+    the ones while it adds the others. Its CUDA graph keeps that to itself. Where AdamW is the
+    kernel's the sums are the same: its copies stay, and gradients are half as large.
     """
     need, short = needed(sd, config, half), config.gradient_checkpointing
     samples = config.train_batch_size * (1 + config.uses_prior)
     kept = samples * pixels * activations(sd)[config.method][half][short]
-    worked = kept + copies(sd, config, half)
-    step = max(worked, int(LEFT[short] * kept) + need["gradients"])
+    worked, copied = kept + copies(sd, config, half), 0
+    if half and config.method == "dreambooth" and by_kernel.possible(config):
+        copied = need["trained"] // 2  # also where a Precision keeps none
+    step = max(worked, kept + copied, int(LEFT[short] * kept) + need["gradients"])
     stays = 0 if config.use_8bit_adam else step
     if ranks.count() > 1:  # no graph, but gradients are always there, in the buckets they travel in
         step, stays = worked + need["gradients"], need["gradients"]

@@ -1,14 +1,17 @@
 """From a run that can begin to its first step: what the steps read, and the optimizer."""
 
 import torch
+from torch import nn
 
 from .. import dreambooth
 from ..device import graphs, memory, ranks
-from . import class_images, methods, parameters, photos, resume, start
+from ..device.precision import Precision
+from . import by_kernel, class_images, methods, parameters, photos, resume, start
 from .data import Batches, encode
 from .in_backward import UpdateInBackward
 from .loss import Loss
 from .optimizer import Update
+from .settings import TrainConfig
 from .start import Run
 
 
@@ -54,8 +57,9 @@ def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     return batches, loss, identity
 
 
-def make_optimizer(run: Run) -> Update:
-    """fp32 copies of the weights that train, in their networks, and AdamW over them."""
+def make_optimizer(run: Run, captured: bool = False) -> Update:
+    """fp32 copies of the weights that train, in their networks, and AdamW over them. `captured`:
+    whether the steps will be a CUDA graph."""
     config = run.config
     for network in run.idle:
         network.to("cpu")
@@ -66,9 +70,23 @@ def make_optimizer(run: Run) -> Update:
     for name, network in run.trained.items():
         rate = config.learning_rate if name == "unet" else of_text
         groups.append((rate, [p for p in network.parameters() if p.requires_grad]))
+    networks = [run.sd.networks[name] for name in run.trained]
+    return update_of(config, run.precision, groups, networks, captured)
+
+
+def update_of(
+    config: TrainConfig,
+    precision: Precision,
+    groups: list[tuple[float, list[nn.Parameter]]],
+    networks: list[nn.Module],
+    captured: bool,
+) -> Update:
+    """AdamW over {learning rate: weights of these networks}, as `config` says."""
     decay, eight_bit = config.adam_weight_decay, config.use_8bit_adam
     if config.optimizer_in_backward:
         print("the optimizer runs in the backward pass: gradients are not clipped")
         return UpdateInBackward(groups, decay, eight_bit)
-    scaled = run.precision.name == "fp16"
-    return Update(groups, decay, config.max_grad_norm, scaled, eight_bit)
+    how = decay, config.max_grad_norm, precision.name == "fp16"
+    if captured and by_kernel.possible(config) and by_kernel.wanted(groups, precision.dtype):
+        return by_kernel.UpdateByKernel(groups, *how, networks, precision.dtype)
+    return Update(groups, *how, eight_bit)

@@ -248,7 +248,7 @@ class TrainConfig:
     )
     kernels: str | None = option(
         None,
-        "for attention and group norm [MINIBOOTH_KERNELS, or auto: what is right and faster here]",
+        "for attention, norms, gates and AdamW [MINIBOOTH_KERNELS, or auto: right and faster here]",
         choices=ops.MODES,
     )
 

@@ -22,6 +22,7 @@ from ..formats.configs import what_else_it_sees
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
 from . import (
+    by_kernel,
     class_images,
     events,
     fit,
@@ -313,6 +314,8 @@ def try_kernels(run: Run, captured: bool, found: list[class_images.Images]) -> N
         text_changes=config.text_changes,
         autocast=run.precision.autocast,
     )
+    if training and by_kernel.possible(config):
+        met.append(ops.adamw_case(run.precision.dtype or torch.float32))
     settle.settle(met, run.device)
 
 

@@ -2,6 +2,8 @@
 FLOP counter. (kernels_interpreted.py has the kernels that start.)"""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -272,6 +274,17 @@ def test_the_bench_writes_its_rows_and_says_that_nothing_was_measured(
         assert f"| {found['launches']} | {found['bytes'] / 1e9:.2f} |" in text
     (plain,) = report["rows"]
     assert list(plain["phases"]) == ["forward", "backward", "update"]
+
+
+def test_the_results_tables_are_those_of_their_json_and_the_page_has_every_row():
+    root = Path(__file__).parents[2]
+    results = root / "bench" / "results"
+    rows = json.loads((results / "launches.json").read_text("utf-8"))["rows"]
+    text = (results / "launches.md").read_text("utf-8")
+    assert text == launches.table(rows)
+    page = (root / "docs" / "speed.md").read_text("utf-8")
+    quoted = re.findall(r"^\| `(.+: \w+)` \|", page, re.M)
+    assert sorted(quoted) == sorted(map(launches.label, rows))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,7 +27,7 @@ from minibooth.training import prepare, start
 
 CPU = torch.device("cpu")
 CASES = [Case("attention", (1, 1, n, n, 8), "float16", False) for n in (1, 2, 3)]
-CASES += [Case("group_norm", (1, 4, 2, 2), "float16", True, (2, True, True, "float32"))]
+CASES += [Case("group_norm", (1, 4, 2, 2), "float16", True, (2, True, True, "float32", False))]
 FASTER = Verdict(True, {"triton": 1.0, "torch": 3.0})
 SLOWER = Verdict(False, {"triton": 2.0, "torch": 1.0})
 WRONG = Verdict(False, {"torch": 1.0}, "the output is wrong by nan, allowed is 1.0e-04")
@@ -38,7 +39,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(verdicts, "machine", lambda device: "a card, driver 1")
     monkeypatch.setattr(ops, "_mode", "auto")  # whatever a bench's test has left behind
     yield
-    ops.prefer([])
+    ops.prefer({})
 
 
 def tried(todo, device, on_compiled):
@@ -66,10 +67,17 @@ def test_a_first_run_tries_and_a_second_remembers(tmp_path, capsys):
         "kernels: 1 of 3 attention shapes and 1 of 1 norms by Triton, 3.00× PyTorch's speed for "
         "them",
     ]
-    ops.prefer([])
+    ops.prefer({})
     assert settled(path) == GIVEN and tried.asked == []
     assert [taken(case) for case in CASES] == [True, False, False, True]
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_an_update_is_a_case_of_no_shape():
+    case = ops.adamw_case(torch.bfloat16)
+    assert settle.describe(case) == "adamw bfloat16"
+    said = settle.summary({case: Verdict(True, {"triton": 1.0, "torch": 1.5})})
+    assert said == "kernels: 1 of 1 updates by Triton, 1.50× PyTorch's speed for them"
 
 
 def test_only_new_cases_are_tried(tmp_path):
@@ -162,6 +170,28 @@ def test_another_driver_is_another_machine(tmp_path, monkeypatch):
     assert set(json.loads(path.read_text())) == {"a card, driver 1", "a card, driver 2"}
 
 
+def test_a_file_that_knows_of_no_tiles_is_made_anew(tmp_path):
+    """As those before them were; what it holds of other machines stays."""
+    path, old = tmp_path / "kernels.json", {"triton": True, "us": {"triton": 1.0}, "why": None}
+    before = {verdicts.key(case): old for case in CASES}
+    path.write_text(json.dumps({"a card, driver 1": before, "another": before}))
+    assert settled(path) == GIVEN and tried.asked == [CASES]
+    found = json.loads(path.read_text())
+    assert found["another"] == before and len(found["a card, driver 1"]) == len(CASES)
+
+
+def test_a_second_run_takes_the_same_tiles_and_the_file_says_which(tmp_path, monkeypatch):
+    path = tmp_path / "kernels.json"
+    chosen = Verdict(True, {"triton": 1.0}, None, (2, 0, 1), {"0-0-0": 2.0, "1-0-0": "wrong"})
+    monkeypatch.setitem(GIVEN, CASES[0], chosen)
+    assert settled(path)[CASES[0]] == chosen and ops._preferred[CASES[0]] == (2, 0, 1)
+    ops.prefer({})
+    assert settled(path)[CASES[0]] == chosen and ops._preferred[CASES[0]] == (2, 0, 1)
+    assert tried.asked == [] and ops._preferred[CASES[3]] == ()
+    kept = json.loads(path.read_text())["a card, driver 1"][verdicts.key(CASES[0])]
+    assert kept["choices"] == [2, 0, 1] and kept["others"]["1-0-0"] == "wrong"
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '{"a card, driver 1": 3}', '{"a card, driver 1": {"x": {"triton": 1}}}', "\0"],
@@ -224,6 +254,7 @@ CHILD = """
         if str(n) in DEADLY:
             END
         verdict = {"triton": True, "us": {"triton": n, "torch": 2 * n}, "why": None}
+        verdict |= {"choices": [1, 0], "others": {"0-0": 3 * n, "0-1": "wrong"}}
         print("verdict " + json.dumps(verdict), flush=True)
 """
 KILL, HANG = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"
@@ -296,6 +327,16 @@ def test_an_end_before_the_first_case_is_no_cases_fault(first, said, child):
         list(settle.in_a_process(LENGTHS, CPU, child=child("1", HANG, first)))
 
 
+def test_the_process_is_told_how_long_tiles_may_be_chosen_also_after_a_death(child, monkeypatch):
+    """The second has what the first has left of it."""
+    monkeypatch.setattr(settle, "CHOOSING", 50.0)
+    first = "assert float(sys.argv[2]) <= 50 - 0.3 * ('1' not in str(cases)), sys.argv"
+    found = dict(
+        settle.in_a_process(LENGTHS[:2], CPU, child=child("1", f"time.sleep(0.3); {KILL}", first))
+    )
+    assert [v.triton for v in found.values()] == [False, True]
+
+
 def test_a_process_that_hangs_is_ended(child, monkeypatch):
     monkeypatch.setattr(settle, "SILENCE", 0.5)
     found = dict(settle.in_a_process(LENGTHS, CPU, child=child("6", HANG)))
@@ -354,9 +395,10 @@ def test_the_process_works_and_waits_on_the_device_that_it_is_given(two_cards, m
     said, launched = [], []
     card = ops.attention_kernels.card
     monkeypatch.setattr(card, "launch_one", lambda device: launched.append(two_cards.current[0]))
-    monkeypatch.setattr(settle, "compile_all", lambda cases, capability, say: say(capability))
-    monkeypatch.setattr(settle, "examine", lambda case, device, timer: GIVEN[case])
-    settle.try_all(CASES[:2], SECOND, said.append)
+    compiling = lambda cases, device, say, until: say(card.capability(device))  # noqa: E731
+    monkeypatch.setattr(settle, "compile_all", compiling)
+    monkeypatch.setattr(settle, "examine", lambda case, device, timer, until: GIVEN[case])
+    settle.try_all(CASES[:2], SECOND, said.append, 9.0)
     assert launched == [1] and two_cards.waited == [1, 1]
     verdict = [settle.VERDICT + json.dumps(asdict(GIVEN[case])) for case in CASES[:2]]
     assert said == [90, settle.BEGIN, verdict[0], settle.BEGIN, verdict[1]]
@@ -378,7 +420,7 @@ def no_gcc(monkeypatch):
 @needs_triton
 def test_where_no_kernel_can_be_launched_none_is_compiled_or_tried(two_cards, no_gcc):
     said = []
-    settle.try_all(CASES, SECOND, said.append)
+    settle.try_all(CASES, SECOND, said.append, 9.0)
     assert said == ["cannot Triton finds no C compiler to launch kernels with: install gcc"]
 
 
@@ -406,15 +448,70 @@ def test_memory_is_given_back_before_another_process_wants_it(two_cards, tmp_pat
 
 
 @needs_triton
+def test_each_kernel_is_compiled_once_and_every_candidate_that_may_be_tried(monkeypatch):
+    monkeypatch.setattr(ops.attention_kernels.card, "capability", lambda device: 90)
+    long = Case("attention", (2, 8, 4096, 4096, 40), "bfloat16", True)
+    text = Case("attention", (2, 8, 4096, 77, 40), "bfloat16", True)
+    small = Case(
+        "group_norm", (2, 320, 8, 8), "bfloat16", False, (32, True, True, "float32", False)
+    )
+    rows = Case("layer_norm", (2, 64, 320), "bfloat16", True, (True, "float32"))
+    gate = Case("geglu", (2, 64, 320), "bfloat16", True)
+    drawn = [c._replace(backward=False, shape=(12, *c.shape[1:])) for c in (long, text, rows, gate)]
+    first, others = settle.to_compile([*drawn, long, text, small, rows, gate, small], CPU)
+    none = {long: (0, 0, 0), text: (0, 0), small: (0,), rows: (0, 0), gate: ()}
+    assert dict(first) == none and len(first) == len(none)
+    assert others == [
+        (long, (1, 0, 0)), (long, (2, 0, 0)), (long, (0, 1, 0)), (long, (0, 0, 1)),
+        (long, (0, 0, 2)), (rows, (1, 0)), (rows, (0, 1)), (small, (1,)),
+    ]  # fmt: skip
+
+
+class InLine:
+    """A pool of processes that are none: one thing after the other, as results are asked for."""
+
+    def __init__(self, workers, mp_context):
+        self.open = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def map(self, function, *arguments):
+        return (function(*each) for each in zip(*arguments, strict=True) if self.open)
+
+    def shutdown(self, cancel_futures):
+        self.open = not cancel_futures
+
+
+@needs_triton
+@pytest.mark.parametrize("seconds, expected", [(math.inf, 5), (-math.inf, 2)])
+def test_the_first_tiles_are_compiled_whatever_the_time_and_the_others_while_there_is(
+    seconds, expected, monkeypatch
+):
+    monkeypatch.setattr(settle, "ProcessPoolExecutor", InLine)
+    compiled, said, none = [], [], (0, 0)
+    monkeypatch.setattr(settle, "compile_case", lambda case, choices, _: compiled.append(choices))
+    more = [(case, (1, i)) for i, case in enumerate(CASES[:3])]
+    first = [(case, none) for case in CASES[:2]]
+    monkeypatch.setattr(settle, "to_compile", lambda cases, device: (first, more))
+    settle.compile_all(CASES, CPU, said.append, seconds)
+    assert compiled == [none, none, (1, 0), (1, 1), (1, 2)][:expected]
+    assert said == [settle.COMPILED] * (len(CASES) * expected // 5)  # 4 are all of the bar
+
+
+@needs_triton
 def test_compiling_beforehand_fills_tritons_cache(tmp_path):
     """Of a process of its own: Triton's driver is set for the whole of it."""
     attention = Case("attention", (1, 2, 64, 77, 40), "bfloat16", True)
-    norm = Case("group_norm", (1, 64, 8, 8), "bfloat16", False, (32, True, True, "float32"))
+    norm = Case("group_norm", (1, 64, 8, 8), "bfloat16", False, (32, True, True, "float32", False))
 
     def compile_both():
         os.environ["TRITON_CACHE_DIR"] = str(tmp_path)
         for case in (attention, norm):
-            settle.compile_case(case, 90)
+            settle.compile_case(case, (), 90)
 
     process = multiprocessing.get_context("fork").Process(target=compile_both)
     process.start()

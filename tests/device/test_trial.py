@@ -1,5 +1,8 @@
 """One case tried, with stand-ins for the kernel, the clock and the card."""
 
+import functools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,12 @@ from minibooth.ops import Case
 
 CPU = torch.device("cpu")
 ATTENTION = Case("attention", (2, 2, 400, 20, 8), "float16", False)
-NORM = Case("group_norm", (2, 8, 6, 6), "bfloat16", False, (4, True, True, "float32"))
+NORM = Case("group_norm", (2, 8, 6, 6), "bfloat16", False, (4, True, True, "float32", False))
+
+
+@pytest.fixture(autouse=True)
+def no_other_tiles(monkeypatch):
+    monkeypatch.setattr(trial, "counts", lambda case, device: ())
 
 
 def sdpa(q, k, v):
@@ -94,6 +102,66 @@ def test_wrong_gradients_are_found_where_there_is_a_backward_pass(monkeypatch):
     assert not verdict.triton and verdict.why.startswith("gradient 1 is wrong")
 
 
+# ---- tiles --------------------------------------------------------------------------------------
+
+SECONDS = {(0, 0): 3.0, (1, 0): 2.0, (0, 1): 4.0, (0, 2): 1.5, (1, 1): 2.5, (1, 2): 1.0}
+
+
+@pytest.fixture
+def two_kernels(monkeypatch):
+    """Tries a case of two kernels with two and with three candidates, for each choice of which
+    there is a stand-in, `right` where no other is given, and what the clock says of it."""
+
+    def examined(others=(), until=math.inf):
+        made = {choices: functools.partial(right) for choices in SECONDS}
+        made |= {choices: functools.partial(f) for choices, f in dict(others).items()}
+        clock = {f: SECONDS[choices] for choices, f in made.items()} | {sdpa: 5.0}
+        monkeypatch.setattr(trial, "counts", lambda case, device: (2, 3))
+        monkeypatch.setattr(trial, "ours", lambda case, choices: made[choices])
+        functions = {"triton": made[0, 0], "torch": sdpa}
+        timer = lambda make_calls: clock[make_calls.args[0]]  # noqa: E731
+        return trial.examine(ATTENTION, CPU, timer, functions, until)
+
+    return examined
+
+
+def test_the_fastest_right_candidate_of_each_kernel_is_taken(two_kernels):
+    verdict = two_kernels()
+    assert verdict.triton and verdict.choices == (1, 2)
+    assert verdict.us == {"triton": 1e6, "torch": 5e6}
+    assert verdict.others == {"0-0": 3e6, "1-0": 2e6, "1-1": 2.5e6}
+
+
+def test_a_wrong_candidate_is_not_taken_however_fast(two_kernels):
+    verdict = two_kernels({(1, 2): wrong_in_one_element})
+    assert verdict.triton and verdict.choices == (1, 0) and verdict.us["triton"] == 2e6
+    assert verdict.others["1-2"].startswith("an element of the output is wrong")
+    verdict = two_kernels({(1, 0): raising})
+    assert verdict.choices == (0, 2) and verdict.us["triton"] == 1.5e6
+    assert verdict.others["1-0"] == "RuntimeError: out of resource: shared memory"
+
+
+def test_a_right_candidate_stands_in_for_a_first_one_that_is_wrong(two_kernels):
+    verdict = two_kernels({(0, 0): wrong_in_one_element, (1, 2): raising})
+    assert verdict.triton and verdict.why is None and verdict.choices == (1, 0)
+    verdict = two_kernels(dict.fromkeys(SECONDS, raising))
+    assert not verdict.triton and verdict.choices == (0, 0)
+    assert verdict.why == "RuntimeError: out of resource: shared memory"
+
+
+def test_when_time_is_up_the_best_so_far_stands(two_kernels, monkeypatch):
+    assert two_kernels(until=-math.inf).choices == (0, 0)
+    looks = iter(range(10))
+    monkeypatch.setattr(trial.time, "monotonic", lambda: next(looks))
+    verdict = two_kernels(until=1)  # it looks before every candidate
+    assert verdict.triton and verdict.choices == (1, 0) and set(verdict.others) == {"0-0", "1-1"}
+
+
+def test_without_memory_no_other_tiles_are_tried(two_kernels):
+    verdict = two_kernels({(0, 0): out_of_memory})
+    assert verdict.why == NO_MEMORY and verdict.us == verdict.others == {}
+
+
 def out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -117,12 +185,12 @@ def test_a_clock_that_fails_leaves_pytorch(monkeypatch):
         raise RuntimeError("cannot capture")
 
     verdict = trial.examine(ATTENTION, CPU, clock)
-    assert not verdict.triton and verdict.why == "it could not be timed"
+    assert not verdict.triton and verdict.why == "RuntimeError: cannot capture"
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
-    "case", [ATTENTION, NORM, NORM._replace(norm=(2, False, False, "bfloat16"))]
+    "case", [ATTENTION, NORM, NORM._replace(norm=(2, False, False, "bfloat16", False))]
 )
 def test_pytorch_itself_is_right_in_every_kind_of_case(case, backward, monkeypatch):
     """The tolerance is no trap: what stands for ours is PyTorch in fp32, rounded at the end."""
@@ -136,7 +204,7 @@ def test_pytorch_itself_is_right_in_every_kind_of_case(case, backward, monkeypat
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_pytorchs_norm_is_timed_up_to_what_the_next_layer_reads(channels_last, weights):
     """In x's dtype and layout, as ours leaves it; and back from a gradient that is so."""
-    case = NORM._replace(norm=(4, True, channels_last, weights), backward=True)
+    case = NORM._replace(norm=(4, True, channels_last, weights, False), backward=True)
     inputs, upstream = trial.make_inputs(case, CPU)
     y, dx, *_ = trial.results(trial.implementations(case)["torch"], inputs, upstream, True)
     for tensor in (y, dx):

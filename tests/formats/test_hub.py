@@ -88,6 +88,18 @@ def test_a_model_is_downloaded_by_exact_names(tmp_path, monkeypatch):
     assert sd.licence == "openrail"
 
 
+def test_of_sdxl_both_text_encoders_are_downloaded(tmp_path, monkeypatch):
+    fake = FakeHub(monkeypatch, tmp_path, peers.model("sdxl")[0])
+    minibooth.load("someone/some-model")
+    second = [name for name in fake.asked if "_2/" in name]
+    files = ["vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"]
+    assert second == [
+        "text_encoder_2/config.json",
+        *(f"tokenizer_2/{name}" for name in files),
+        "text_encoder_2/model.safetensors",
+    ]
+
+
 @pytest.mark.parametrize(
     "name, said",
     [

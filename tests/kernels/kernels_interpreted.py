@@ -4,7 +4,6 @@ test_kernels.py runs it in a process of its own, because Triton reads the variab
 fp32 shows that the logic is right, fp16 that the casts are; the interpreter's bf16 is not exact.
 """
 
-import functools
 import itertools
 import json
 from unittest import mock
@@ -12,9 +11,10 @@ from unittest import mock
 import fast_interpreter  # noqa: F401
 import pytest
 import torch
+from minibooth_kernels import adamw, card, geglu
 from minibooth_kernels import attention as at
-from minibooth_kernels import card
 from minibooth_kernels import group_norm as gn
+from minibooth_kernels import layer_norm as ln
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
@@ -125,6 +125,28 @@ def test_group_norm_takes_any_layout_of_input_and_gradient():
     torch.testing.assert_close(y, gn.reference(sliced, 3, weight, bias, 1e-5))
 
 
+@pytest.mark.parametrize(
+    "layout, dtype", [(torch.contiguous_format, FP16), (torch.channels_last, FP32)]
+)
+def test_group_norm_of_what_is_shifted_by_channel_matches_fp64(both_ways, layout, dtype):
+    """Shifts that are large beside what they are added to; and their gradients."""
+    inputs, upstream = group_norm_case((2, 24, 9, 7), dtype, layout)
+    shift = 20 * torch.randn(2, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = (*inputs, shift)
+
+    def run(f, inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = f(leaves[0], 4, *leaves[1:3], 1e-5, silu=True, shift=leaves[3])
+        return [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    outs, theirs = run(gn.group_norm, inputs), run(gn.reference, inputs)
+    expected = run(gn.reference, [x.double() for x in inputs])
+    for out, their, true in zip(outs[:4], theirs, expected, strict=False):
+        assert relative_error(out, true) <= max(2e-6, 3 * relative_error(their, true))
+    # A shift of all of a group's channels is none: the gradient is what little is left of the sum.
+    assert (outs[4] - expected[4]).abs().max() <= 2 * (theirs[4] - expected[4]).abs().max() + 1e-4
+
+
 def test_group_norm_takes_half_input_with_fp32_parameters():
     """What autocast hands it: the result and dx in fp16, dγ and dβ in fp32."""
     (x, weight, bias), upstream = group_norm_case((2, 16, 6, 6), FP16, torch.channels_last)
@@ -202,7 +224,13 @@ def distinct_tiles():
 
 def use_tiles(monkeypatch, capability, choice):
     monkeypatch.setattr(at.card, "capability", lambda device: capability)
-    monkeypatch.setattr(at, "config", functools.partial(at.tiles.config, choice=choice))
+    attention = at._attention
+
+    def chosen(q, k, v, scale, _):
+        counts = at.candidates(q, k.shape[2], backward=q.shape[-1] <= 160)
+        return attention(q, k, v, scale, [choice if choice < n else 0 for n in counts])
+
+    monkeypatch.setattr(at, "_attention", chosen)
 
 
 def followed_by_nans(x):
@@ -226,7 +254,7 @@ def test_attention_of_whole_blocks_reads_no_row_too_many(monkeypatch, choice):
     inputs, upstream = attention_case(1, 1, 128, 192, 40, FP16)
     q = inputs[0]
     assert at.config("forward", q, 192)["EVEN"] and at.config("backward_dkv", q, 192)["EVEN"]
-    assert at.config("forward", q, 192)["PREFETCH"] == bool(choice)
+    assert at.config("forward", q, 192, choice)["PREFETCH"] == bool(choice)
     check_attention([followed_by_nans(x) for x in inputs], upstream)
 
 
@@ -284,19 +312,123 @@ def test_attention_output_is_heads_side_by_side():
         assert x.transpose(1, 2).is_contiguous()  # (B, N, H·d) is a free view
 
 
-# ---- both -----------------------------------------------------------------------------------
+# ---- rows: layer norm and GEGLU -------------------------------------------------------------
+
+
+def rows_case(shape, dtype, mean=0.0):
+    """x, h, γ, β, and two upstream gradients."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, h, *upstreams = torch.randn(4, *shape, generator=generator)
+    weights = torch.randn(2, shape[-1], generator=generator)
+    return [y.to(dtype) for y in (x + mean, h, *weights)], [y.to(dtype) for y in upstreams]
+
+
+def check_rows(f, reference, inputs, upstreams, dtypes):
+    """Against fp64: twice PyTorch's error in the same dtype, three times for gradients."""
+
+    def run(f, inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outs = f(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        given = [u.to(y.dtype) for u, y in zip(upstreams, outs, strict=True)]
+        return [*outs, *torch.autograd.grad(outs, leaves, given)]
+
+    outs, theirs = run(f, inputs), run(reference, inputs)
+    expected = run(reference, [x.double() for x in inputs])
+    assert [y.dtype for y in outs] == dtypes and all(y.is_contiguous() for y in outs)
+    for out, their, true in zip(outs, theirs, expected, strict=True):
+        assert relative_error(out, true) <= max(2e-6, 3 * relative_error(their, true))
+
+
+@pytest.mark.parametrize("dtype, choices", [(FP32, (1, 0)), (FP16, ()), (FP16, (1, 1))])
+@pytest.mark.parametrize("shape", [(2, 3, 320), (1, 37, 24), (1, 1, 1)])
+def test_layer_norm_matches_fp64_with_and_without_a_sum(shape, dtype, choices):
+    (x, h, *weights), upstreams = rows_case(shape, dtype)
+    if shape == (1, 1, 1):  # one number is its own mean: y is β
+        torch.testing.assert_close(ln.layer_norm(x, *weights, 1e-5), weights[1].expand(shape))
+        return
+
+    def norm(f, **options):
+        return lambda x, weight, bias, *h: f(x, weight, bias, 1e-5, *h, **options)
+
+    ours, theirs = norm(ln.layer_norm, choices=choices), norm(ln.reference)
+    check_rows(ours, theirs, (x, *weights), upstreams[1:], [dtype] * 4)
+    check_rows(ours, theirs, (x, *weights, h), upstreams, [dtype] * 6)
+
+
+def test_layer_norm_adds_up_the_weights_gradients_of_many_programs(monkeypatch):
+    """Two rows each of 37, the last of one; a mean that is large beside the variance."""
+    monkeypatch.setattr(ln, "LEAST_ROWS", 1)
+    monkeypatch.setattr(ln, "FLOAT32_BACKWARD_TILES", ((64, 4),))
+    monkeypatch.setattr(ln, "PROGRAMS", 19)
+    (x, _, *weights), upstreams = rows_case((1, 37, 24), FP32, mean=300.0)
+    y = ln.layer_norm(x, *weights, 1e-5)
+    assert relative_error(y, ln.reference(*(z.double() for z in (x, *weights)), 1e-5)) < 3e-5
+    run = lambda f: lambda *inputs: f(*inputs, 1e-5)  # noqa: E731
+    inputs = (x - 300, *weights)
+    check_rows(run(ln.layer_norm), run(ln.reference), inputs, upstreams[1:], [FP32] * 4)
+
+
+def test_layer_norm_takes_what_autocast_and_autograd_hand_it():
+    """Weights in fp32 beside 16 bits; views; an output of which nothing asks a gradient."""
+    (x, h, *weights), (upstream, _) = rows_case((2, 5, 32), FP16)
+    x, h = x.transpose(0, 1), h.transpose(0, 1)
+    leaves = [y.float().requires_grad_() if y.ndim == 1 else y.requires_grad_() for y in
+              (x.detach(), h.detach(), *weights)]  # fmt: skip
+    s, y = ln.layer_norm(leaves[0], *leaves[2:], 1e-5, leaves[1])
+    assert (s.dtype, y.dtype) == (FP16, FP16) and torch.equal(s, x + h)
+    expected = ln.reference(leaves[0].float(), *leaves[2:], 1e-5, leaves[1].float())
+    torch.testing.assert_close(y.float(), expected[1], atol=4e-3, rtol=2e-3)
+    gradients = torch.autograd.grad(y, leaves, upstream.transpose(0, 1), retain_graph=True)
+    assert [g.dtype for g in gradients] == [FP16, FP16, FP32, FP32]
+    wide = torch.autograd.grad(expected[1], leaves, upstream.transpose(0, 1).float())
+    for mine, theirs in zip(gradients, wide, strict=True):
+        assert relative_error(mine, theirs.double()) < 2e-3
+    of_sum = torch.autograd.grad(s, leaves[:2], upstream.transpose(0, 1))
+    assert all(torch.equal(g, upstream.transpose(0, 1)) for g in of_sum)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize("shape", [(2, 5, 520), (1, 9, 6)])
+def test_geglu_matches_fp64(shape, dtype):
+    (x, *_), (upstream, _) = rows_case(shape, dtype)
+    x[0, 0, -3:] = torch.tensor([30.0, -30.0, 0.0])  # far outside erf's bend
+    half = upstream[..., : shape[-1] // 2]
+    check_rows(geglu.geglu, geglu.reference, [3 * x], [half], [dtype] * 2)
+
+
+def test_rows_that_the_kernels_cannot_take_are_refused():
+    x, weight = torch.zeros(2, 3, 4), torch.ones(4)
+    long = torch.zeros(1, 2049)
+    for refused, said in (
+        (lambda: ln.layer_norm(long, long[0], long[0], 1e-5), "2048 at most"),
+        (lambda: ln.layer_norm(x, weight[:3], weight, 1e-5), "one value for each"),
+        (lambda: ln.layer_norm(x, weight, weight, 1e-5, x.half()), "must be like x"),
+        (lambda: geglu.geglu(torch.zeros(2, 3)), "no half"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()
+
+
+# ---- all ------------------------------------------------------------------------------------
 
 
 def operators():
     attention, _ = attention_case(1, 2, 20, 77, 16, FP16)
     norm, _ = group_norm_case((2, 8, 5, 6), FP32, torch.channels_last)
+    (x, h, *weights), _ = rows_case((2, 3, 8), FP32)
+    shift = norm[0][..., 0, 0].contiguous()
     return [
-        (torch.ops.minibooth.attention, (*attention, 0.25)),
-        (torch.ops.minibooth.group_norm, (norm[0], 2, *norm[1:], 1e-5, True)),
+        (torch.ops.minibooth.layer_norm, (x, None, *weights, 1e-5, ())),
+        (torch.ops.minibooth.layer_norm, (x, h, *weights, 1e-5, (1, 0))),
+        (torch.ops.minibooth.geglu, (x,)),
+        (torch.ops.minibooth.attention, (*attention, 0.25, (0, 0))),
+        (torch.ops.minibooth.group_norm, (norm[0], 2, *norm[1:], 1e-5, True, None, ())),
+        (torch.ops.minibooth.group_norm, (norm[0], 2, *norm[1:], 1e-5, True, shift, (1,))),
     ]
 
 
-@pytest.mark.parametrize("operator, arguments", operators(), ids=["attention", "group_norm"])
+@pytest.mark.parametrize("operator, arguments", operators())
 def test_operator_obeys_torch_library(operator, arguments):
     """Schema, fake tensors (shapes, strides, dtypes) and autograd registration, as torch checks."""
     arguments = [
@@ -307,11 +439,13 @@ def test_operator_obeys_torch_library(operator, arguments):
 
 
 def test_equal_bits_in_two_runs():
+    rows, (of_rows, _) = rows_case((1, 70, 24), FP16)
     for run, (inputs, upstream) in (
         (at.attention, attention_case(1, 2, 70, 77, 40, FP16)),
         (at.attention, attention_case(1, 2, 70, 150, 40, FP16)),
         (lambda *x: gn.group_norm(x[0], 2, *x[1:], 1e-5, True),
          group_norm_case((2, 8, 12, 12), FP16, torch.channels_last)),
+        (lambda *x: ln.layer_norm(*x, 1e-5), (rows[:1] + rows[2:], of_rows)),
     ):  # fmt: skip
         first = value_and_gradients(run, inputs, upstream)
         for a, b in zip(first, value_and_gradients(run, inputs, upstream), strict=True):
@@ -376,15 +510,19 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     """Everything of the GPU command but the clock: the checks, every row, the JSON, the chart."""
     monkeypatch.setattr(check, "DEVICE", torch.device("cpu"))
     attention = {"SD 1.5 cross": (2, 20, 7, 8), "VAE 4096": (1, 6, 9, 512)}
-    for module in (check, kernels):
-        monkeypatch.setattr(module, "ATTENTION", attention)
-        monkeypatch.setattr(module, "NORMS", {"UNet": (64, 3)})
+    monkeypatch.setattr(check, "ATTENTION", attention)
+    monkeypatch.setattr(check, "NORMS", {"UNet": (64, 3)})
     monkeypatch.setattr(check, "ODD_ATTENTION", {"tiny": (1, 5, 3, 8)})
     monkeypatch.setattr(check, "ODD_NORMS", {})
     monkeypatch.setattr(kernels, "BATCH_SIZES", (1,))
     monkeypatch.setattr(trial, "L2_BYTES", 2)
     monkeypatch.setattr(at.tiles, "SLICE", 512)  # a quarter of the programs
-    monkeypatch.setattr(kernels, "forward_variants", lambda bound: [])
+    monkeypatch.setattr(check, "ROWS", rows := {"UNet rows": (5, 8)})
+    of_all = (attention, {"UNet": 0}, rows, rows)
+    kinds = [(of, names) for (of, _), names in zip(kernels.KINDS, of_all, strict=True)]
+    monkeypatch.setattr(kernels, "KINDS", kinds)
+    monkeypatch.setattr(check, "ODD_ROWS", {})
+    monkeypatch.setattr(trial, "counts", lambda case, device: ())  # no other tiles
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (0, 0))
@@ -403,8 +541,8 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
 
     kernels.benchmark(1.0, tmp_path, {})
     report = json.loads((tmp_path / "kernels.json").read_text())
-    assert len(report["rows"]) == 2 * (2 + 1 + 2) and report["left_out"] == []
-    for row in report["rows"][5:]:  # fp16; the interpreter's bf16 is not exact
+    assert len(report["rows"]) == 2 * (2 + 1 + 2 + 2 + 2) and report["left_out"] == []
+    for row in report["rows"][9:]:  # fp16; the interpreter's bf16 is not exact
         assert row["ratio"] == 1.0 and row["taken"] and row["why"] is None
     out = capsys.readouterr().out
     assert "1.00× " in out and " % of the copy bound" in out
@@ -420,11 +558,63 @@ def test_the_work_of_a_case_is_what_the_formulas_say():
     assert kernels.work(case)["flops"] == 2 * 2 * heads * 4096 * 77
     assert kernels.work(both)["flops"] == 7 * 2 * heads * 4096 * 77
     assert kernels.work(case)["bytes"] == 2 * 2 * heads * (4096 + 77)
-    norm = Case("group_norm", (2, 320, 64, 64), "bfloat16", True, (32, True, True, "float32"))
+    norm = Case(
+        "group_norm", (2, 320, 64, 64), "bfloat16", True, (32, True, True, "float32", False)
+    )
     tensor = 2 * 2 * 320 * 64 * 64
     assert kernels.work(norm) == {"flops": 0, "bytes": 5 * tensor, "moved": 8 * tensor}
     small = norm._replace(shape=(2, 640, 8, 8))
     assert kernels.work(small)["moved"] == 5 * 2 * 2 * 640 * 64
+
+
+# ---- AdamW ----------------------------------------------------------------------------------
+
+RATES = (0.01, 0.1)  # of the weights with an even number, and of the others
+
+
+def weights_and_gradients(half):
+    """Weights of several chunks, of few numbers and in channels_last; averages, copies, gradients.
+    Without `half` there are no copies, with it not of the second one."""
+    draw, shapes = torch.Generator().manual_seed(0), [(50, 100), (5,), (8, 24, 3, 3)]
+    w, m, v, g = ([torch.randn(shape, generator=draw) for shape in shapes] for _ in range(4))
+    for xs in (w, m, v, g):
+        xs[2] = xs[2].contiguous(memory_format=torch.channels_last)
+    v = [x.square() for x in v]
+    copies = [x.to(half) if half and x.ndim > 1 else None for x in w]
+    g = [x if c is None else x.to(half) for x, c in zip(g, copies, strict=True)]
+    return w, (m, v), copies, g
+
+
+@pytest.mark.parametrize("half", [None, FP16])
+def test_adamw_matches_fp64(half, monkeypatch):
+    monkeypatch.setattr(adamw, "CHUNK", 2048)
+    monkeypatch.setattr(adamw, "NOTED", 2)
+    w, (m, v), copies, g = weights_and_gradients(half)
+    wide = [[x.double() for x in xs] for xs in (w, m, v, g)]
+    scale, t, decay = torch.tensor(2.0), torch.tensor(3.0), 0.02
+    expected = [
+        adamw.reference(*of, scale.double(), RATES[i % 2], decay, 3)
+        for i, of in enumerate(zip(*wide, strict=True))
+    ]
+    table = adamw.Table(w, (m, v), copies, [0, 1, 0])
+    norm = torch.cat([x.flatten() for x in wide[3]]).norm()
+    assert table.norm(g).item() == pytest.approx(norm.item(), rel=1e-6)
+    before = [x.clone() for x in w]
+    table.update(torch.tensor(RATES), scale, torch.tensor(1.0), t, decay)  # skipped
+    assert all(map(torch.equal, w, before))
+    table.norm(g)
+    table.update(torch.tensor(RATES), scale, torch.tensor(0.0), t, decay)
+    for found, of in zip(zip(w, m, v, strict=True), expected, strict=True):
+        for x, y in zip(found, of, strict=True):
+            assert relative_error(x, y) < 1e-7
+    for x, copy in zip(w, copies, strict=True):
+        assert copy is None or torch.equal(copy, x.to(half))
+
+
+def test_adamw_takes_a_gradient_that_begins_anywhere():
+    x = torch.arange(9.0)
+    assert adamw.aligned(x[4:]).data_ptr() == x[4:].data_ptr()
+    assert adamw.aligned(x[1:]).data_ptr() % 16 == 0 and torch.equal(adamw.aligned(x[1:]), x[1:])
 
 
 # ---- the choice -----------------------------------------------------------------------------
@@ -440,7 +630,9 @@ def test_auto_takes_the_kernels_in_the_cases_that_are_preferred_and_in_no_others
     forward, training, norm = seen
     assert forward == Case("attention", (1, 2, 20, 77, 16), "float32", False)
     assert training == forward._replace(backward=True)
-    assert norm == Case("group_norm", (2, 8, 5, 6), "float32", False, (2, False, True, "float32"))
+    assert norm == Case(
+        "group_norm", (2, 8, 5, 6), "float32", False, (2, False, True, "float32", False)
+    )
     taken = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(at, "_attention", lambda *a: taken.append("attention") or [a[0]])
@@ -453,12 +645,12 @@ def test_auto_takes_the_kernels_in_the_cases_that_are_preferred_and_in_no_others
                 ([forward, norm], ["attention", "norm"]),
             ):
                 taken.clear()
-                ops.prefer(preferred)
+                ops.prefer(dict.fromkeys(preferred, ()))
                 ops.attention(q, k, v)
                 ops.group_norm(x, 2, weight, bias, 1e-5)
                 assert taken == expected
         finally:
-            ops.prefer([])
+            ops.prefer({})
 
 
 def test_the_smallest_kernel_is_launched():
@@ -470,12 +662,17 @@ def test_the_smallest_kernel_is_launched():
     [
         Case("attention", (2, 2, 20, 77, 40), "float16", True),
         Case("attention", (1, 2, 70, 150, 40), "float16", False),
-        Case("group_norm", (2, 32, 12, 12), "float16", True, (4, True, True, "float32")),
-        Case("group_norm", (1, 64, 70, 70), "float16", True, (32, True, False, "float16")),
+        Case("group_norm", (2, 32, 12, 12), "float16", True, (4, True, True, "float32", False)),
+        Case("adamw", (), "float16", False),
+        Case("group_norm", (1, 64, 70, 70), "float16", True, (32, True, False, "float16", False)),
+        Case("layer_norm", (2, 9, 40), "float16", True, (True, "float32")),
+        Case("layer_norm", (2, 9, 40), "float16", False, (False, "float16")),
+        Case("geglu", (2, 9, 40), "float16", True),
     ],
     ids=lambda case: f"{case.op} {case.shape}",
 )
-def test_the_trial_finds_the_kernels_right(case):
+def test_the_trial_finds_the_kernels_right(case, monkeypatch):
+    monkeypatch.setattr(trial, "UPDATED", (3, 400))
     verdict = trial.examine(case, torch.device("cpu"), lambda make_calls: 1.0)
     assert verdict.why is None and verdict.triton
 

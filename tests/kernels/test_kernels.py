@@ -81,15 +81,16 @@ def test_no_launch_counts_beyond_32_bits(op, shape, monkeypatch):
         q = packed[:, :, 0].transpose(1, 2)
         k, v = (packed[:, :N_k, i].transpose(1, 2) for i in (1, 2))
         assert attention.unsupported(q, k, v) is None
-        out, L = attention._attention._init_fn(q, k, v, 1.0)
-        attention._attention_backward._init_fn(out, q, k, v, out, L, 1.0)
+        out, L = attention._attention._init_fn(q, k, v, 1.0, ())
+        attention._attention_backward._init_fn(out, q, k, v, out, L, 1.0, ())
         offsets = [(x.shape[2] - 1) * x.stride(2) + d for x in (q, k, v, out)] + [L.numel()]
     else:
         x = torch.empty(*shape, **half).to(memory_format=torch.channels_last)
         weight = torch.empty(shape[1], device="meta")
         assert group_norm.unsupported(x, 32, weight, weight) is None
-        y, mean, rstd = group_norm._group_norm._init_fn(x, 32, weight, weight, 1e-5, True)
-        group_norm._group_norm_backward._init_fn(y, x, 32, weight, weight, mean, rstd, True)
+        y, mean, rstd = group_norm._group_norm._init_fn(x, 32, weight, weight, 1e-5, True, None, ())
+        arguments = (y, x, 32, weight, weight, mean, rstd, True, ())
+        group_norm._group_norm_backward._init_fn(*arguments)
         offsets = [x[0].numel()]
         offsets += [a.numel() for _, arguments in launches for a in arguments
                     if isinstance(a, torch.Tensor) and a.dtype == torch.float32]  # fmt: skip
@@ -131,6 +132,8 @@ def test_a_representative_of_each_kernel_compiles_without_spills(tmp_path):
         "forward_one_pass", "backward_one_pass",
         "partial_statistics", "combine_statistics", "apply",
         "backward_partial_sums", "backward_combine", "backward_apply",
+        "normalize", "normalize_backward", "gate", "gate_backward",
+        "note_gradients", "sum_of_squares", "adamw",
     }  # fmt: skip
     plain, ahead = (k for k in kernels if k["kernel"] == "forward")
     assert int(plain["tensor_core"]) == 11  # 32 + 16 columns: 3 for S, 8 for P V

@@ -363,6 +363,7 @@ def interpret_kernels() -> None:
     """With TRITON_INTERPRET=1: a launch of the interpreter is a kernel of the card, captured and
     replayed as others are. Without this the interpreter copies all tensors to the host and back."""
     import torch
+    from torch.utils._pytree import tree_flatten, tree_unflatten
     from triton.runtime import interpreter
 
     call, kernels = interpreter.GridExecutor.__call__, {}
@@ -371,17 +372,21 @@ def interpret_kernels() -> None:
         kernels[number](tensors)
 
     def launch(self, *arguments, **options):
-        places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
+        leaves, tree = tree_flatten(arguments)  # a tuple of tensors is an argument, too
+        places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
 
         def kernel(tensors):
-            filled = list(arguments)
+            filled = list(leaves)
             for i, x in zip(places, tensors, strict=True):
                 filled[i] = x
-            call(self, *filled, **options)
+            call(self, *tree_unflatten(filled, tree), **options)
 
+        for i in places:
+            if leaves[i].dtype == torch.int64 and leaves[i].ndim == 2:  # a table of addresses
+                card().note_addresses(leaves[i])
         number = len(kernels)
         kernels[number] = kernel
-        card().launch(number, [arguments[i] for i in places])
+        card().launch(number, [leaves[i] for i in places])
 
     library = torch.library.Library("pretend_card", "IMPL")
     library.impl("launch", run, "CPU")

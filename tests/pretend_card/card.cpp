@@ -365,6 +365,23 @@ void note_memory(Graph& graph, const c10::FunctionSchema& schema, const Stack& a
   }
 }
 
+// The same for what the kernel that comes next finds by addresses, and may write to.
+void note_addresses(const Tensor& addresses) {
+  std::lock_guard<std::recursive_mutex> held(lock);
+  Graph* graph = capture_on(addresses.get_device());
+  if (!graph) return;
+  Tensor found = on_host(addresses).flatten();
+  for (int64_t i = 0; i < found.numel(); ++i) {
+    auto at = blocks.upper_bound(reinterpret_cast<char*>(found.data_ptr<int64_t>()[i]));
+    if (at == blocks.begin()) continue;
+    auto& [start, block] = *--at;
+    bool inside = found.data_ptr<int64_t>()[i] - reinterpret_cast<int64_t>(start) < block.size;
+    if (!inside || block.pool == graph->pool) continue;
+    graph->reads.emplace(start, block.serial);
+    if (!graph->before.count(start)) graph->before.emplace(start, std::string(start, block.size));
+  }
+}
+
 // Every operator that PyTorch has no other way to do on CUDA: the CPU's kernel over the same memory.
 void launch(const c10::OperatorHandle& kernel, Stack* stack) {
   std::lock_guard<std::recursive_mutex> held(lock);
@@ -607,5 +624,6 @@ TORCH_LIBRARY(pretend_card, m) {
   m.def("call_on_wait", [](int64_t address) {
     on_wait = reinterpret_cast<void (*)(const char*)>(address);
   });
+  m.def("note_addresses", &note_addresses);
   m.def("launch(int number, Tensor(a!)[] tensors) -> ()");  // a kernel that Python knows
 }

@@ -289,6 +289,10 @@ def test_what_is_likely_to_be_needed_for_sd_15():
     assert peak(**least) == about(4 * UNET_SIZE + averages, decoding)
     many = {"train_batch_size": 8, "prior_loss_weight": 0.0, "num_validation_images": 0}
     assert peak(**many) == about(state, 8 * kept + copies)
+    # Checkpointed, only AdamW's kernel keeps copies, where it does one batch's update.
+    many |= short | {"train_batch_size": 64}
+    assert peak(**many) == about(state, 64 * kept_short + copies)
+    assert peak(**many, gradient_accumulation_steps=2) == about(state, 64 * kept_short)
 
 
 def test_the_pictures_before_training_are_counted():

@@ -21,6 +21,7 @@ alone; tiles.py is the table of tiles. Here stand the launches and the operator.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from .. import card
 from .backward import _backward_dkv, _backward_dq, reference_backward
 from .forward import _forward, reference
 from .short_keys import _short_backward, _short_forward
-from .tiles import config
+from .tiles import config, tiles_of
 
 # Programs of the short kernels, chunks of queries × heads: as many as Hopper's 132 multiprocessors
 # run at once, by their registers two or three each forward, one backward.
@@ -58,7 +59,7 @@ def _chunk(N_q, heads, block, programs):
 @torch.library.custom_op("minibooth::attention", mutates_args=())
 @card.launched_where_its_input_is
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, choices: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = (_aligned(x) for x in (q, k, v))
     B, H, N_q, d = q.shape
@@ -66,18 +67,19 @@ def _attention(
     out = q.new_empty(B, N_q, H, d)
     L = q.new_empty(B, H, N_q, dtype=torch.float32)
     arguments = (q, k, v, out, L, *_arguments(q, k, v), scale * math.log2(math.e))
-    if options := config("short_forward", q, N_k):
+    choice = card.chosen(choices, 0)
+    if options := config("short_forward", q, N_k, choice):
         chunk = _chunk(N_q, B * H, options["BLOCK_M"], FORWARD_PROGRAMS)
         _short_forward[(triton.cdiv(N_q, chunk), B * H)](*arguments, chunk, **options)
     else:
-        options = config("forward", q, N_k)
+        options = config("forward", q, N_k, choice)
         grid = (triton.cdiv(N_q, options["BLOCK_M"]), B * H, options["D1"] // options["DV"])
         _forward[grid](*arguments, **options)
     return out.transpose(1, 2), L
 
 
 @_attention.register_fake
-def _(q, k, v, scale):
+def _(q, k, v, scale, choices):
     B, H, N_q, d = q.shape
     return q.new_empty(B, N_q, H, d).transpose(1, 2), q.new_empty(B, H, N_q, dtype=torch.float32)
 
@@ -92,6 +94,7 @@ def _attention_backward(
     o: torch.Tensor,
     L: torch.Tensor,
     scale: float,
+    choices: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = (_aligned(x) for x in (q, k, v))
     o, do = o.transpose(1, 2), do.transpose(1, 2).contiguous()
@@ -99,7 +102,7 @@ def _attention_backward(
     N_k = k.shape[2]
     dq = torch.empty_like(o)
     common = (*_arguments(q, k, v), scale, scale * math.log2(math.e))
-    if options := config("short_backward", q, N_k):
+    if options := config("short_backward", q, N_k, card.chosen(choices, 1)):
         chunk = _chunk(N_q, B * H, options["BLOCK_M"], BACKWARD_PROGRAMS)
         grid = (triton.cdiv(N_q, chunk), B * H)
         partial = q.new_empty(grid[0], 2, B, N_k, H, d, dtype=torch.float32)
@@ -108,24 +111,24 @@ def _attention_backward(
     else:
         dkv = k.new_empty(2, B, N_k, H, d)
         delta = torch.empty_like(L)
-        options = config("backward_dq", q, N_k)
+        options = config("backward_dq", q, N_k, card.chosen(choices, 1))
         grid = (triton.cdiv(N_q, options["BLOCK_M"]), B * H)
         _backward_dq[grid](q, k, v, o, do, L, dq, delta, *common, **options)
-        options = config("backward_dkv", q, N_k)
+        options = config("backward_dkv", q, N_k, card.chosen(choices, 2))
         grid = (triton.cdiv(N_k, options["BLOCK_N"]), B * H)
         _backward_dkv[grid](q, k, v, do, L, delta, *dkv, *common, **options)
     return dq.transpose(1, 2), dkv.transpose(2, 3)  # dK and dV in one tensor (2, B, H, N_k, d)
 
 
 @_attention_backward.register_fake
-def _(do, q, k, v, o, L, scale):
+def _(do, q, k, v, o, L, scale, choices):
     B, H, N_q, d = q.shape
     dkv = k.new_empty(2, B, k.shape[2], H, d)
     return q.new_empty(B, N_q, H, d).transpose(1, 2), dkv.transpose(2, 3)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.scale = inputs
+    q, k, v, ctx.scale, ctx.choices = inputs
     ctx.set_materialize_grads(False)  # no zeros for L, which has no gradient
     ctx.save_for_backward(q, k, v, *output)
 
@@ -134,11 +137,21 @@ def _autograd_backward(ctx, do, _):
     q, k, v, o, L = ctx.saved_tensors
     if q.shape[-1] > 160:
         raise NotImplementedError("the attention kernel's backward takes head dimensions up to 160")
-    dq, (dk, dv) = _attention_backward(do, q, k, v, o, L, ctx.scale)
-    return dq, dk, dv, None
+    dq, (dk, dv) = _attention_backward(do, q, k, v, o, L, ctx.scale, ctx.choices)
+    return dq, dk, dv, None, None
 
 
 _attention.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def candidates(q: torch.Tensor, N_k: int, backward: bool) -> tuple[int, ...]:
+    """How many tiles there are to choose from, for each kernel in the order of their launches."""
+    kernels = ["short_forward" if tiles_of("short_forward", q, N_k) else "forward"]
+    if backward and tiles_of("short_backward", q, N_k):
+        kernels.append("short_backward")
+    elif backward:
+        kernels += "backward_dq", "backward_dkv"
+    return tuple(len(tiles_of(kernel, q, N_k)) for kernel in kernels)
 
 
 def unsupported(
@@ -167,17 +180,21 @@ def unsupported(
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    choices: Sequence[int] = (),
 ) -> torch.Tensor:
     """softmax(scale · q kᵀ) v, one differentiable operator.
 
     q: (B, H, N_q, d); k, v: (B, H, N_k, d), fp16, bf16 or fp32. d is a multiple of 8 up to 160, or
     512 without gradients. Any strides: a view of a projection's output is read where it lies.
-    scale: positive, 1/sqrt(d) by default.
+    scale: positive, 1/sqrt(d) by default. choices: which of its `candidates` each kernel takes.
     Returns (B, H, N_q, d), a view of (B, N_q, H, d). Two runs give equal bits, gradients included.
     Raises ValueError for what the kernels cannot take.
     """
     if reason := unsupported(q, k, v, scale):
         raise ValueError(reason)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _attention(q, k, v, scale)[0]
+    return _attention(q, k, v, scale, choices)[0]

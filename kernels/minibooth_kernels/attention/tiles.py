@@ -10,7 +10,7 @@ SLICE = 128  # columns of V for a program where d = 512: the sums of all would f
 
 # Tiles by kernel, in rows: (head dimensions up to, tile, candidates …), the first row that fits. A
 # tile is (BLOCK_M, BLOCK_N, warps, stages). All were chosen among what compiles without spills. The
-# first of a row is taken; the others are what a model of the card cannot tell from it.
+# first of a row is the default; the others are what a model of the card cannot tell from it.
 # kernels/README.md has its figures, kernels/results/ the costs. Stages are the blocks of the loop's
 # operands in shared memory at once: with two, a block is requested shortly before it is used, with
 # three a whole iteration earlier.
@@ -114,21 +114,27 @@ def split(d: int) -> tuple[int, int]:
     return (D1, D2) if 2 * D2 <= D1 else (2 * D1, 0)
 
 
+def tiles_of(kernel: str, q: torch.Tensor, N_k: int) -> list[tuple]:
+    """Its candidates, none if this case is not its own."""
+    major = card.capability(q.device) // 10
+    tables = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: RTX_BLACKWELL}
+    if q.dtype == torch.float32:
+        tables = dict.fromkeys(tables, FLOAT32) | {10: FLOAT32_BLACKWELL}
+    row = next((row for row in tables[major][kernel] if q.shape[-1] <= row[0]), None)
+    if row is None or (kernel.startswith("short") and N_k > SHORT):
+        return []
+    return [t for t in row[1:] if WHOLE not in t or q.shape[2] % t[0] == 0]
+
+
 def config(kernel: str, q: torch.Tensor, N_k: int, choice: int = 0) -> dict | None:
     """Constants and launch options of a kernel; None if this case is not its own.
 
     Reads the dtype, length and head dimension of q and the card it is on. choice: which of the
     candidates; the first where there are fewer.
     """
-    d = q.shape[-1]
-    major = card.capability(q.device) // 10
-    tables = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: RTX_BLACKWELL}
-    if q.dtype == torch.float32:
-        tables = dict.fromkeys(tables, FLOAT32) | {10: FLOAT32_BLACKWELL}
-    row = next((row for row in tables[major][kernel] if d <= row[0]), None)
-    if row is None or (kernel.startswith("short") and N_k > SHORT):
+    if not (tiles := tiles_of(kernel, q, N_k)):
         return None
-    tiles = [t for t in row[1:] if WHOLE not in t or q.shape[2] % t[0] == 0]
+    d = q.shape[-1]
     block_m, block_n, warps, stages, *special = tiles[choice if choice < len(tiles) else 0]
     D1, D2 = split(d)
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}

@@ -1,4 +1,5 @@
-"""GroupNorm with an optional SiLU behind it, forward and backward (Wu & He 2018; SiLU: z·σ(z)).
+"""GroupNorm with an optional SiLU behind it, forward and backward (Wu & He 2018; SiLU: z·σ(z)), of
+x or of x plus a number for each sample and channel: a shift, which needs no pass of its own.
 
 The statistics are one mean and one variance per sample and group of channels, N × G of each:
 
@@ -17,6 +18,8 @@ parts.py is what the kernels share; one_pass.py holds both directions of a small
 formula in PyTorch; large_forward.py and large_backward.py those of a large one; tiles.py says which
 it is. Here stand the launches and the operator.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -47,6 +50,8 @@ def _group_norm(
     bias: torch.Tensor,
     eps: float,
     silu: bool,
+    shift: torch.Tensor | None,
+    choices: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = _dense(x)
     N, C = x.shape[:2]
@@ -55,25 +60,28 @@ def _group_norm(
     channels_last = not x.is_contiguous()
     layout = {"CHANNELS_LAST": channels_last}
     y = torch.empty_like(x)
-    mean = x.new_empty(N, C, dtype=torch.float32)  # a group's, at each of its channels
+    shifted = shift is not None
+    shift = shift.contiguous() if shifted else None
+    mean = x.new_empty(N, C, dtype=torch.float32)  # a group's, less each channel's shift
     rstd = torch.empty_like(mean)
 
-    if tile := _one_pass(R, C // G, FORWARD_TILES, channels_last):
-        arguments = (x, weight, bias, y, mean, rstd, *sizes, eps)
-        _forward_one_pass[(G, N)](*arguments, SILU=silu, **layout, **tile)
+    tile = _one_pass(R, C // G, FORWARD_TILES, channels_last)
+    if tile and card.chosen(choices, 0) == 0:
+        arguments = (x, weight, bias, shift, y, mean, rstd, *sizes, eps)
+        _forward_one_pass[(G, N)](*arguments, SILU=silu, SHIFTED=shifted, **layout, **tile)
     else:
         tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
         partial = x.new_empty(2, chunks[0], N, C, dtype=torch.float32)
         _partial_statistics[chunks](x, partial, R, C, chunk_rows, **layout, **tile)
         affine = x.new_empty(2, N, C, dtype=torch.float32)
-        arguments = (partial, weight, bias, mean, rstd, affine, *sizes, chunk_rows, eps)
-        _combine_statistics[(G, N)](*arguments, **COMBINE)
+        arguments = (partial, weight, bias, shift, mean, rstd, affine, *sizes, chunk_rows, eps)
+        _combine_statistics[(G, N)](*arguments, SHIFTED=shifted, **COMBINE)
         _apply[tiles](x, affine, y, R, C, SILU=silu, **layout, **tile)
     return y, mean, rstd
 
 
 @_group_norm.register_fake
-def _(x, num_groups, weight, bias, eps, silu):
+def _(x, num_groups, weight, bias, eps, silu, shift, choices):
     statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
     return torch.empty_like(_dense(x)), statistics, torch.empty_like(statistics)
 
@@ -89,6 +97,7 @@ def _group_norm_backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     silu: bool,
+    choices: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = _dense(x)
     dy = _matching(dy, x)
@@ -101,7 +110,8 @@ def _group_norm_backward(
     dx = torch.empty_like(x)
     sums = x.new_empty(2, N, C, dtype=torch.float32)
 
-    if tile := _one_pass(R, C // G, BACKWARD_TILES, channels_last):
+    tile = _one_pass(R, C // G, BACKWARD_TILES, channels_last)
+    if tile and card.chosen(choices, 1) == 0:
         _backward_one_pass[(G, N)](*inputs, dx, sums, *sizes, **layout, **tile)
     else:
         tiles, chunks, chunk_rows, tile = _two_pass(N, R, C, channels_last)
@@ -115,28 +125,43 @@ def _group_norm_backward(
 
 
 @_group_norm_backward.register_fake
-def _(dy, x, num_groups, weight, bias, mean, rstd, silu):
+def _(dy, x, num_groups, weight, bias, mean, rstd, silu, choices):
     return torch.empty_like(_dense(x)), weight.new_empty(2, x.shape[1])
 
 
 def _setup_context(ctx, inputs, output):
-    x, ctx.num_groups, weight, bias, _, ctx.silu = inputs
+    x, ctx.num_groups, weight, bias, _, ctx.silu, shift, ctx.choices = inputs
+    ctx.shifted = shift is not None
     ctx.set_materialize_grads(False)  # no zeros for mean and rstd, which have no gradient
     ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
 def _autograd_backward(ctx, dy, *_):
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    arguments = (dy, x, ctx.num_groups, weight, bias, mean, rstd, ctx.silu)
+    arguments = (dy, x, ctx.num_groups, weight, bias, mean, rstd, ctx.silu, ctx.choices)
     dx, (dweight, dbias) = _group_norm_backward(*arguments)
-    return dx, None, dweight, dbias, None, None
+    dshift = dx.sum(tuple(range(2, dx.ndim))) if ctx.shifted else None
+    return dx, None, dweight, dbias, None, None, dshift, None
 
 
 _group_norm.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
+def candidates(x: torch.Tensor, num_groups: int, backward: bool) -> tuple[int, ...]:
+    """How many ways there are to choose from, forward and backward: a group that one program can
+    hold may also go the way of the large ones."""
+    R, channels_last = x[0, 0].numel(), not _dense(x).is_contiguous()
+    tables = (FORWARD_TILES, BACKWARD_TILES)[: 1 + backward]
+    group = x.shape[1] // num_groups
+    return tuple(1 + bool(_one_pass(R, group, tiles, channels_last)) for tiles in tables)
+
+
 def unsupported(
-    x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
 ) -> str | None:
     """Why the kernel cannot take these arguments, in one line; None if it can."""
     if reason := card.unsupported(x):
@@ -149,6 +174,8 @@ def unsupported(
         return f"CUDA has no grid of {x.shape[0]} samples: 65535 at most"
     if any(p is None or p.shape != x.shape[1:2] or not p.is_contiguous() for p in (weight, bias)):
         return "weight and bias must be contiguous, one value per channel"
+    if shift is not None and (shift.shape != x.shape[:2] or shift.dtype != x.dtype):
+        return "the shift must be one value of x's dtype per sample and channel"
     return None
 
 
@@ -159,14 +186,18 @@ def group_norm(
     bias: torch.Tensor,
     eps: float,
     silu: bool = False,
+    shift: torch.Tensor | None = None,
+    choices: Sequence[int] = (),
 ) -> torch.Tensor:
     """GroupNorm, then SiLU if asked: one differentiable operator.
 
     x: (N, C, *spatial), fp16, bf16 or fp32, channels_last or contiguous (neither is copied)
     weight, bias: (C,), of x's dtype or another
+    shift: (N, C), of x's dtype, what is added to x first
+    choices: which of its `candidates` the forward takes, and which the backward
     Returns y of x's shape, dtype and layout. Statistics are fp32; two runs give equal bits,
     gradients included. Raises ValueError for what the kernel cannot take.
     """
-    if reason := unsupported(x, num_groups, weight, bias):
+    if reason := unsupported(x, num_groups, weight, bias, shift):
         raise ValueError(reason)
-    return _group_norm(x, num_groups, weight, bias, eps, silu)[0]
+    return _group_norm(x, num_groups, weight, bias, eps, silu, shift, choices)[0]

@@ -19,8 +19,8 @@ def _backward_partial_sums(
     X,  # (N, R, C)
     Weight,  # (C,)
     Bias,  # (C,)
-    Mean,  # (N, C) fp32, a group's channels alike
-    Rstd,  # (N, C) fp32
+    Mean,  # (N, C) fp32: a group's mean, less the channel's shift
+    Rstd,  # (N, C) fp32, a group's channels alike
     Partial,  # (2, chunks, N, C) fp32 out: Σ dz·x̂ and Σ dz of each chunk
     R, C, chunk_rows,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

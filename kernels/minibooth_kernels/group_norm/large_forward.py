@@ -3,7 +3,9 @@
 The formula is one_pass.reference. What the second pass multiplies and adds depends on the channel
 alone, so the kernel between the two, which is small, works it out once:
 
-    y = γ (x − mean) rstd + β = scale · x + shift        scale = γ rstd, shift = β − mean · scale
+    y = γ (x − mean) rstd + β = scale · x + offset       scale = γ rstd, offset = β − mean · scale
+
+So does what is added to a channel before the norm: it moves the channel's mean and nothing else.
 """
 
 import triton
@@ -62,11 +64,12 @@ def _combine_statistics(
     Partial,  # (2, chunks, N, C) fp32 in
     Weight,  # (C,)
     Bias,  # (C,)
-    Mean,  # (N, C) fp32 out, a group's channels alike
-    Rstd,  # (N, C) fp32 out
-    Affine,  # (2, N, C) fp32 out: scale and shift
+    Shift,  # (N, C), if SHIFTED; else None
+    Mean,  # (N, C) fp32 out: a group's mean, less the channel's shift
+    Rstd,  # (N, C) fp32 out, a group's channels alike
+    Affine,  # (2, N, C) fp32 out: scale and offset
     R, C, group_channels, chunk_rows, eps,
-    BLOCK_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     g, n = tl.program_id(0), tl.program_id(1)
     N = tl.num_programs(1)
@@ -80,6 +83,9 @@ def _combine_statistics(
             channels = g * group_channels + channel[None, :]
             partial = Partial + (chunk[:, None] * N + n) * C + channels
             mean_i = tl.load(partial, mask=mask, other=0.0)
+            if SHIFTED:
+                shift = tl.load(Shift + n * C + channels, mask=mask, other=0.0)
+                mean_i += shift.to(tl.float32)
             M2_i = tl.load(partial + chunks * N * C, mask=mask, other=0.0)
             rows = tl.minimum(R - chunk * chunk_rows, chunk_rows).to(tl.float32)  # the last: fewer
             count_i = tl.where(mask, rows[:, None], 0.0)
@@ -96,16 +102,19 @@ def _combine_statistics(
         channels = g * group_channels + channel
         scale = rstd * tl.load(Weight + channels, mask=mask, other=0.0).to(tl.float32)
         bias = tl.load(Bias + channels, mask=mask, other=0.0).to(tl.float32)
-        tl.store(Mean + n * C + channels, tl.zeros_like(scale) + mean, mask=mask)
+        mean_c = tl.zeros_like(scale) + mean
+        if SHIFTED:
+            mean_c -= tl.load(Shift + n * C + channels, mask=mask, other=0.0).to(tl.float32)
+        tl.store(Mean + n * C + channels, mean_c, mask=mask)
         tl.store(Rstd + n * C + channels, tl.zeros_like(scale) + rstd, mask=mask)
         tl.store(Affine + n * C + channels, scale, mask=mask)
-        tl.store(Affine + (N + n) * C + channels, bias - mean * scale, mask=mask)
+        tl.store(Affine + (N + n) * C + channels, bias - mean_c * scale, mask=mask)
 
 
 @triton.jit
 def _apply(
     X,  # (N, R, C) in
-    Affine,  # (2, N, C) fp32
+    Affine,  # (2, N, C) fp32: scale and offset
     Y,  # (N, R, C) out
     R, C,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -114,12 +123,12 @@ def _apply(
     X += n.to(tl.int64) * R * C
     Y += n.to(tl.int64) * R * C
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale, shift = _vector(Affine, n, channels, C), _vector(Affine, N + n, channels, C)
+    scale, offset = _vector(Affine, n, channels, C), _vector(Affine, N + n, channels, C)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = (rows < R)[:, None] & (channels < C)[None, :]
     offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
     x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
-    z = scale[None, :] * x + shift[None, :]
+    z = scale[None, :] * x + offset[None, :]
     if SILU:
         z = z * tl.sigmoid(z)
     tl.store(Y + offsets, z, mask=mask)

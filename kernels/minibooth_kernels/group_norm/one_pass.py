@@ -7,8 +7,10 @@ import triton.language as tl
 from .parts import _affine, _offsets, _silu_backward
 
 
-def reference(x, num_groups, weight, bias, eps, silu=False):
+def reference(x, num_groups, weight, bias, eps, silu=False, shift=None):
     """The same in PyTorch, what the kernels are compared with."""
+    if shift is not None:
+        x = x + shift.reshape(*shift.shape, *[1] * (x.ndim - 2))
     y = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(y) if silu else y
 
@@ -27,12 +29,13 @@ def _forward_one_pass(
     X,  # (N, R, C) in
     Weight,  # (C,) γ
     Bias,  # (C,) β
+    Shift,  # (N, C), if SHIFTED; else None
     Y,  # (N, R, C) out
-    Mean,  # (N, C) fp32 out, a group's channels alike
-    Rstd,  # (N, C) fp32 out
+    Mean,  # (N, C) fp32 out: a group's mean, less the channel's shift
+    Rstd,  # (N, C) fp32 out, a group's channels alike
     R, C, group_channels, eps,
-    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr, SHIFTED: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     g, n = tl.program_id(0), tl.program_id(1)
     rows, channels, channel_mask = _group(g, group_channels, UNIT, BLOCK_R, BLOCK_C)
@@ -40,6 +43,10 @@ def _forward_one_pass(
     offsets = _offsets(rows, channels, R, C, CHANNELS_LAST)
     sample = n.to(tl.int64) * R * C
     x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if SHIFTED:
+        shift += tl.load(Shift + n * C + channels, mask=channel_mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x + shift[None, :], 0.0)
 
     size = R * group_channels
     mean = tl.sum(x) / size
@@ -49,9 +56,8 @@ def _forward_one_pass(
     if SILU:
         z = z * tl.sigmoid(z)
     tl.store(Y + sample + offsets, z, mask=mask)
-    statistics = tl.zeros([BLOCK_C], tl.float32)
-    tl.store(Mean + n * C + channels, statistics + mean, mask=channel_mask)
-    tl.store(Rstd + n * C + channels, statistics + rstd, mask=channel_mask)
+    tl.store(Mean + n * C + channels, mean - shift, mask=channel_mask)
+    tl.store(Rstd + n * C + channels, tl.zeros_like(shift) + rstd, mask=channel_mask)
 
 
 @triton.jit
@@ -60,8 +66,8 @@ def _backward_one_pass(
     X,  # (N, R, C)
     Weight,  # (C,)
     Bias,  # (C,)
-    Mean,  # (N, C) fp32, a group's channels alike
-    Rstd,  # (N, C) fp32
+    Mean,  # (N, C) fp32: a group's mean, less the channel's shift
+    Rstd,  # (N, C) fp32, a group's channels alike
     dX,  # (N, R, C) out
     Sums,  # (2, N, C) fp32 out: Σ dz·x̂ and Σ dz over the rows, which sum over n to dγ and dβ
     R, C, group_channels,
@@ -75,10 +81,10 @@ def _backward_one_pass(
     sample = n.to(tl.int64) * R * C
     x = tl.load(X + sample + offsets, mask=mask, other=0.0).to(tl.float32)
     dz = tl.load(dY + sample + offsets, mask=mask, other=0.0).to(tl.float32)
-    first = n * C + g * group_channels  # one of the group's channels, which are alike
-    mean, rstd = tl.load(Mean + first), tl.load(Rstd + first)
+    mean = tl.load(Mean + n * C + channels, mask=channel_mask, other=0.0)
+    rstd = tl.load(Rstd + n * C + g * group_channels)
 
-    x_hat = (x - mean) * rstd
+    x_hat = (x - mean[None, :]) * rstd
     z, weight = _affine(x_hat, channels, channel_mask, Weight, Bias)
     if SILU:
         dz = _silu_backward(z, dz)
