@@ -4,3 +4,4 @@ from .common.errors import UserError
 from .formats import hub
 from .pipeline import StableDiffusion, load
 from .training import data, photos
+from .upscaler import Upscaler

@@ -34,6 +34,7 @@ except ImportError:  # no Triton, as on macOS
     group_norm_kernels = layer_norm_kernels = None
 
 MODES = ("auto", "triton", "torch")
+SCORES = 2**28  # of a head that PyTorch may keep, 1 GiB in fp32: as many as 16,384 pixels have
 _mode = os.environ.get("MINIBOOTH_KERNELS", "auto")
 _preferred: dict["Case", Sequence[int]] = {}
 _seen: dict["Case", None] | None = None
@@ -138,7 +139,10 @@ def attention(
         # A CPU's fused backward is slow in bf16: with few pixels the plain formula wins.
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # A picture of 2048² has 262,144 pixels in the VAE of an upscaler, and 256 GiB of scores.
+    parts = q.split(max(1, SCORES // k.shape[-2]), dim=-2)
+    done = [F.scaled_dot_product_attention(part, k, v, scale=scale) for part in parts]
+    return done[0] if len(done) == 1 else torch.cat(done, dim=-2)
 
 
 def group_norm(

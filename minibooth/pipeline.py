@@ -20,6 +20,7 @@ from .tokenizer import Tokenizer
 from .unet import TextBlock, TransformerBlock, UNet
 
 VAE_PIXELS = 256 * 256  # that go through the VAE at once: its memory grows with them
+BUILT: dict[int, type] = {}  # by a UNet's channels, the class of another model, which enters itself
 
 
 class StableDiffusion(Parts):
@@ -61,10 +62,9 @@ class StableDiffusion(Parts):
         Picture i takes all its noise from a CPU generator seeded with seed + i, so it depends
         neither on the device nor on the batch. `latents`, (B, 4, h, w), replace the first noise and
         set the size. guidance_scale ≤ 1 switches guidance off. height and width are in pixels,
-        multiples of the VAE's factor; without them the size is that of the training.
-        `output`: "pil"; "pt", (B, 3, H, W) in [0, 1]; "latent", (B, 4, h, w) scaled.
-        `on_step` is called after every step of every batch. Raises UserError for wrong settings,
-        NotFinite where a network's output is not.
+        multiples of the VAE's factor; without them the size is that of the training. `output`:
+        "pil"; "pt", (B, 3, H, W) in [0, 1]; "latent", (B, 4, h, w) scaled. `on_step` is called
+        after every step. Raises UserError for wrong settings, NotFinite where an output is not.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         shape = self.latent_shape(len(prompts), height, width, latents)  # (4, h, w)
@@ -127,12 +127,10 @@ class StableDiffusion(Parts):
         return without + guidance_scale * (towards - without)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1], a few at a time to save memory.
-
-        Raises NotFinite where a picture is not.
-        """
+        """Scaled latents (B, 4, h, w) → (B, 3, H, W) in [0, 1], a few at a time to save memory;
+        raises NotFinite where a picture is not."""
         z = latents / self.vae.scaling_factor
-        few = vae_batch(z.shape[2] * z.shape[3] * self.vae.factor**2)
+        few = vae_batch(z[0, 0].numel() * self.vae.factor**2)
         with torch.autocast(z.device.type, enabled=False):  # the VAE in its own precision
             pictures = torch.cat([self.vae.decode(part).float() for part in z.split(few)])
         require_finite(pictures, "vae")
@@ -157,17 +155,17 @@ def vae_batch(pixels: int) -> int:
 
 def text_projections(unet: UNet) -> list[torch.nn.Module]:
     """Every layer of the UNet that makes keys or values of the text."""
-    blocks = [m for m in unet.modules() if isinstance(m, TransformerBlock)]
-    attend = [b.attn2 for b in blocks] + [b.attn1 for b in blocks if isinstance(b, TextBlock)]
-    return [project for attention in attend for project in (attention.to_k, attention.to_v)]
+    attend = [m.attn2 for m in unet.modules() if isinstance(m, TransformerBlock)]
+    attend += [m.attn1 for m in unet.modules() if isinstance(m, TextBlock)]
+    return [project for a in attend for project in (a.to_k, a.to_v)]
 
 
 @contextmanager
 def projected_once(unet: UNet) -> Iterator[None]:
     """Within it, the text's keys and values are computed once and not at every step.
 
-    They depend on nothing but the text: a projection that is given the same tensor again returns
-    what it returned before. So neither text nor weights may be written to in the meantime.
+    A projection that is given the same tensor again returns what it returned before: neither text
+    nor weights may be written to in the meantime.
     """
 
     def remembering(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -206,7 +204,7 @@ def load(
     found = sources.read(source, tokenizer, vae, revision, ema)
     networks = checkpoint.build_all(found, dtype, device)
     check_fit(source, found)
-    return StableDiffusion(
+    return BUILT.get(found.configs["unet"]["in_channels"], StableDiffusion)(
         tokenizer=found.tokenizer,
         schedule=settle(found, networks["unet"], prediction_type).to(device),
         configs=found.configs,
@@ -214,5 +212,6 @@ def load(
         licence=found.licence,
         licence_files=found.licence_files,
         zeros_for_empty=found.zeros_for_empty,
+        levels=found.levels,
         **networks,
     )

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -14,10 +15,13 @@ from .common import cli, sheets
 from .common.cli import option
 from .common.errors import UserError
 from .common.files import atomic, shortened
+from .common.pictures import read_image
 from .device import graphs, no_gpu, settle
 from .formats import adapters, checks, families, hypernetworks
 from .formats.configs import is_public_size
 from .tokenizer import WordError
+from .training import photos
+from .upscaler import SCALE, Upscaler, require_kind
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,26 @@ class SampleConfig:
     hypernetwork: tuple[str, ...] = option(
         (), "hypernetwork's file, or FILE:STRENGTH; several as well [:1]", place="path"
     )
+    upscaler: str | None = option(
+        None,
+        "folder, single file or hub id of an upscaler, which makes what is drawn four times as "
+        "large; both pictures are kept",
+        place="source",
+        topic="second stage",
+    )
+    upscaler_lora: tuple[str, ...] = option(
+        (), "LoRA file of the upscaler, or FILE:STRENGTH; several as well [:1]", place="path"
+    )
+    noise_level: int = option(
+        20, "of the small picture: what is lost under it is drawn anew; take one that was trained"
+    )
+    upscaler_steps: int = option(75, "its sampler steps")
+    images: str | None = option(
+        None,
+        "folder of pictures to enlarge, and nothing is drawn; the prompt says what they show",
+        place="path",
+    )
+
     vae: str | None = option(None, "folder, file or hub id of a VAE to use instead", place="source")
     tokenizer: str | None = option(
         None, "folder or hub id of a tokenizer to use instead", place="source"
@@ -91,12 +115,14 @@ class SampleConfig:
     )
 
     def check(self) -> None:
-        if self.model is None:
+        if self.images or self.upscaler_lora:
+            self.check_second_stage()
+        if self.model is None and not self.images:
             raise UserError("give --model: a folder, a single file or a hub id")
-        if not self.prompt:
+        if not self.prompt and not self.images:
             raise UserError('give --prompt, say --prompt "a sks dog in the snow"')
         cli.check_choices(self)
-        names = ("num_images", "steps", "batch_size", "height", "width")
+        names = ("num_images", "steps", "batch_size", "height", "width", "upscaler_steps")
         cli.check_at_least_one(self, names)
         if not 0 <= self.seed < 2**63:
             raise UserError("--seed must be a number from 0 up")
@@ -104,6 +130,15 @@ class SampleConfig:
             raise UserError("--eta must be a number from 0 to 1")
         if not 0 <= self.guidance_scale < math.inf:
             raise UserError("--guidance_scale must be a number from 0 up")
+
+    def check_second_stage(self) -> None:
+        if self.upscaler is None:
+            given = "--images" if self.images else "--upscaler_lora"
+            raise UserError(f"{given} goes with --upscaler, the model that enlarges")
+        if self.images and self.model:
+            raise UserError("--images are enlarged and nothing is drawn: no --model beside it")
+        if self.images and len(self.prompt) > 1:
+            raise UserError("--images come under one --prompt, which says what they show")
 
 
 def sample(config: SampleConfig) -> list[Path]:
@@ -115,16 +150,29 @@ def sample(config: SampleConfig) -> list[Path]:
     device = cli.pick_device(config.device)
     if config.kernels:
         ops.use(config.kernels)
+    pictures = read(config.images) if config.images else {}
+    dtype = cli.DTYPES[config.dtype or ("fp16" if device.type == "cuda" else "fp32")]
+    up = load_upscaler(config, device, dtype) if config.upscaler else None
+    if config.images:
+        prompt = config.prompt[0] if config.prompt else ""
+        about = {"prompt": prompt, "seed": str(config.seed)}
+        return enlarge(
+            config, up, [(stem, image, prompt, about) for stem, image in pictures.items()]
+        )
     sd = pipeline.load(
         config.model,
         device=device,
-        dtype=cli.DTYPES[config.dtype or ("fp16" if device.type == "cuda" else "fp32")],
+        dtype=dtype,
         tokenizer=config.tokenizer,
         vae=config.vae,
         prediction_type=config.prediction_type,
         revision=config.revision,
         ema=config.ema == "yes",
     )
+    require_kind(sd, f"--model {config.model}")
+    size = (config.height or sd.image_size, config.width or sd.image_size)
+    if up:
+        up.check_size(*size)
     if config.device == "auto" and device.type == "cpu" and is_public_size(sd.configs):
         warnings.warn(f"this takes long, as no GPU can be used: {no_gpu.why()}", stacklevel=2)
     adapters.merge_files(sd.networks, config.lora)
@@ -137,10 +185,9 @@ def sample(config: SampleConfig) -> list[Path]:
             raise UserError(f"{e}, as --embedding FILE=WORD") from None
         print(f"{file}: {sd.tokenizer.spelled(word)} in a prompt is now {len(vectors[0])} vectors")
     sizes = settle.batches(config.num_images, config.batch_size, config.guidance_scale)
-    size = (config.height or sd.image_size, config.width or sd.image_size)
     met = settle.met(sd, *size, drawing=sizes if settle.wanted(device) else ())
     settle.settle(met, device)
-    out, written, rows = Path(config.output_dir), [], []
+    out, written, rows, drawn = Path(config.output_dir), [], [], []
     batches = -(-config.num_images // config.batch_size)
     bar = tqdm(total=len(config.prompt) * batches * config.steps, unit="step")
     with bar, graphs.captured_unet(sd.unet):
@@ -162,9 +209,61 @@ def sample(config: SampleConfig) -> list[Path]:
             rows.append(images)
             for i, image in enumerate(images):
                 about = settings(config, sd.source, prompt, config.seed + i)
-                written.append(save_png(image, out, f"{slug(prompt)}-{config.seed + i}", about))
+                name = f"{slug(prompt)}-{config.seed + i}"
+                written.append(save_png(image, out, name, about))
+                drawn.append((name, image, prompt, about))
     with atomic(out / "grid.png") as part:
         sheets.grid(sheets.enlarged(rows), labels=list(config.prompt)).save(part, "PNG")
+    return written + (enlarge(config, up, drawn) if up else [])
+
+
+# ---- the second stage --------------------------------------------------------------------------
+
+
+def read(folder: str) -> dict[str, Image.Image]:
+    """The pictures in it, by their names without an ending. Raises UserError for one that cannot
+    be enlarged."""
+    found = {file.stem: read_image(file) for file in photos.image_files(folder)}
+    for name, image in found.items():
+        try:
+            Upscaler.check_size(image.height, image.width)
+        except UserError as e:
+            raise UserError(f"{Path(folder) / name}: {e}") from None
+    return found
+
+
+def load_upscaler(config: SampleConfig, device: torch.device, dtype: torch.dtype) -> Upscaler:
+    adapters.check_there(config.upscaler_lora)
+    up = pipeline.load(config.upscaler, device=device, dtype=dtype)
+    require_kind(up, f"--upscaler {config.upscaler}", upscaler=True)
+    if not 0 <= config.noise_level < up.levels:
+        raise UserError(f"--noise_level {config.noise_level}: give one from 0 to {up.levels - 1}")
+    adapters.merge_files(up.networks, config.upscaler_lora)
+    return up
+
+
+def enlarge(
+    config: SampleConfig, up: Upscaler, drawn: list[tuple[str, Image.Image, str, dict]]
+) -> list[Path]:
+    """Write name-x4.png for each name, picture, prompt and settings: its noise is of its seed."""
+    written, bar = [], tqdm(total=len(drawn) * config.upscaler_steps, unit="step")
+    with bar, graphs.captured_unet(up.unet):
+        for name, image, prompt, about in drawn:
+            bar.set_description(f"enlarging {name[:40]}")
+            [large] = up.upscale(
+                [image],
+                [prompt],
+                noise_level=config.noise_level,
+                steps=config.upscaler_steps,
+                seed=int(about["seed"]),
+                negative_prompt=config.negative_prompt,
+                on_step=bar.update,
+            )
+            about = about | {"upscaler": up.source, "noise_level": str(config.noise_level)}
+            about["upscaler_steps"] = str(config.upscaler_steps)
+            if config.upscaler_lora:
+                about["upscaler_lora"] = ", ".join(map(adapters.public_name, config.upscaler_lora))
+            written.append(save_png(large, Path(config.output_dir), f"{name}-x{SCALE}", about))
     return written
 
 
@@ -218,7 +317,8 @@ def main() -> None:
         defaults=families.draw_settings,
     )
     written = sample(config)
-    print(f"{len(written)} pictures and grid.png in {config.output_dir}")
+    grid = "" if config.images else " and grid.png"
+    print(f"{len(written)} pictures{grid} in {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ with 0 … 349, and that pictures are enlarged at a level that was trained.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ from torch import Tensor
 from .common.errors import UserError
 from .common.forwards import replaced
 from .formats.checks import require_finite
-from .pipeline import StableDiffusion, projected_once, to_device, to_pil
-from .schedule import Schedule, ddim_step, q_sample, trajectory
+from .formats.scheduler import read_schedule
+from .pipeline import BUILT, StableDiffusion, projected_once, to_device, to_pil
+from .schedule import ddim_step, q_sample, trajectory
 from .text_encoder import Condition
 
 SCALE = 4  # sides of the large picture, in sides of the small one
+MOST = 1024 * 1024  # pixels of a small picture: decoding one of 4096² works in 64 GiB
 
 
 def seeing(unet: Callable, small: Tensor, level: Tensor) -> Callable[..., Tensor]:
@@ -52,15 +55,33 @@ def seeing(unet: Callable, small: Tensor, level: Tensor) -> Callable[..., Tensor
 
 @dataclass
 class Upscaler(StableDiffusion):
-    """A model of the second stage. It has the parts of a Stable Diffusion; sizes are its pictures',
-    so the latent z of a large picture is as large as the small picture."""
+    """A model of the second stage. It has the parts of a Stable Diffusion, and a second schedule:
+    of the noise on the small picture, ᾱ_s. Sizes are its pictures', so the latent z of a large
+    picture is as large as the small picture."""
 
-    small_schedule: Schedule | None = None  # of the noise on the small picture: ᾱ_s
-    levels: int = 350  # s is below
+    def __post_init__(self):
+        config = self.configs["low_res_scheduler"]
+        self.small_schedule = read_schedule(config).to(self.device)
+
+    def to(self, device, **how) -> Self:
+        self.small_schedule = self.small_schedule.to(device)
+        return super().to(device, **how)
 
     def noised(self, small: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """c = √ᾱ_s x + √(1−ᾱ_s) η of small pictures x in [-1, 1]: (B, 3, h, w); level: (B,)."""
         return q_sample(small, noise, self.small_schedule.alpha_bar[level])
+
+    @staticmethod
+    def check_size(height: int, width: int) -> None:
+        """Raise UserError unless a small picture can be of this size."""
+        given = f"a picture of {width}×{height} pixels"
+        if height % 4 or width % 4:
+            raise UserError(f"{given}: what is enlarged has sides that are multiples of 4")
+        if height * width > MOST:
+            large = f"{SCALE * width}×{SCALE * height}"
+            raise UserError(
+                f"{given} would become one of {large}: give one of {MOST:,} pixels at most"
+            )
 
     def require(
         self,
@@ -77,8 +98,9 @@ class Upscaler(StableDiffusion):
             rows = [np.asarray(picture.convert("RGB")) for picture in pictures]
             pictures = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255
         B, channels, h, w = pictures.shape
-        if channels != 3 or h % 4 or w % 4:
-            raise UserError(f"a picture of {w}×{h} pixels: give RGB and multiples of 4")
+        if channels != 3:
+            raise UserError(f"pictures of {channels} channels: give RGB")
+        self.check_size(h, w)
         if not 0 <= noise_level < self.levels:
             raise UserError(f"noise level {noise_level}: give one from 0 to {self.levels - 1}")
         if len(prompts) != B:
@@ -143,3 +165,18 @@ class Upscaler(StableDiffusion):
             finished.append(z if output == "latent" else self.decode(z))
         result = torch.cat(finished)
         return to_pil(result) if output == "pil" else result
+
+
+def require_kind(sd: StableDiffusion, given: str, upscaler: bool = False) -> None:
+    """Raise UserError where a model that was `given` is an upscaler and none is wanted, or the
+    reverse."""
+    if upscaler and not isinstance(sd, Upscaler):
+        raise UserError(f"{given} is no upscaler: give one such as the x4 upscaler's folder")
+    if isinstance(sd, Upscaler) and not upscaler:
+        raise UserError(
+            f"{given} is an upscaler, which draws nothing by itself: give a model that draws; "
+            "minibooth.sample takes this one as --upscaler, minibooth.train as --model"
+        )
+
+
+BUILT[4 + 3] = Upscaler  # channels of the latent and of the small picture

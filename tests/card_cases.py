@@ -23,7 +23,7 @@ from minibooth.common import cli
 from minibooth.common.errors import first_line
 from minibooth.device import graphs, memory, ranks
 from minibooth.device.precision import Precision
-from minibooth.formats.configs import SD1_UNET, SD_VAE
+from minibooth.formats.public import SD1_UNET, SD_VAE
 from minibooth.toybox import score, world
 from minibooth.toybox.pretrain import TEXT_CONFIG
 from minibooth.training import fit, optimizer, prepare

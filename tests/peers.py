@@ -177,10 +177,73 @@ def sdxl(seed: int = 0, layers: int = 1, **unet) -> diffusers.StableDiffusionXLP
     return pipe
 
 
+X4_BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+
+
+def upscaler(seed: int = 0, **changes) -> diffusers.StableDiffusionUpscalePipeline:
+    """Of the public model's shape: its first level does not attend, the next looks at text only."""
+    torch.manual_seed(seed)
+    vocab, _ = vocabulary()
+    shape = {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "only_cross_attention": [True, True, False],
+    }
+    unet = diffusers.UNet2DConditionModel(
+        **shape | changes,
+        layers_per_block=1,
+        in_channels=7,
+        out_channels=4,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        use_linear_projection=True,
+        num_class_embeds=1000,
+        norm_num_groups=8,
+        sample_size=16,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        layers_per_block=1,
+        scaling_factor=0.08333,
+    )
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    main = diffusers.DDIMScheduler(
+        **X4_BETAS,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipe = diffusers.StableDiffusionUpscalePipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text).eval(),
+        tokenizer=None,
+        unet=unet,
+        low_res_scheduler=diffusers.DDPMScheduler(**X4_BETAS, clip_sample=True),
+        scheduler=main,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def save(folder: Path, kind: str = "sd1", seed: int = 0) -> diffusers.StableDiffusionPipeline:
     """Write such a model into a folder in the public layout, with its tokenizer; give it back."""
-    pipe = sdxl(seed) if kind == "sdxl" else pipeline(kind, seed)
-    write(folder, pipe, "!" if kind == "sd2" else "<|endoftext|>")
+    made = {"sdxl": sdxl, "x4": upscaler}.get(kind)
+    pipe = made(seed) if made else pipeline(kind, seed)
+    write(folder, pipe, "!" if kind in ("sd2", "x4") else "<|endoftext|>")
     return pipe
 
 

@@ -24,7 +24,16 @@ ORDER = [
 INSIDE = {  # the same within a room
     "common": ["errors", "files", "pictures", "sheets", "cli", "trees", "forwards"],
     "formats": [
-        *("tensor_files", "configs", "hub", "ldm", "vocabulary", "adapters", "checkpoint"),
+        *(
+            "tensor_files",
+            "public",
+            "configs",
+            "hub",
+            "ldm",
+            "vocabulary",
+            "adapters",
+            "checkpoint",
+        ),
         *("hypernetworks", "folders", "single_files", "families", "sources", "scheduler"),
         *("checks", "saving", "parts"),
     ],

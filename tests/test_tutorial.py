@@ -38,7 +38,7 @@ from minibooth.common import cli
 from minibooth.evaluate.snapshots import SnapshotsConfig
 from minibooth.formats import hub
 from minibooth.formats.checkpoint import NETWORKS
-from minibooth.formats.configs import SD_SCHEDULER
+from minibooth.formats.public import SD_SCHEDULER
 from minibooth.formats.scheduler import read_schedule
 from minibooth.pipeline import StableDiffusion
 from minibooth.sample import SampleConfig

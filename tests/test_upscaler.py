@@ -1,106 +1,24 @@
 """The second stage against diffusers, on small random models."""
 
-import diffusers
 import numpy as np
 import peers
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from tiny import rel
 
+import minibooth
+from minibooth import ops
 from minibooth.dreambooth import Term, step
-from minibooth.formats import checkpoint
-from minibooth.formats.scheduler import read_schedule
-from minibooth.text_encoder import Condition, TextEncoder
-from minibooth.tokenizer import Tokenizer
-from minibooth.unet import UNet
-from minibooth.upscaler import Upscaler, seeing
-from minibooth.vae import VAE
-
-BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
-
-
-def upscale_pipeline(**changes) -> diffusers.StableDiffusionUpscalePipeline:
-    """Of the public model's shape: its first level does not attend, the next looks at text only."""
-    torch.manual_seed(0)
-    vocab, _ = peers.vocabulary()
-    shape = {
-        "block_out_channels": (16, 32, 32),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "only_cross_attention": [True, True, False],
-    }
-    unet = diffusers.UNet2DConditionModel(
-        **shape | changes,
-        layers_per_block=1,
-        in_channels=7,
-        out_channels=4,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        use_linear_projection=True,
-        num_class_embeds=1000,
-        norm_num_groups=8,
-        sample_size=16,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=8,
-        layers_per_block=1,
-        scaling_factor=0.08333,
-    )
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        hidden_act="gelu",
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    main = diffusers.DDIMScheduler(
-        **BETAS,
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    pipe = diffusers.StableDiffusionUpscalePipeline(
-        vae=vae,
-        text_encoder=transformers.CLIPTextModel(text).eval(),
-        tokenizer=None,
-        unet=unet,
-        low_res_scheduler=diffusers.DDPMScheduler(**BETAS, clip_sample=True),
-        scheduler=main,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+from minibooth.text_encoder import Condition
+from minibooth.upscaler import seeing
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    pipe, folder = upscale_pipeline(), tmp_path_factory.mktemp("x4")
-    peers.write_tokenizer(folder, pad="!")
-    pipe.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
-    configs = {n: dict(getattr(pipe, n).config) for n in ("unet", "vae", "scheduler")}
-    configs["text_encoder"] = pipe.text_encoder.config.to_dict()
-    networks = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
-    for name, kind in networks.items():
-        networks[name] = kind(configs[name])
-        tensors = checkpoint.legacy_names(name, getattr(pipe, name).state_dict())
-        networks[name].load_state_dict(tensors)
-    small = dict(pipe.low_res_scheduler.config)
-    up = Upscaler(
-        tokenizer=Tokenizer.from_folder(folder),
-        schedule=read_schedule(configs["scheduler"]),
-        small_schedule=read_schedule(small),
-        configs=configs,
-        **networks,
-    )
-    return up, pipe
+    pipe, folder = peers.upscaler(), tmp_path_factory.mktemp("x4")
+    peers.write(folder, pipe, "!")
+    return minibooth.load(folder), pipe
 
 
 def drawn(*shape, seed=0):
@@ -181,3 +99,29 @@ def test_pictures_are_those_of_diffusers_pipeline(both, negative):
     ).images
     assert ours.shape == (2, 3, 32, 64)
     assert np.abs(ours.permute(0, 2, 3, 1).numpy() - theirs).max() < 2e-2
+
+
+@pytest.mark.parametrize("limit", [1, 100, 48 * 7, 48 * 48 - 1])
+def test_attention_in_parts_is_attention(limit, monkeypatch):
+    """Of 48 queries; with gradients, which training beside a large picture would want."""
+    q, k, v = (drawn(2, 3, 48, 8, seed=i).requires_grad_() for i in range(3))
+    whole = ops.attention(q, k, v)
+    wanted = torch.autograd.grad(whole.square().sum(), (q, k, v))
+    monkeypatch.setattr(ops, "SCORES", limit)
+    calls = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape) or sdpa(*a, **k)
+    )
+    parts = ops.attention(q, k, v)
+    assert len(calls) > 1 and max(n for *_, n, _ in calls) * 48 <= max(limit, 48)
+    assert rel(parts, whole) < 1e-6
+    for ours, theirs in zip(
+        torch.autograd.grad(parts.square().sum(), (q, k, v)), wanted, strict=True
+    ):
+        assert rel(ours, theirs) < 1e-5
+
+
+def test_attention_is_whole_where_its_scores_fit():
+    """As many pixels as an upscaler's training and Stable Diffusion at 1024² have in the VAE."""
+    assert ops.SCORES // 16_384 >= 16_384

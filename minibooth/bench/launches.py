@@ -16,7 +16,7 @@ from .. import ops
 from ..common.files import write_json, write_text
 from ..device.precision import Precision
 from ..formats.checkpoint import memory_format
-from ..formats.configs import SD_SCHEDULER
+from ..formats.public import SD_SCHEDULER
 from ..formats.scheduler import read_schedule
 from ..pipeline import StableDiffusion
 from ..schedule import Schedule

@@ -3,7 +3,7 @@
 import torch
 
 from ..formats.checkpoint import NETWORKS, memory_format, networks_of
-from ..formats.configs import SD_SCHEDULER, SINGLE_FILE
+from ..formats.public import SD_SCHEDULER, SINGLE_FILE
 from ..formats.scheduler import read_schedule
 from ..pipeline import StableDiffusion
 from ..tokenizer import BOS, EOS, PairedTokenizer, Tokenizer

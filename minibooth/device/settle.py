@@ -187,6 +187,8 @@ def blank(unet: dict, batch: int, device: torch.device) -> Condition:
     if told := unet.get("projection_class_embeddings_input_dim"):  # the prompts', and six sizes'
         pooled = told - 6 * unet["addition_time_embed_dim"]
         c = replace(c.whole(0, 0), pooled=torch.zeros(batch, pooled, device=device))
+    if unet.get("num_class_embeds"):  # an upscaler's levels
+        c = replace(c, level=torch.zeros(batch, dtype=torch.int64, device=device))
     return c
 
 

@@ -18,6 +18,7 @@ from ..formats import adapters, hypernetworks
 from ..pipeline import StableDiffusion
 from ..sample import slug
 from ..training import snapshots
+from ..upscaler import require_kind
 from .metrics import Picture
 from .options import Options, read_run
 
@@ -58,13 +59,16 @@ def load_model(source: str | Path, options: Options, base: str | None = None) ->
     device, folder = cli.pick_device(options.device), Path(source)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     if (folder / "model_index.json").exists() or not snapshots.is_model(folder):
-        return pipeline.load(source, device=device, dtype=dtype)
+        sd = pipeline.load(source, device=device, dtype=dtype)
+        require_kind(sd, str(source))
+        return sd
     of_run = {}
     if base is None:
         run = read_run(folder)
         base, of_run = run.model, {"vae": run.vae, "prediction_type": run.prediction_type}
         of_run |= {"revision": run.revision, "ema": run.ema == "yes"}
     sd = pipeline.load(base, device=device, dtype=dtype, **of_run)
+    require_kind(sd, str(base))
     if (folder / adapters.DIFFUSERS_LORA).exists():
         adapters.merge_files(sd.networks, [str(folder)])
     elif (folder / adapters.DIFFUSERS_EMBEDDING).exists():

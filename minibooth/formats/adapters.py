@@ -109,6 +109,8 @@ def family_of(unet: UNet) -> str | None:
     """Which models this UNet is of, if it is of the public ones."""
     if unet.add_embedding is not None:
         return "SDXL"
+    if unet.class_embedding is not None:
+        return "an upscaler"
     return FAMILIES.get(unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features)
 
 

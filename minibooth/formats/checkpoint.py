@@ -35,6 +35,7 @@ class Checkpoint:
     licence_files: dict[str, str] = field(default_factory=dict)
     needs_probe: bool = False  # nothing says whether the UNet predicts ε or v
     zeros_for_empty: bool = False  # as in formats.parts.Parts
+    levels: int | None = None  # the same
 
     @property
     def networks(self) -> list[str]:

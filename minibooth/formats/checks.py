@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from .checkpoint import Checkpoint
+from .configs import check_config
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 OUTPUTS = ("pil", "pt", "latent")
@@ -28,6 +29,9 @@ def check_fit(source: str | Path, found: Checkpoint) -> None:
         raise UserError(f"{misfit}: token {token}, text encoder for {size}")
     if bool(unet.get("addition_embed_type")) != (len(texts) == 2):
         raise UserError(f"{misfit}: {len(texts)} text encoders, and not the UNet for them")
+    small, table = found.configs.get("low_res_scheduler"), unet.get("num_class_embeds")
+    if small or table or unet["in_channels"] == unet["out_channels"] + 3:
+        check_upscaler(misfit, found, small or {}, table or 0)
     if len(texts) == 2:
         if "CLIPTextModelWithProjection" not in (texts[1].get("architectures") or ()):
             raise UserError(f"{misfit}: its text_encoder_2 has no projection, as its config says")
@@ -39,6 +43,18 @@ def check_fit(source: str | Path, found: Checkpoint) -> None:
         if told != unet["projection_class_embeddings_input_dim"]:
             wanted = unet["projection_class_embeddings_input_dim"]
             raise UserError(f"{misfit}: {told} numbers of text and sizes, UNet {wanted}")
+
+
+def check_upscaler(misfit: str, found: Checkpoint, small: dict, table: int) -> None:
+    """The same for one that sees a small picture, whose noise has levels."""
+    check_config("low_res_scheduler", small)
+    levels, most = found.levels, min(table, small.get("num_train_timesteps", 0))
+    seen = found.configs["unet"]["in_channels"] - found.configs["unet"]["out_channels"]
+    if seen != 3 or type(levels) is not int or not 0 < levels <= most:
+        raise UserError(
+            f"{misfit}: an upscaler whose UNet sees {seen} channels beside the latent and knows "
+            f"{most} noise levels of its {levels!r:.80}"
+        )
 
 
 def check_sampling(

@@ -1,123 +1,11 @@
-"""What checkpoints say of themselves: the sizes of those that do not, and what is accepted.
-
-Networks are built from a checkpoint's own config files. A single file in LDM layout has none, so
-the public models' are written down here.
-"""
+"""What checkpoints say of themselves: what their configs mean, and what is accepted."""
 
 import re
 import warnings
 from collections.abc import Iterable
 
 from ..common.errors import UserError
-
-SD1_UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "norm_eps": 1e-5,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
-SD_VAE = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-SD1_TEXT = {
-    "architectures": ["CLIPTextModel"],
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-5,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "vocab_size": 49408,
-}
-SD_SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
-SD2_UNET = SD1_UNET | {
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
-SD2_TEXT = SD1_TEXT | {
-    "hidden_act": "gelu",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 23,  # of OpenCLIP's 24: SD 2.x was trained on the last but one
-}
-SD2_V = {"sample_size": 96, "upcast_attention": True}  # SD 2.x with v was trained at 768²
-SDXL_UNET = SD1_UNET | {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-    "projection_class_embeddings_input_dim": 2816,
-    "sample_size": 128,
-    "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
-    "use_linear_projection": True,
-}
-SDXL_VAE = SD_VAE | {"force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025}
-SDXL_TEXT_2 = SD1_TEXT | {
-    "architectures": ["CLIPTextModelWithProjection"],
-    "hidden_act": "gelu",
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 20,
-    "num_hidden_layers": 32,
-    "projection_dim": 1280,
-}
-SDXL_SCHEDULER = SD_SCHEDULER | {
-    "_class_name": "EulerDiscreteScheduler",
-    "set_alpha_to_one": True,
-}
-# A single file says nothing of its sizes; the width of its text conditioning tells them apart.
-SINGLE_FILE = {
-    768: {"unet": SD1_UNET, "vae": SD_VAE, "text_encoder": SD1_TEXT, "scheduler": SD_SCHEDULER},
-    1024: {"unet": SD2_UNET, "vae": SD_VAE, "text_encoder": SD2_TEXT, "scheduler": SD_SCHEDULER},
-    2048: {
-        "unet": SDXL_UNET,
-        "vae": SDXL_VAE,
-        "text_encoder": SD1_TEXT,
-        "text_encoder_2": SDXL_TEXT_2,
-        "scheduler": SDXL_SCHEDULER,
-    },
-}
+from .public import SD1_UNET, SD_VAE, SINGLE_FILE, X4, X4_VAE
 
 # By how many numbers their UNets are told of each token.
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
@@ -170,8 +58,8 @@ READ_FINAL += ("TCDScheduler",)  # the classes that look at set_alpha_to_one: th
 
 def is_public_size(configs: dict[str, dict]) -> bool:
     """Whether a model has the sizes of a public one, so that other programs take it."""
-    public = SINGLE_FILE.get(configs["unet"]["cross_attention_dim"])
-    name = "block_out_channels"
+    public, name = SINGLE_FILE.get(configs["unet"]["cross_attention_dim"]), "block_out_channels"
+    public = X4 if "low_res_scheduler" in configs else public
     return public is not None and list(configs["unet"][name]) == public["unet"][name]
 
 
@@ -180,6 +68,7 @@ def is_public_size(configs: dict[str, dict]) -> bool:
 PIPELINES = {
     4: ("StableDiffusionPipeline", "nothing else"),
     5: ("StableDiffusionDepth2ImgPipeline", "a depth map"),
+    7: ("StableDiffusionUpscalePipeline", "the small picture that it enlarges (an upscaler)"),
     8: ("StableDiffusionInstructPix2PixPipeline", "the picture that it edits (InstructPix2Pix)"),
     9: ("StableDiffusionInpaintPipeline", "a picture and a mask (inpainting)"),
 }
@@ -190,7 +79,7 @@ OTHER_CLASSES = (
     (r"^Flux", "Flux"),
     (r"^ControlNet|XLControlNet|XLAdapter", "a ControlNet"),
     (r"^Autoencoder", A_VAE),
-    (r"Upscale", "an upscaler"),
+    (r"LatentUpscale", "an upscaler of latents"),
     (r"^UNet2DConditionModel", "a UNet alone: give the folder that it is in"),
     (r"Transformer2D|Transformer3D", "a network of another kind"),
 )
@@ -199,7 +88,6 @@ OTHER_FILES = (
     (r"(^|\.)double_blocks\.", "Flux"),
     (r"^(control_model|input_hint_block|controlnet_cond_embedding)\.", "a ControlNet"),
     (r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.", A_VAE),
-    (r"^(model\.diffusion_model\.)?label_emb\.weight$", "an upscaler"),
     (
         r"^(input_blocks|down_blocks|time_embed|time_embedding)\.",
         "a UNet alone: get the whole model",
@@ -260,8 +148,8 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
         "flip_sin_to_cos": (True,),
         "freq_shift": (0,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "num_class_embeds": (None,),
-        "only_cross_attention": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "only_cross_attention": (None, False, True),
         "resnet_time_scale_shift": ("default",),
         "reverse_transformer_layers_per_block": (None,),
         "time_cond_proj_dim": (None,),
@@ -282,6 +170,7 @@ ACCEPTED: dict[str, dict[str, tuple]] = {
     "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
     "text_encoder_2": {"hidden_act": ("quick_gelu", "gelu")},
     "scheduler": {},
+    "low_res_scheduler": {},
 }
 # Whole numbers and the largest that makes sense: each costs modules or memory.
 LARGEST = {
@@ -296,6 +185,7 @@ LARGEST = {
     "layers_per_block": 10,
     "max_position_embeddings": 10_000,
     "norm_num_groups": 100_000,
+    "num_class_embeds": 100_000,
     "num_attention_heads": 1000,
     "num_hidden_layers": 100,
     "num_train_timesteps": 100_000,
@@ -319,9 +209,7 @@ def settle(configs: dict[str, dict]) -> None:
     diffusers 0.9 was trained on less than 512² pixels: 64² latents.
     """
     scheduler, unet = configs["scheduler"], configs["unet"]
-    kind = str(scheduler.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
-    for key, value in (UNSAID | UNSAID_BY.get(kind, LIKE_EULER)).items():
-        scheduler.setdefault(key, value)
+    kind = say_all(scheduler)
     if kind not in READ_FINAL and "text_encoder_2" in configs:  # SD's are read as ever
         scheduler["set_alpha_to_one"] = True  # SDXL's own says false beside EulerDiscreteScheduler
     outdated = []
@@ -330,6 +218,11 @@ def settle(configs: dict[str, dict]) -> None:
         outdated.append(f"{key} {config[key]} → {value}")
         config[key] = value
 
+    if "low_res_scheduler" in configs:
+        say_all(configs["low_res_scheduler"])
+        configs["vae"].setdefault("scaling_factor", X4_VAE["scaling_factor"])
+        if configs["vae"]["scaling_factor"] == SD_VAE["scaling_factor"]:  # of nothing said, once
+            correct(configs["vae"], "scaling_factor", X4_VAE["scaling_factor"])
     if scheduler["clip_sample"] is True:
         correct(scheduler, "clip_sample", False)
     offset = scheduler["steps_offset"]
@@ -356,6 +249,14 @@ def settle(configs: dict[str, dict]) -> None:
         )
 
 
+def say_all(scheduler: dict) -> str:
+    """Have a scheduler's config say what its class takes where it says nothing; that class."""
+    kind = str(scheduler.get("_class_name", "DDIMScheduler")).removeprefix("Flax")
+    for key, value in (UNSAID | UNSAID_BY.get(kind, LIKE_EULER)).items():
+        scheduler.setdefault(key, value)
+    return kind
+
+
 def check_config(name: str, config: dict) -> None:
     """Raise UserError unless what the config says is what the code does, and of a sane size."""
     for key, value in config.items():
@@ -370,6 +271,7 @@ def check_config(name: str, config: dict) -> None:
             few = len(values) <= 8 if key in PER_LEVEL else values == [value]
             sane = few and all(type(v) is int and 0 < v <= largest for v in values)
         else:
-            sane = key not in POSITIVE or (isinstance(value, int | float) and 0 < value < 1e6)
+            sane = key != "only_cross_attention" or not values[-1]  # as the middle, which is last
+            sane &= key not in POSITIVE or (isinstance(value, int | float) and 0 < value < 1e6)
         if not sane:
             raise UserError(f"the {name}'s config says {key} = {value!r:.80}, which cannot be")

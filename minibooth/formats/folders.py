@@ -14,6 +14,7 @@ from ..tokenizer import PairedTokenizer, Tokenizer
 from . import adapters, hub, ldm, vocabulary
 from .checkpoint import LICENCE_FILES, NETWORKS, STEMS, Checkpoint, legacy_names, skeleton
 from .configs import DISTILLED, ONLY, REFINER, check_config, is_distilled, other_class
+from .public import X4_LEVELS
 from .tensor_files import read_tensors
 
 VARIANTS = ("", ".fp16", ".non_ema")  # in the order of preference; safetensors before pickles
@@ -85,6 +86,10 @@ def read_folder(
         checkpoint.configs[name] = read_config(file(f"{name}/config.json"), f"{source}/{name}")
     scheduler = file("scheduler/scheduler_config.json")
     checkpoint.configs["scheduler"] = read_config(scheduler, f"{source}/scheduler")
+    if index.get("low_res_scheduler") not in (None, [None, None]):
+        small = file("low_res_scheduler/scheduler_config.json")
+        checkpoint.configs["low_res_scheduler"] = read_config(small, f"{source}/low_res_scheduler")
+        checkpoint.levels = index.get("max_noise_level", X4_LEVELS)
     if is_distilled(checkpoint.configs["unet"]):
         raise UserError(f"{source} is {DISTILLED}")
     for name, config in checkpoint.configs.items():

@@ -47,7 +47,7 @@ LOGIT_SCALE = 4.6052  # ln 100, CLIP's last temperature: readers count on the ke
 
 # Beside the networks, single files carry the noise schedule, training state and unused parts.
 IGNORED = re.compile(
-    r"\w+|(model_ema|loss|denoiser)\..*|.*\.position_ids|cond_stage_model\.logit_scale|"
+    r"\w+|(model_ema|loss|denoiser|low_scale_model)\..*|.*\.position_ids|cond_stage_model\.logit_scale|"
     r"(cond_stage_model|conditioner\.embedders\.1)\.model\.(text_projection|logit_scale|attn_mask|"
     r"transformer\.resblocks\.(23\..*|\d+\.attn\.in_proj_\w+))"
 )
@@ -61,6 +61,7 @@ def unet_modules(config: dict) -> dict[str, str]:
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "class_embedding": "label_emb",
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
         "mid_block.resnets.0": "middle_block.0",

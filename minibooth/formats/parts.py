@@ -21,7 +21,7 @@ from ..vae import VAE
 from . import saving
 from .checkpoint import memory_format
 from .configs import what_else_it_sees
-from .single_files import ZEROS
+from .single_files import LEVELS, ZEROS
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Parts:
     licence_files: dict[str, str] = field(default_factory=dict)
     text_encoder_2: TextEncoder | None = None  # SDXL
     zeros_for_empty: bool = False  # SDXL: no negative prompt is no encoded text, but zeros
+    levels: int | None = None  # an upscaler: of noise on the small picture, each below this
 
     @property
     def text_encoders(self) -> dict[str, TextEncoder]:
@@ -109,7 +110,7 @@ class Parts:
         """
         folder = Path(folder)
         parts = self.configs, self.tensors(), self.tokenizer
-        saving.write_folder(folder, *parts, dtype, self.zeros_for_empty)
+        saving.write_folder(folder, *parts, dtype, self.zeros_for_empty, self.levels)
         for name, text in self.licence_files.items():
             write_text(folder / name, text)
         card = f"---\nlicense: {self.licence or 'unknown'}\n---\nWeights from {self.source}.\n"
@@ -144,4 +145,6 @@ class Parts:
         }
         if self.text_encoder_2 and not self.zeros_for_empty:
             about[ZEROS] = "false"
+        if self.levels is not None:
+            about[LEVELS] = str(self.levels)
         saving.write_single_file(path, configs, tensors, self.tokenizer, dtype, about)

@@ -31,6 +31,7 @@ def write_folder(
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
     zeros_for_empty: bool = False,
+    levels: int | None = None,
 ) -> None:
     """diffusers' layout. Each file is replaced atomically, model_index.json last.
 
@@ -60,6 +61,12 @@ def write_folder(
         index |= SDXL_INDEX | {"_class_name": pipeline}
         index["force_zeros_for_empty_prompt"] = zeros_for_empty
         del index["requires_safety_checker"], index["safety_checker"]  # its pipeline knows none
+    if "low_res_scheduler" in configs:
+        small = configs["low_res_scheduler"]
+        index["low_res_scheduler"] = ["diffusers", small["_class_name"]]
+        index["max_noise_level"] = levels
+        del index["image_encoder"], index["requires_safety_checker"]
+        write_json(folder / "low_res_scheduler" / "scheduler_config.json", small)
     for name in names:
         weights, config = tensors[name], configs[name]
         if name.startswith("text_encoder"):
@@ -97,6 +104,8 @@ def write_single_file(
         version = "v2-768-v" if v else "v2-512"
     if "text_encoder_2" in configs:
         version = "xl-v1-base"
+    if "low_res_scheduler" in configs:
+        version = "x4-upscaler"
     inpainting = "-inpainting" if configs["unet"]["in_channels"] == 9 else ""
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -108,7 +117,7 @@ def write_single_file(
         **vocabulary.to_metadata(tokenizer, configs),
     } | metadata
     stored = ldm.to_ldm(configs, tensors)
-    if v and not version.startswith("v2"):  # which nobody expects of it
+    if v and not version.startswith(("v2", "x4")):  # which nobody expects of it
         stored["v_pred"] = torch.empty(0)
     require_range(path, stored, dtype)
     write_safetensors(path, stored, dtype, metadata)

@@ -7,7 +7,8 @@ from ..common.errors import UserError, first_line
 from ..schedule import Schedule
 from ..unet import UNet
 from .checkpoint import Checkpoint
-from .configs import SD2_V, check_config
+from .configs import check_config
+from .public import SD2_V
 
 
 def settle(found: Checkpoint, unet: UNet, prediction_type: str | None) -> Schedule:

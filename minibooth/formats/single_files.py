@@ -18,8 +18,9 @@ from .checkpoint import (
     skeleton,
     warn_unexpected,
 )
-from .configs import DISTILLED, ONLY, REFINER, SD2_V, SINGLE_FILE, other_file
+from .configs import DISTILLED, ONLY, REFINER, other_file
 from .folders import read_tokenizer
+from .public import SD2_V, SINGLE_FILE, X4, X4_LEVELS
 from .tensor_files import json_metadata, read_tensors
 
 # Where the tools that write single files say what the UNet predicts: the specification, ComfyUI,
@@ -28,12 +29,15 @@ PREDICTION = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_
 PREDICTIONS = {"v": "v_prediction", "e": "epsilon"}  # by the first letter of what they write
 TRUE = ("true", "1")
 ZEROS = "minibooth.zeros_for_empty"  # only where it is not so, though it is SDXL
-PARTS = {*NETWORKS, "scheduler"}
+LEVELS = "minibooth.levels"  # of an upscaler
+PARTS = {*NETWORKS, "scheduler", "low_res_scheduler"}
+OF_SOME = {"text_encoder_2", "low_res_scheduler"}
 # The layers that see the text first, and SDXL's that sees the sizes.
 TEXT_KEYS = re.compile(
     re.escape(ldm.UNET) + r"input_blocks\.\d\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
 )
 LABELS = ldm.UNET + "label_emb.0.0.weight"
+LEVEL_TABLE = ldm.UNET + "label_emb.weight"  # an upscaler's
 
 
 def read_single_file(
@@ -50,7 +54,7 @@ def read_single_file(
     if "minibooth.configs" in metadata:
         written = json_metadata(path, metadata, "minibooth.configs")
         configs, known = {name: written[name] for name in written if name in PARTS}, True
-        complete = configs.keys() >= PARTS - {"text_encoder_2"}
+        complete = configs.keys() >= PARTS - OF_SOME
         if not complete or not all(isinstance(config, dict) for config in configs.values()):
             raise UserError(f"{path} has damaged metadata (minibooth.configs)")
     else:
@@ -67,6 +71,7 @@ def read_single_file(
         warn_unexpected(str(path), unexpected)
     if tokenizer is None:
         tokenizer = vocabulary.from_metadata(path, metadata, configs)
+    levels = metadata.get(LEVELS, str(X4_LEVELS)) if "low_res_scheduler" in configs else None
     licences = json_metadata(path, metadata, "minibooth.licence_files")
     return Checkpoint(
         configs,
@@ -76,6 +81,7 @@ def read_single_file(
         licence_files={n: str(licences[n]) for n in LICENCE_FILES if n in licences},
         needs_probe=not known,
         zeros_for_empty="text_encoder_2" in configs and metadata.get(ZEROS, TRUE[0]) in TRUE,
+        levels=int(levels) if levels and levels.isdigit() else None,
     )
 
 
@@ -111,6 +117,8 @@ def guess_configs(
         if kind := other_file(tensors):
             raise UserError(f"{path} is {kind}{ONLY if ':' not in kind else ''}")
         raise UserError(f"{path} holds no UNet of Stable Diffusion ({ldm.UNET}…)")
+    if conv_in.shape[1] == X4["unet"]["in_channels"] and LEVEL_TABLE in tensors:
+        return {name: dict(config) for name, config in X4.items()}, True
     if text.shape[1] not in SINGLE_FILE or conv_in.shape[1] == 7:
         if LABELS in tensors:
             raise UserError(f"{path} is {REFINER}")

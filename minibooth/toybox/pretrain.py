@@ -35,7 +35,7 @@ from ..common.files import atomic, write_text
 from ..common.pictures import to_pil
 from ..device.precision import Precision
 from ..dreambooth import Term, min_snr_weight
-from ..formats.configs import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
+from ..formats.public import SD1_TEXT, SD1_UNET, SD_SCHEDULER, SD_VAE
 from ..formats.scheduler import read_schedule
 from ..pipeline import StableDiffusion
 from ..text_encoder import TextEncoder

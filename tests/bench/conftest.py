@@ -4,7 +4,7 @@ import pytest
 import tiny
 
 from minibooth.bench import models
-from minibooth.formats.configs import SD1_UNET, SD_VAE
+from minibooth.formats.public import SD1_UNET, SD_VAE
 from minibooth.toybox.pretrain import TEXT_CONFIG
 
 

@@ -17,7 +17,7 @@ from minibooth.bench.counter import Counter
 from minibooth.bench.no_card import CARD, card, walk_backward
 from minibooth.bench.sides import OURS, Row
 from minibooth.device.memory import checkpoint_gradients
-from minibooth.formats.configs import SD1_UNET
+from minibooth.formats.public import SD1_UNET
 from minibooth.unet import UNet
 
 CONFIG = SD1_UNET | dict(

@@ -109,7 +109,7 @@ def test_of_sdxl_both_text_encoders_are_downloaded(tmp_path, monkeypatch):
         ),
         ("StableDiffusionXLControlNetPipeline", "is a ControlNet: only"),
         ("FluxPipeline", "is Flux: only"),
-        ("StableDiffusionUpscalePipeline", "is an upscaler: only"),
+        ("StableDiffusionLatentUpscalePipeline", "is an upscaler of latents: only"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_by_its_first_file(name, said, tmp_path, monkeypatch):

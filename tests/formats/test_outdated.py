@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from weight_files import copy
 
 import minibooth
-from minibooth.formats import configs
+from minibooth.formats import configs, public
 
 SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
 
@@ -115,7 +115,7 @@ def test_a_small_size_of_the_public_network_is_warned_of_with_the_cure():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             configs.settle(
-                {"scheduler": dict(configs.SD_SCHEDULER), "unet": configs.SD1_UNET | changes}
+                {"scheduler": dict(public.SD_SCHEDULER), "unet": public.SD1_UNET | changes}
             )
         return [str(w.message) for w in caught]
 

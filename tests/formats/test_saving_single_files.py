@@ -10,7 +10,7 @@ from weight_files import KINDS, assert_same, assert_same_state
 import minibooth
 from minibooth.common import files
 from minibooth.formats import checkpoint, ldm, tensor_files
-from minibooth.formats.configs import SINGLE_FILE
+from minibooth.formats.public import SINGLE_FILE
 from minibooth.schedule import Schedule
 from minibooth.tokenizer import Tokenizer
 

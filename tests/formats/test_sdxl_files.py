@@ -16,7 +16,16 @@ from weight_files import assert_same_state, full_sdxl, legacy, one_line, rewrite
 
 import minibooth
 from minibooth.common.errors import UserError
-from minibooth.formats import checks, configs, folders, ldm, single_files, sources, vocabulary
+from minibooth.formats import (
+    checks,
+    configs,
+    folders,
+    ldm,
+    public,
+    single_files,
+    sources,
+    vocabulary,
+)
 from minibooth.tokenizer import Tokenizer
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -213,7 +222,7 @@ def foreign(tmp_path, monkeypatch, single, change=lambda tensors: tensors):
     """The same with nothing in its header, read as if the public sizes were its own."""
     folder, _ = peers.model("sdxl")
     sizes = {name: json.loads((folder / name / "config.json").read_text()) for name in NETWORKS} | {
-        "scheduler": configs.SDXL_SCHEDULER
+        "scheduler": public.SDXL_SCHEDULER
     }
     monkeypatch.setattr(single_files, "SINGLE_FILE", {80: sizes})
     path = tmp_path / "foreign.safetensors"

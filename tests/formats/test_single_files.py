@@ -275,11 +275,6 @@ KINDS_OF_FILES = {
     "is a ControlNet: only": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
     "is a VAE: give it as --vae": {"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)},
     "is a UNet alone: get the whole": {"down_blocks.0.resnets.0.conv1.weight": (8, 8, 3, 3)},
-    "is an upscaler: only": {
-        "model.diffusion_model.label_emb.weight": (1000, 1024),
-        ATTENTION: (320, 1024),
-        CONV: (320, 7, 3, 3),
-    },
     "is a word: give it as --embedding": {"emb_params": (2, 8)},
     "holds no UNet of Stable Diffusion": {"a": (2, 8)},
 }

@@ -17,7 +17,7 @@ from weight_files import one_line
 import minibooth
 from minibooth.common.errors import UserError
 from minibooth.formats import vocabulary
-from minibooth.formats.configs import SD1_TEXT, SD2_TEXT
+from minibooth.formats.public import SD1_TEXT, SD2_TEXT
 from minibooth.tokenizer import EOS
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from minibooth import UserError, hypernetwork, lora, ops, train
 from minibooth.bench import models
 from minibooth.device import graphs, memory
 from minibooth.device.precision import Precision
-from minibooth.formats.configs import SD1_UNET, SD_VAE
+from minibooth.formats.public import SD1_UNET, SD_VAE
 from minibooth.train import TrainConfig
 from minibooth.training import fit, parameters, plan, start
 from minibooth.training.eight_bit import AdamW8bit, bitsandbytes
