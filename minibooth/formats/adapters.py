@@ -356,14 +356,14 @@ def read_embedding(given: str | Path) -> tuple[str, list[Tensor]]:
     path = inside(file, *EMBEDDING_FILES)
     tensors, metadata = read_tensors(path)
     wanted = CLIP_L_G if tensors.keys() == set(CLIP_L_G) else [*tensors][:1]
-    vectors = [torch.atleast_2d(tensors[name]).detach().float() for name in wanted]
+    vectors = [torch.atleast_2d(tensors[name]).detach() for name in wanted]
     count = {len(x) for x in vectors}  # of vectors, the same for both encoders
     few = all(x.ndim == 2 and 1 <= x.numel() <= MOST_VECTORS for x in vectors)
     if len(tensors) != len(vectors) or len(count) != 1 or not few:
         raise UserError(f"{path} does not hold the vectors of one word, and nothing else")
     named_by_file = wanted[0] in (*A1111_EMBEDDING, *CLIP_L_G)
     word = metadata.get(WORD, path.stem) if named_by_file else wanted[0]
-    return chosen or word, vectors
+    return chosen or word, [x.float() for x in vectors]  # only now: they could have been many
 
 
 def write_embedding(path: str | Path, word: str, vectors: Tensor | list[Tensor]) -> None:
