@@ -80,6 +80,10 @@ REPEATED = {
 }
 
 
+# Spills 8 bytes all the same, of bf16 with weights in fp32; it has no loop.
+SPILLING = {("backward_one_pass", 10, "SHIFTED=True SILU=True")}
+
+
 def _key(line: dict) -> tuple[str, int, str]:
     return line["kernel"], line["capability"] // 10, " ".join(line["options"].split()[:2])
 
@@ -87,7 +91,8 @@ def _key(line: dict) -> tuple[str, int, str]:
 def problems(line: dict) -> list[str]:
     """What would make a kernel slow or impossible on its card; empty if nothing."""
     found = []
-    if line["stack"] or line["local_memory"]:
+    known = _key(line) in SPILLING and line["stack"] <= 8
+    if (line["stack"] or line["local_memory"]) and not known:
         found.append(f"spills: {line['stack']} bytes of stack, {line['local_memory']} accesses")
     if line["shared"] > SHARED_MEMORY[line["capability"]]:
         found.append(f"{line['shared']} bytes of shared memory, more than the card has")
