@@ -1,5 +1,7 @@
 """SDXL's networks and pictures against diffusers and transformers, on small random models."""
 
+from types import SimpleNamespace
+
 import peers
 import pytest
 import torch
@@ -7,6 +9,7 @@ from tiny import rel
 
 from minibooth import load
 from minibooth.text_encoder import Condition
+from minibooth.unet import UNet
 
 PROMPTS = ["a sks dog!", "a cat in the snow"]
 
@@ -25,8 +28,20 @@ def test_a_prompt_is_encoded_as_diffusers_does(both):
     assert found.sizes.tolist() == [[32, 32, 0, 0, 32, 32]] * 2
 
 
-def test_unet_and_gradients(both):
+OTHER_DEPTHS = {  # every level attends, the first one deepest
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    "transformer_layers_per_block": [3, 1, 2],
+}
+
+
+@pytest.mark.parametrize("changes", [{}, OTHER_DEPTHS], ids=["as the public one", "other depths"])
+def test_unet_and_gradients(both, changes):
     sd, pipe = both
+    if changes:
+        pipe = peers.sdxl(layers=2, **changes)
+        sd = SimpleNamespace(unet=UNet(dict(pipe.unet.config)))
+        sd.unet.load_state_dict(pipe.unet.state_dict())
     g = torch.Generator().manual_seed(1)
     x, context, pooled = (
         torch.randn(s, generator=g) for s in ((3, 4, 16, 16), (3, 77, 80), (3, 24))

@@ -176,7 +176,7 @@ def test_what_is_not_finite_in_a_group_stays_in_it(bad, size):
 
 # ---- the shapes of Stable Diffusion ------------------------------------------------------------
 
-SHAPES = {  # (N, d) of self-attention, SD 1.5 and SD 2.1 at 512² and 768²
+SHAPES = {  # (N, d) of self-attention, SD 1.5 and 2.1 at 512² and 768², SDXL at 1024²
     (4096, 40), (1024, 80), (256, 160), (64, 160),
     (4096, 64), (1024, 64), (256, 64), (64, 64), (9216, 64), (2304, 64), (576, 64), (144, 64),
 }  # fmt: skip
@@ -200,6 +200,8 @@ def test_attention_at_the_shapes_of_a_training_step(N, d, N_k):
         *((c, 8) for c in (1280, 2560)),
         *((c, 96) for c in (320, 640, 960)),
         *((c, 48) for c in (320, 640, 960, 1280, 1920)),
+        *((c, 128) for c in (320, 640, 960)),  # SDXL's at 1024², and below
+        *((1280, 64), (1920, 64), (2560, 32)),
     ],
 )
 def test_group_norm_at_the_shapes_of_a_training_step(channels, side):
