@@ -5,7 +5,7 @@ from torch import Tensor
 
 from minibooth import dreambooth
 from minibooth.dreambooth import Term
-from minibooth.formats.configs import SD_SCHEDULER
+from minibooth.formats.public import SD_SCHEDULER
 from minibooth.formats.scheduler import read_schedule
 
 

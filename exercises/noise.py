@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minibooth.formats.configs import SD_SCHEDULER
+from minibooth.formats.public import SD_SCHEDULER
 from minibooth.formats.scheduler import read_schedule
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minibooth import schedule
-from minibooth.formats.configs import SD_SCHEDULER
+from minibooth.formats.public import SD_SCHEDULER
 from minibooth.formats.scheduler import read_schedule
 
 

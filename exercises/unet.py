@@ -2,7 +2,7 @@
 
 import torch
 
-from minibooth.formats.configs import SD1_UNET
+from minibooth.formats.public import SD1_UNET
 from minibooth.unet import UNet
 
 
