@@ -126,6 +126,8 @@ class SampleConfig:
         cli.check_at_least_one(self, names)
         if not 0 <= self.seed < 2**63:
             raise UserError("--seed must be a number from 0 up")
+        if self.noise_level < 0:  # how high it may be, the upscaler says
+            raise UserError("--noise_level must be a number from 0 up")
         if not 0 <= self.eta <= 1:
             raise UserError("--eta must be a number from 0 to 1")
         if not 0 <= self.guidance_scale < math.inf:
