@@ -223,9 +223,12 @@ def sample(config: SampleConfig) -> list[Path]:
 
 
 def read(folder: str) -> dict[str, Image.Image]:
-    """The pictures in it, by their names without an ending. Raises UserError for one that cannot
-    be enlarged."""
-    found = {file.stem: read_image(file) for file in photos.image_files(folder)}
+    """The pictures in it, by their names; without an ending where that tells them apart. Raises
+    UserError for one that cannot be enlarged."""
+    files = photos.image_files(folder)
+    stems = [file.stem for file in files]
+    names = [file.stem if stems.count(file.stem) == 1 else file.name for file in files]
+    found = {name: read_image(file) for name, file in zip(names, files, strict=True)}
     for name, image in found.items():
         try:
             Upscaler.check_size(image.height, image.width)

@@ -200,9 +200,9 @@ class UNet(nn.Module):
         def transformers(count: int, i: int, kind: str) -> list[Transformer]:
             if "CrossAttn" not in kind:
                 return []
-            kind = TextBlock if only_text[i] else TransformerBlock
-            block = widths[i], c["cross_attention_dim"], heads[i]
-            blocks = [[kind(*block) for _ in range(depths[i])] for _ in range(count)]
+            block = TextBlock if only_text[i] else TransformerBlock
+            args = widths[i], c["cross_attention_dim"], heads[i]
+            blocks = [[block(*args) for _ in range(depths[i])] for _ in range(count)]
             linear = c.get("use_linear_projection", False)
             return [Transformer(widths[i], groups, linear, some) for some in blocks]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .common.errors import UserError
 from .common.forwards import replaced
-from .formats.checks import require_finite
+from .formats.checks import check_sampling, require_finite
 from .formats.scheduler import read_schedule
 from .pipeline import BUILT, StableDiffusion, projected_once, to_device, to_pil
 from .schedule import ddim_step, q_sample, trajectory
@@ -35,20 +35,17 @@ SCALE = 4  # sides of the large picture, in sides of the small one
 MOST = 1024 * 1024  # pixels of a small picture: decoding one of 4096² works in 64 GiB
 
 
-def seeing(unet: Callable, small: Tensor, level: Tensor) -> Callable[..., Tensor]:
+def seeing(unet: Callable, small: Tensor) -> Callable[..., Tensor]:
     """The UNet of an upscaler, which has the small pictures already: a UNet as `dreambooth.step`
-    and guidance know it, of (x_t, t, c).
+    and guidance know it, of (x_t, t, c), where c.level is s of each.
 
-    small: (B, 3, h, w) as it is given, noise included; level: (B,) int64, s of each. Where x_t has
-    more samples, as with guidance, they are of these pictures by turns.
+    small: (B, 3, h, w) as it is given, noise included. Where x_t has more samples, as with
+    guidance, they are of these pictures by turns.
     """
 
     def of_latents(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
-        times = len(x_t) // len(small)
-        x_t = torch.cat(
-            [x_t, small.repeat(times, 1, 1, 1).to(x_t.dtype)], dim=1
-        )  # (B, 4 + 3, h, w)
-        return unet(x_t, t, replace(c, level=level.repeat(times)))
+        beside = small.repeat(len(x_t) // len(small), 1, 1, 1).to(x_t.dtype)
+        return unet(torch.cat([x_t, beside], dim=1), t, c)  # (B, 4 + 3, h, w)
 
     return of_latents
 
@@ -135,6 +132,7 @@ class Upscaler(StableDiffusion):
         replace η and the first z. `output`: "pil"; "pt", (B, 3, 4h, 4w) in [0, 1]; "latent".
         Raises UserError for wrong settings, NotFinite where a network's output is not.
         """
+        check_sampling(len(prompts), "ddim", output, 0.0, seed, batch_size)
         small = self.require(pictures, prompts, noise_level, latents, noise)  # (B, 3, h, w)
         finished = []
         for first in range(0, len(small), batch_size):
@@ -150,10 +148,10 @@ class Upscaler(StableDiffusion):
                 return given[batch].to(self.device, torch.float32)
 
             eta, z = drawn(3, noise), drawn(4, latents)
-            level = torch.full((len(x),), noise_level, device=self.device)
-            low = self.noised(to_device(x, self.device), level, eta)
             c = self.encode_guided(prompts[batch], negative_prompt, guidance_scale)
-            unet = seeing(self.unet.forward, low, level)
+            c = replace(c, level=torch.full((len(c),), noise_level, device=self.device))
+            low = self.noised(to_device(x, self.device), c.level[: len(x)], eta)
+            unet = seeing(self.unet.forward, low)
             with replaced([self.unet], [unet]), projected_once(self.unet):
                 for t, t_prev in trajectory(self.schedule, steps, "ddim"):
                     prediction = self.predict(z, t, c, guidance_scale)
@@ -175,7 +173,7 @@ def require_kind(sd: StableDiffusion, given: str, upscaler: bool = False) -> Non
     if isinstance(sd, Upscaler) and not upscaler:
         raise UserError(
             f"{given} is an upscaler, which draws nothing by itself: give a model that draws; "
-            "minibooth.sample takes this one as --upscaler, minibooth.train as --model"
+            "minibooth.sample takes this one as --upscaler"
         )
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pretend_card
 import tiny
@@ -26,7 +27,7 @@ from minibooth.device.precision import Precision
 from minibooth.formats.public import SD1_UNET, SD_VAE
 from minibooth.toybox import score, world
 from minibooth.toybox.pretrain import TEXT_CONFIG
-from minibooth.training import fit, optimizer, prepare
+from minibooth.training import fit, optimizer, plan, prepare
 from minibooth.training.settings import TrainConfig
 
 
@@ -132,6 +133,22 @@ def both(runs: list[dict]) -> list[list[dict]]:
 def run_each(runs: list[dict]) -> list[dict]:
     with copies_kept():
         return [run(settings) for settings in runs]
+
+
+def where_room_is_short(runs: list[dict]) -> list[dict]:
+    """Two runs of one kind, the second with all that makes room: large is whatever there is. How
+    often the UNet was moved away in each."""
+    found, away = [], memory.away
+    for settings, large in zip(runs, (plan.LARGE, 0), strict=True):
+        moved = []
+
+        def counted(network, wanted=True, moved=moved):
+            moved.append(wanted)
+            return away(network, wanted)
+
+        with mock.patch.multiple(plan, LARGE=large), mock.patch.object(memory, "away", counted):
+            found.append(run(settings) | {"away": sum(moved)})
+    return found
 
 
 # ---- sampling ----------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import on_card
 import peers
 import pytest
 import runs
+from PIL import Image
 
 pytestmark = on_card.needs_card
 
@@ -118,6 +120,24 @@ def test_a_resumed_run_a_bad_loss_and_explain(tmp_path):
     assert "error" not in looked and "explain.html" in looked["files"]
     assert looked["captures"] == 3  # the film before, the step, the film after
     assert not within_steps(looked["waits"])
+
+
+def test_what_makes_room_for_sdxl_changes_nothing_but_rounding(tmp_path):
+    """Text encoders that encode on the CPU, where attention is another kernel, and a UNet that
+    waits there for the VAE."""
+    changes = METHODS["lora"] | MODES["8-bit"] | {"kind": "sdxl", "num_validation_images": 1}
+    changes |= {"mixed_precision": "no", "max_train_steps": 1}
+    folders = [tmp_path / name / "out" for name in ("plain", "short")]
+    plain, short = on_card.ask(
+        "where_room_is_short", runs=[settings(folder, **changes) for folder in folders]
+    )
+    assert "error" not in plain and "error" not in short, (plain, short)
+    losses = [[float(x) for x in found["losses"][0].split(",")] for found in (plain, short)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    shown = [np.asarray(Image.open(f / "samples" / "step-00001.png"), int) for f in folders]
+    assert np.abs(shown[0] - shown[1]).max() <= 1
+    # For class images, for encoding, for the grids before and after.
+    assert (plain["away"], short["away"]) == (0, 4)
 
 
 def test_samplers_adapters_streams_and_memory():

@@ -59,8 +59,8 @@ def test_one_training_step_is_the_equation(both):
     wanted = F.mse_loss(answer, a * eps - b * z)
     pipe.unet.zero_grad(), up.unet.zero_grad()
     wanted.backward()
-    unet = seeing(up.unet, up.noised(small, s, eta), s)
-    result = step(unet, up.schedule, Term(z, eps, t, Condition(c)), None)
+    unet = seeing(up.unet, up.noised(small, s, eta))
+    result = step(unet, up.schedule, Term(z, eps, t, Condition(c, level=s)), None)
     result.loss.backward()
     assert rel(result.loss, wanted) < 1e-5
     theirs = dict(pipe.unet.named_parameters())

@@ -61,8 +61,9 @@ class Parts:
 
     def to(self, device, but: Collection[str] = ()) -> Self:
         """All networks go there `but` those of these names."""
-        for name in self.networks.keys() - but:
-            self.networks[name].to(device, memory_format=memory_format(name, device))
+        for name, network in self.networks.items():
+            if name not in but:
+                network.to(device, memory_format=memory_format(name, device))
         self.schedule = self.schedule.to(device)
         return self
 

@@ -25,16 +25,11 @@ class UpdateByKernel(Update):
     """
 
     def __init__(
-        self,
-        groups: Iterable[tuple[float, list[nn.Parameter]]],
-        weight_decay: float,
-        max_grad_norm: float,
-        scaled: bool,
-        networks: Iterable[nn.Module],
-        dtype: torch.dtype | None,
+        self, networks: Iterable[nn.Module], dtype: torch.dtype | None, *of_update, **more
     ):
-        super().__init__(groups, weight_decay, max_grad_norm, scaled)
-        self.dtype, self.weight_decay = dtype, weight_decay
+        """networks: whose weights they are. The rest as Update's, whose AdamW is in full."""
+        super().__init__(*of_update, **more)
+        self.dtype = dtype
         trained, kinds = set(self.parameters), nn.Linear | nn.Conv2d
         self.places = [  # of the weights that have copies
             (module._parameters, name, p)
@@ -91,7 +86,7 @@ class UpdateByKernel(Update):
     def move(self, rate: float | Tensor, divisor: Tensor, skip: Tensor) -> None:
         self.count.add_(1 - skip)
         rates = self.base_rates * rate
-        self.table.update(rates, divisor, skip, self.count, self.weight_decay)
+        self.table.update(rates, divisor, skip, self.count, self.adam.defaults["weight_decay"])
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)

@@ -46,8 +46,8 @@ def draw(run: Run) -> Rows:
     with bar, text, graph, run.precision.autocast():
         latents = [draw_latents(run, *batch, on_step) for batch in batches]
     with (
-        memory.visiting([sd.vae], sd.device),
         memory.away(sd.unet, run.by_turns),
+        memory.visiting([sd.vae], run.device),
         torch.no_grad(),
     ):
         parts = ranks.together([draw_pictures(run, part) for part in latents])

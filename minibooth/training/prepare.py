@@ -88,5 +88,5 @@ def update_of(
         return UpdateInBackward(groups, decay, eight_bit)
     how = decay, config.max_grad_norm, precision.name == "fp16"
     if captured and by_kernel.possible(config) and by_kernel.wanted(groups, precision.dtype):
-        return by_kernel.UpdateByKernel(groups, *how, networks, precision.dtype)
+        return by_kernel.UpdateByKernel(networks, precision.dtype, groups, *how)
     return Update(groups, *how, eight_bit)

@@ -20,7 +20,7 @@ def run_of(folder, sd, idle=("vae", "text_encoder"), **changes):
     """What grids are drawn of: a run without all that only its training needs."""
     config, idle = runs.config(folder, **SMALL | changes), [sd.networks[name] for name in idle]
     precision, on_passes = Precision("no", CPU), lambda n: None
-    named = {"config": config, "sd": sd, "idle": idle, "precision": precision}
+    named = {"config": config, "sd": sd, "idle": idle, "precision": precision, "device": CPU}
     return types.SimpleNamespace(**named, resolution=32, by_turns=False, on_passes=on_passes)
 
 

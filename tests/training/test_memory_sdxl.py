@@ -1,6 +1,5 @@
 """What SDXL takes of memory, and how its networks make room for each other."""
 
-import contextlib
 import functools
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 import runs
 import torch
 
-from minibooth import UserError, train
+from minibooth import UserError
 from minibooth.bench import models
 from minibooth.device import memory, settle
 from minibooth.formats import families, folders
@@ -99,67 +98,6 @@ def test_what_cannot_fit_is_refused_before_it_is_downloaded(monkeypatch):
     assert "--prior_loss_weight 0" in said and "\n" not in said
     assert all(name.endswith("config.json") for name in read)
     start.look_ahead(given, torch.device("cpu"))
-
-
-class Places:
-    """Notes where the networks are when one of them works."""
-
-    def __init__(self, sd, monkeypatch):
-        self.sd, self.seen = sd, set()
-        for of, name in ((sd.unet, "forward"), (sd.vae, "decode"), (sd.vae, "encode")):
-            monkeypatch.setattr(of, name, self.watched(getattr(of, name), name))
-        for name, encoder in sd.text_encoders.items():
-            monkeypatch.setattr(encoder, "hidden", self.watched(encoder.hidden, name))
-
-    def watched(self, function, name):
-        def call(*arguments, **named):
-            away = {key for key, net in self.sd.networks.items() if getattr(net, "away", False)}
-            self.seen.add((name, *sorted(away)))
-            return function(*arguments, **named)
-
-        return call
-
-
-@pytest.fixture
-def pretended(monkeypatch):
-    """`away` and `visiting` with networks that only remember where they should be."""
-
-    @contextlib.contextmanager
-    def moved(networks, to):
-        before = [getattr(net, "away", False) for net in networks]
-        for net in networks:
-            net.away = to
-        yield
-        for net, was in zip(networks, before, strict=True):
-            net.away = was
-
-    def away(network, wanted=True):
-        return moved([network] * wanted, True)
-
-    monkeypatch.setattr(memory, "away", away)
-
-
-def test_what_makes_room_changes_no_result(pretended, monkeypatch, tmp_path):
-    """The UNet is away while the VAE works, and only then; text encoders encode where they are."""
-    losses = []
-    for short in (False, True):
-        sd, out = runs.model("sdxl"), tmp_path / str(short)
-        changes = {"method": "lora", "gradient_checkpointing": True, "max_train_steps": 1}
-        given = runs.config(out, kind="sdxl", num_validation_images=1, **changes)
-        monkeypatch.setattr(plan, "LARGE", 0 if short else 2e9)
-        monkeypatch.setattr(plan, "by_turns", lambda config, pixels, short=short: short)
-        assert plan.resting(sd, given) == (("text_encoder", "text_encoder_2") if short else ())
-        places = Places(sd, monkeypatch)
-        train.train(given, sd)
-        away = ("unet",) if short else ()
-        assert places.seen >= {("decode", *away), ("encode", *away), ("forward",)}
-        assert {seen for seen in places.seen if seen[0] in ("decode", "encode")} == {
-            ("decode", *away),
-            ("encode", *away),
-        }
-        losses.append((out / "loss.csv").read_text())
-    assert losses[0] == losses[1]
-    assert plan.resting(sd, runs.config(tmp_path, kind="sdxl")) == ()
 
 
 def test_what_rests_is_not_moved():
