@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import diffusers
+import tiny
 import torch
 import transformers
 from torch import Tensor, nn
@@ -45,6 +46,20 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def text_config(act: str, layers: int, width: int = 32) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary()[0]),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        hidden_act=act,
+        projection_dim=24,  # which SDXL's second reads
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+
+
 def pipeline(
     kind: str = "sd1", seed: int = 0, text_layers: int = 2
 ) -> diffusers.StableDiffusionPipeline:
@@ -71,17 +86,7 @@ def pipeline(
         norm_num_groups=8,
         layers_per_block=layers,
     )
-    vocab, _ = vocabulary()
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=text_layers * layers // 2,
-        num_attention_heads=4,
-        hidden_act="gelu" if sd2 else "quick_gelu",
-        bos_token_id=0,
-        eos_token_id=2,
-    )
+    text = text_config("gelu" if sd2 else "quick_gelu", text_layers * layers // 2)
     scheduler = diffusers.DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -122,21 +127,6 @@ SDXL = {  # of the public UNet's shape: the first level does not attend, the las
 def sdxl(seed: int = 0, layers: int = 1, **unet) -> diffusers.StableDiffusionXLPipeline:
     """A small SDXL; `layers` of the VAE and at each level, `unet` changes SDXL."""
     torch.manual_seed(seed)
-    vocab, _ = vocabulary()
-
-    def text(width: int, act: str, depth: int) -> transformers.CLIPTextConfig:
-        return transformers.CLIPTextConfig(
-            vocab_size=len(vocab),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=depth,
-            num_attention_heads=4,
-            hidden_act=act,
-            projection_dim=24,
-            bos_token_id=0,
-            eos_token_id=2,
-        )
-
     unet = diffusers.UNet2DConditionModel(
         **SDXL | unet,
         layers_per_block=layers,
@@ -165,8 +155,8 @@ def sdxl(seed: int = 0, layers: int = 1, **unet) -> diffusers.StableDiffusionXLP
     )
     pipe = diffusers.StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=transformers.CLIPTextModel(text(32, "quick_gelu", 3)).eval(),
-        text_encoder_2=transformers.CLIPTextModelWithProjection(text(48, "gelu", 2)).eval(),
+        text_encoder=transformers.CLIPTextModel(text_config("quick_gelu", 3)).eval(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text_config("gelu", 2, 48)).eval(),
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
@@ -183,7 +173,6 @@ X4_BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linea
 def upscaler(seed: int = 0, **changes) -> diffusers.StableDiffusionUpscalePipeline:
     """Of the public model's shape: its first level does not attend, the next looks at text only."""
     torch.manual_seed(seed)
-    vocab, _ = vocabulary()
     shape = {
         "block_out_channels": (16, 32, 32),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -210,16 +199,7 @@ def upscaler(seed: int = 0, **changes) -> diffusers.StableDiffusionUpscalePipeli
         layers_per_block=1,
         scaling_factor=0.08333,
     )
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        hidden_act="gelu",
-        bos_token_id=0,
-        eos_token_id=2,
-    )
+    text = text_config("gelu", 2)
     main = diffusers.DDIMScheduler(
         **X4_BETAS,
         prediction_type="v_prediction",
@@ -284,6 +264,14 @@ def same_pictures(
     ours = sd.generate(list(prompts), steps=8, output="pt", **settings)
     theirs = pipe(list(prompts), num_inference_steps=8, output_type="pt", **settings).images
     return ours, theirs
+
+
+def same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    """Whether all weights of both have the same."""
+    wanted = dict(theirs.named_parameters())
+    assert wanted.keys() == dict(ours.named_parameters()).keys()
+    for name, p in ours.named_parameters():
+        assert tiny.rel(p.grad, wanted[name].grad) < 1e-4, name
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from minibooth import UserError, hypernetwork, lora, ops, train
 from minibooth.bench import models
-from minibooth.device import graphs, memory
+from minibooth.device import graphs, memory, settle
 from minibooth.device.precision import Precision
 from minibooth.formats.public import SD1_UNET, SD_VAE
 from minibooth.train import TrainConfig
@@ -627,13 +627,13 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(ops, "sdpa_kernel", lambda *backends: contextlib.nullcontext())
 
 
-def step_at_most(given, samples, side, half):
-    """Bytes of a step's forward and backward pass through SD 1.5's UNet, beside its weights."""
+def step_at_most(given, samples, side, half, of_unet=SD1_UNET):
+    """Bytes of a step's forward and backward pass through the UNet, beside its weights."""
     short = given.gradient_checkpointing
     with FakeTensorMode(), Live() as live:
         frozen = half and given.method != "dreambooth"
         torch.set_default_dtype(torch.bfloat16 if frozen else torch.float32)
-        unet = UNet(SD1_UNET).requires_grad_(given.method == "dreambooth")
+        unet = UNet(of_unet).requires_grad_(given.method == "dreambooth")
         torch.set_default_dtype(torch.float32)
         trained = dict(unet.named_parameters())
         if given.method == "lora":
@@ -643,8 +643,9 @@ def step_at_most(given, samples, side, half):
             made = hypernetwork.create(unet)
             hypernetwork.attach(unet, made)
         word = given.method == "textual_inversion"
-        context = torch.empty(samples, 77, 768, requires_grad=word)
-        inputs = torch.empty(samples, 4, side, side), torch.zeros(samples), context
+        c = settle.blank(of_unet, samples, CPU)
+        c.context.requires_grad_(word)
+        inputs = torch.empty(samples, 4, side, side), torch.zeros(samples), c
         used = contextlib.nullcontext()
         if given.optimizer_in_backward:
             used = memory.each_gradient(trained, lambda name, gradient: None)
@@ -680,6 +681,22 @@ def test_the_plan_says_what_a_step_of_sd_15_takes(
     given = config(method=method, gradient_checkpointing=short, **settings)
     part = plan.parts(sd15(), given, side * side, half)
     assert step_at_most(given, samples, side, half) == pytest.approx(part["step"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("method", plan.DEEP_ACTIVATIONS)
+def test_the_plan_says_what_a_step_of_sdxl_takes(method, short, half, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    for kind in (torch.nn.ModuleDict, hypernetwork.Hypernetwork):
+        monkeypatch.setattr(kind, "to", lambda self, device: self)
+    given = config(method=method, gradient_checkpointing=short, prior_loss_weight=0.0, rank=16)
+    sdxl = models.model("SDXL", torch.device("meta"))
+    part = plan.parts(sdxl, given, 128 * 128, half)
+    found = step_at_most(given, 1, 128, half, sdxl.configs["unet"])
+    print(f"\n{method} {short=} {half=}: {found / 1e9:.3f} GB, the plan {part['step'] / 1e9:.3f}")
+    assert found == pytest.approx(part["step"], rel=0.05)
 
 
 @pytest.mark.slow
