@@ -10,7 +10,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from . import ops, pipeline, textual_inversion
+from . import ops, pipeline, schedule, textual_inversion
 from .common import cli, sheets
 from .common.cli import option
 from .common.errors import UserError
@@ -243,6 +243,7 @@ def load_upscaler(config: SampleConfig, device: torch.device, dtype: torch.dtype
     require_kind(up, f"--upscaler {config.upscaler}", upscaler=True)
     if not 0 <= config.noise_level < up.levels:
         raise UserError(f"--noise_level {config.noise_level}: give one from 0 to {up.levels - 1}")
+    schedule.timesteps(up.schedule, config.upscaler_steps)  # refuses what the model cannot do
     adapters.merge_files(up.networks, config.upscaler_lora)
     return up
 

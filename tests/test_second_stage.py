@@ -23,7 +23,6 @@ QUICK = {
 
 def settings(tmp_path, **changes) -> dict:
     models = {"model": str(peers.model()[0]), "upscaler": str(peers.model("x4")[0])}
-    models["device"] = "cpu"
     return models | QUICK | {"prompt": ("a sks dog",), "output_dir": str(tmp_path)} | changes
 
 
@@ -55,12 +54,12 @@ def test_both_pictures_are_kept_and_the_large_one_is_of_the_small_one(tmp_path, 
 
 def test_pictures_that_exist_are_enlarged(tmp_path):
     (tmp_path / "in").mkdir()
-    for name, size in (("a", (8, 8)), ("b", (12, 8))):
-        Image.new("RGB", size, (200, 10, 30)).save(tmp_path / "in" / f"{name}.png")
+    for name, size in (("a.png", (8, 8)), ("b.jpg", (8, 8)), ("b.png", (12, 8))):
+        Image.new("RGB", size, (200, 10, 30)).save(tmp_path / "in" / name)
     given = settings(tmp_path / "out", model=None, prompt=(), images=str(tmp_path / "in"))
     written = sample.sample(SampleConfig(**given))
-    assert [f.name for f in written] == ["a-x4.png", "b-x4.png"]
-    assert [Image.open(f).size for f in written] == [(32, 32), (48, 32)]
+    assert [f.name for f in written] == ["a-x4.png", "b.jpg-x4.png", "b.png-x4.png"]
+    assert [Image.open(f).size for f in written] == [(32, 32), (32, 32), (48, 32)]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +75,7 @@ def test_pictures_that_exist_are_enlarged(tmp_path):
         ({"images": "x"}, "no --model beside it"),
         ({"images": "x", "model": None, "prompt": ("a", "b")}, "under one --prompt"),
         ({"upscaler_steps": 0}, "must be at least 1"),
+        ({"upscaler_steps": 1001}, "give a number from 1 to 1000"),
     ],
 )
 def test_what_is_refused(tmp_path, changes, said):

@@ -104,9 +104,10 @@ DEEP_ACTIVATIONS = {  # SDXL's, whose transformers have up to ten blocks
     "dreambooth": {True: (532_000, 53_500), False: (800_000, 86_800)},
     "lora": {True: (443_000, 40_300), False: (683_000, 65_300)},
     "textual_inversion": {True: (390_000, 40_300), False: (628_000, 65_300)},
-    "hypernetwork": {True: (477_000, 40_300), False: (770_000, 68_700)},
+    "hypernetwork": {True: (477_000, 40_300), False: (770_000, 73_200)},
 }
 LEFT = 0.33, 0.6  # of these, where the backward pass has most of the gradients
+DEEP_LEFT = 0.25, 0.41
 PREDICTING = {True: 17_300, False: 32_000}  # the UNet without a backward pass
 DEEP_PREDICTING = {True: 12_200, False: 19_600}
 CODING = 197_000  # the VAE, which computes in fp32 and takes one picture of this size at once
@@ -128,7 +129,8 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     worked, copied = kept + copies(sd, config, half), 0
     if half and config.method == "dreambooth" and by_kernel.possible(config):
         copied = need["trained"] // 2  # also where a Precision keeps none
-    step = max(worked, kept + copied, int(LEFT[short] * kept) + need["gradients"])
+    left = (DEEP_LEFT if is_deep(sd) else LEFT)[short]
+    step = max(worked, kept + copied, int(left * kept) + need["gradients"])
     stays = 0 if config.use_8bit_adam else step
     if ranks.count() > 1:  # no graph, but gradients are always there, in the buckets they travel in
         step, stays = worked + need["gradients"], need["gradients"]

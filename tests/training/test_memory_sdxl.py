@@ -43,7 +43,7 @@ def test_a_lora_is_counted_by_phase():
     coding = PIXELS * plan.CODING
     checkpointed = phases(gradient_checkpointing=True)
     assert checkpointed["pictures before"] == (2 * UNET + 4 * VAE, coding)
-    step = max(kept, int(0.6 * kept) + trained)
+    step = max(kept, int(0.41 * kept) + trained)
     work = step + 4 * VAE + coding
     assert checkpointed["training"] == (2 * UNET + 3 * trained, work)
     by_turns = phases(gradient_checkpointing=True, use_8bit_adam=True)
