@@ -104,7 +104,7 @@ DEEP_ACTIVATIONS = {  # SDXL's, whose transformers have up to ten blocks
     "dreambooth": {True: (532_000, 53_500), False: (800_000, 86_800)},
     "lora": {True: (443_000, 40_300), False: (683_000, 65_300)},
     "textual_inversion": {True: (390_000, 40_300), False: (628_000, 65_300)},
-    "hypernetwork": {True: (477_000, 40_300), False: (770_000, 73_200)},
+    "hypernetwork": {True: (477_000, 45_200), False: (770_000, 73_200)},
 }
 LEFT = 0.33, 0.6  # of these, where the backward pass has most of the gradients
 DEEP_LEFT = 0.25, 0.41

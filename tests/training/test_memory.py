@@ -695,7 +695,6 @@ def test_the_plan_says_what_a_step_of_sdxl_takes(method, short, half, monkeypatc
     sdxl = models.model("SDXL", torch.device("meta"))
     part = plan.parts(sdxl, given, 128 * 128, half)
     found = step_at_most(given, 1, 128, half, sdxl.configs["unet"])
-    print(f"\n{method} {short=} {half=}: {found / 1e9:.3f} GB, the plan {part['step'] / 1e9:.3f}")
     assert found == pytest.approx(part["step"], rel=0.05)
 
 
