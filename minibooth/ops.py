@@ -139,10 +139,12 @@ def attention(
         # A CPU's fused backward is slow in bf16: with few pixels the plain formula wins.
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if q.shape[-2] * k.shape[-2] <= SCORES:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     # A picture of 2048² has 262,144 pixels in the VAE of an upscaler, and 256 GiB of scores.
     parts = q.split(max(1, SCORES // k.shape[-2]), dim=-2)
     done = [F.scaled_dot_product_attention(part, k, v, scale=scale) for part in parts]
-    return done[0] if len(done) == 1 else torch.cat(done, dim=-2)
+    return torch.cat(done, dim=-2)
 
 
 def group_norm(
