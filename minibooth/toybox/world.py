@@ -55,7 +55,7 @@ INK = (44, 38, 46)
 class Marks:
     """What no caption says: the features that make a thing this one."""
 
-    pattern: str | None = None  # "spots" | "stripes"
+    pattern: str | None = None  # "spots" | "stripes" | "rings", which nothing in the world has
     pattern_colour: str = "white"
     ear: str | None = None  # its colour, where it is not the body's: an ear, a wing, a door …
     collar: str | None = None  # its colour: a collar, a belt, a bumper …
@@ -253,6 +253,8 @@ class Pen:
                 for j in range(-5, 6):
                     middle = 0.44 * i + 0.22 * (j % 2), 0.36 * j
                     draw.polygon(self.at(oval(*middle, 0.12, 0.12)), colour)
+                    if marks.pattern == "rings":
+                        draw.polygon(self.at(oval(*middle, 0.065, 0.065)), self.inside(self.body))
 
     def stroke(self, points: list, width: float, fill: RGB) -> None:
         """A thick line with round ends and an outline."""
@@ -667,6 +669,9 @@ SUBJECTS: dict[str, Subject] = {
         ],
     ),
 }
+
+# In small pictures its rings are hardly more than spots: what an upscaler can learn of a subject.
+RINGED = taken("dog", things(5, "dog", "orange", pattern="rings", pattern_colour="blue"))
 
 
 def export(folder: Path) -> None:
