@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from ..training.data import rng
 from ..unet import UNet
 from ..upscaler import SCALE, Upscaler, reduced, seeing
 from ..vae import VAE
-from . import judge, world
+from . import world
 from .pretrain import UNCONDITIONAL, fit, scene
 
 LARGE = SCALE * world.SIDE  # pixels
