@@ -236,8 +236,8 @@ def train_unet(config: Config, start: StableDiffusion, vae: VAE, pairs: Pairs) -
         whole = step > crops
         count = config.batch_size // 4 if whole else config.batch_size
         rows = torch.randint(len(scenes), (count,), generator=g)
-        side = world.SIDE if whole else UNET_CROP
         small = pairs.soft if r.random() < SOFT else pairs.sharp
+        side = small.shape[-1] if whole else UNET_CROP
         cut = pieces([pairs.mean, pairs.std, small], rows, side, g)
         mean, std, small = (x.float() for x in cut)
         words = [
