@@ -110,10 +110,18 @@ def save(run: Run, step: int, rows: Rows) -> None:
         run.events.picture(grid, step)
 
 
+def before_after(run: Run, before: Rows, after: Rows) -> Image.Image:
+    rows = [b + a for b, a in zip(before, after, strict=True)]
+    headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
+    return sheets.grid(sheets.enlarged(rows), labels=run.config.grid_prompts, headings=headings)
+
+
 @ranks.by_first
-def save_before_after(run: Run, before: Rows, after: Rows) -> None:
+def save_before_after(
+    run: Run,
+    before: Rows,
+    after: Rows,
+    compose: Callable[[Run, Rows, Rows], Image.Image],
+) -> None:
     if before:
-        rows = [b + a for b, a in zip(before, after, strict=True)]
-        headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
-        named = {"labels": run.config.grid_prompts, "headings": headings}
-        save_image(sheets.grid(sheets.enlarged(rows), **named), run.folder / "before_after.png")
+        save_image(compose(run, before, after), run.folder / "before_after.png")
