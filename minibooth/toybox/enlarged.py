@@ -1,5 +1,5 @@
-"""The default run's picture: what was drawn before and after, enlarged by the toybox's second stage,
-which has seen as little of the subject as the first had before."""
+"""The default run's picture: what was drawn before and after, enlarged by the toybox's second
+stage, which has never seen the subject."""
 
 from PIL import Image
 from tqdm import tqdm

@@ -579,11 +579,8 @@ def render(scene: Scene, side: int = SIDE) -> Image.Image:
     else:
         cast_shadow(image, pen)
         light = gradient(image.width, (255, 255, 255), (216, 212, 222))
-        shaded = Image.fromarray(
-            (np.asarray(thing.convert("RGB"), np.uint16) * np.asarray(light) // 255).astype(
-                np.uint8
-            )
-        )
+        lit = np.asarray(thing.convert("RGB"), np.uint16) * np.asarray(light) // 255
+        shaded = Image.fromarray(lit.astype(np.uint8))
         if scene.place == "at night":  # moonlight around it, or a black cat could not be seen
             image.paste((150, 160, 220), mask=alpha.filter(ImageFilter.MaxFilter(6 * fine + 1)))
         thing = shaded

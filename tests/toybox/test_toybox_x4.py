@@ -29,7 +29,7 @@ def test_a_large_picture_is_the_small_one_drawn_finer():
 
 
 def test_rings_are_spots_with_holes_whose_lines_small_pictures_blur():
-    """Pixels of the rings' own blue, by counting: a hole is .29 of a spot, its rim no longer blue."""
+    """Pixels of the rings' own blue, by counting: a hole is .29 of a spot, its rim is mixed."""
     ringed = world.RINGED.scenes[0]
     spotted = replace(ringed, marks=replace(ringed.marks, pattern="spots"))
     share = {
