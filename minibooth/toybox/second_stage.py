@@ -153,8 +153,8 @@ def decoded(vae: VAE, x: Tensor) -> Tensor:
     return torch.cat([vae.decode(vae.encode(part)[0]).clamp(-1, 1) for part in x.split(2)])
 
 
-def held_out(side: int, count: int = 16) -> np.ndarray:
-    """(N, side, side, 3) uint8 of scenes that are in no training set, every eighth in neon."""
+def held_out(side: int, count: int = 8) -> np.ndarray:
+    """(N, side, side, 3) uint8 of scenes that are in no training set, the first in neon."""
     scenes = [
         world.random_scene(random.Random(f"held out {i}"), **({} if i % 8 else NEON))
         for i in range(count)
@@ -270,7 +270,7 @@ def train_unet(config: Config, start: StableDiffusion, vae: VAE, pairs: Pairs) -
 
 def look(up: Upscaler, folder: Path, step: int) -> dict[str, float]:
     """Held-out pictures, enlarged from true small ones: mean absolute errors on [0, 1], and of 4²
-    pixels' means; and a picture of eight of them."""
+    pixels' means; and a picture of them."""
     large = torch.from_numpy(held_out(LARGE)).permute(0, 3, 1, 2).float() / 255
     small = reduced(2 * large - 1) / 2 + 0.5
     made = up.upscale(small, [""] * len(small), noise_level=0, output="pt", **SAMPLING).cpu()
@@ -281,7 +281,7 @@ def look(up: Upscaler, folder: Path, step: int) -> dict[str, float]:
         error = x - large
         found[name] = round(error.abs().mean().item(), 5)
         found[f"{name}, means"] = round(F.avg_pool2d(error, SCALE).abs().mean().item(), 5)
-    rows = [to_pil(2 * x[:8] - 1) for x in (bicubic, made, large)]
+    rows = [to_pil(2 * x - 1) for x in (bicubic, made, large)]
     report.save_image(sheets.grid(rows), folder / f"unet-{step:05d}.png")
     return found
 
