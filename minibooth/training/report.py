@@ -24,6 +24,8 @@ from ..formats.adapters import CLIP_L_G, DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
+from ..upscaler import Upscaler
+from . import second_stage
 from .events import Events
 from .settings import TrainConfig
 from .subjects import Subject
@@ -274,14 +276,16 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
     if config.trains_hypernetwork:
         what, draw = "a hypernetwork", [*base, "--hypernetwork", result]
     draw += ["--prompt", f"{prompt} in the snow"]
+    if enlarges := isinstance(sd, Upscaler):
+        draw = enlarging(run, config)
     two = sd is not None and len(sd.text_encoders) == 2
     usual = families.GUIDANCE if two else TrainConfig.validation_guidance_scale
-    if config.validation_guidance_scale != usual:
+    if config.validation_guidance_scale != usual and not enlarges:
         draw += ["--guidance_scale", f"{config.validation_guidance_scale:g}"]
     lines = {"draw": command("minibooth.sample", *draw)}
     if config.method in ("dreambooth", "lora"):  # what can be merged
         lines["one file"] = command("minibooth.convert", *merged, "--output", file)
-    if sd and is_public_size(sd.configs):
+    if sd and is_public_size(sd.configs) and not enlarges:  # theirs enlarge in other ways
         if config.method != "dreambooth":
             file = os.path.join(run, small_file(config, config.max_train_steps))
         lines["ComfyUI"] = cli.copying(file, f"ComfyUI/models/{COMFYUI[config.method]}")
@@ -294,6 +298,19 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
     if (state := run / "state").exists():
         said.append(f"  {state} ({gigabytes(folder_size(state))}) is only needed for more steps")
     return "\n".join(said)
+
+
+def enlarging(run: Path, config: TrainConfig) -> list[str]:
+    """What minibooth.sample is given to draw and enlarge with the upscaler of a run; without a base
+    model to enlarge pictures that there are."""
+    subject, given = config.subjects[0], ["--upscaler", str(run)]
+    if config.method == "lora":
+        given = ["--upscaler", str(config.model), "--upscaler_lora", str(run)]
+    if (level := second_stage.level(config)) != second_stage.LEVEL:
+        given += ["--noise_level", str(level)]
+    if config.base_model:
+        return ["--model", config.base_model, *given, "--prompt", subject.instance_prompt]
+    return ["--images", "PICTURES", *given, "--prompt", subject.instance_prompt]
 
 
 def command(program: str, *given: str) -> str:
@@ -329,6 +346,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
         classes = ", ".join(f"`{s.class_prompt}`" for s in config.subjects)
         prior = f"prior preservation of {classes} (λ = {config.prior_loss_weight})"
     names = ", ".join(s.instance_prompt for s in config.subjects)
+    task = "image-to-image" if isinstance(sd, Upscaler) else "text-to-image"
     picture, two = "\n![before and after](before_after.png)\n", len(sd.text_encoders) == 2
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
@@ -343,7 +361,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     return f"""---
 license: {sd.licence or "unknown"}{base}
 instance_prompt: {json.dumps(names, ensure_ascii=False)}
-tags: [text-to-image, stable-diffusion{"-xl" * two}, {config.method}]
+tags: [{task}, stable-diffusion{"-xl" * two}, {config.method}]
 ---
 
 # {names}

@@ -22,10 +22,21 @@ from .data import rng
 from .settings import TrainConfig
 
 LEVELS = 0, 20  # s in training: our reading of the paper, see upscaler.py
-# s at which class images and grids are enlarged, or the nearest that is trained: sample's default.
-# Prior preservation is to keep what the model does where training moves it and pictures are made.
+# s of class images and grids: sample's default. What prior preservation is to keep is what the
+# model does at the levels where training moves it, and where pictures will be made.
 LEVEL = 20
 PHOTOGRAPHS = 4  # that grids show at most
+
+
+def levels(config: TrainConfig) -> tuple[int, int]:
+    """The lowest and the highest s of training."""
+    return tuple(config.noise_level or LEVELS)
+
+
+def level(config: TrainConfig) -> int:
+    """s at which a run enlarges pictures: LEVEL, or the nearest that is trained."""
+    lowest, highest = levels(config)
+    return min(max(LEVEL, lowest), highest)
 
 
 @dataclass
@@ -71,10 +82,8 @@ def of_run(
             if getattr(config, name) is not None:
                 raise UserError(f"--{name} is for training an upscaler, and --model is none")
         return None
-    lowest, highest = levels = tuple(config.noise_level or LEVELS)
-    check(sd, config, resolution, highest)
-    how = levels, min(max(LEVEL, lowest), highest)
-    shown = min(PHOTOGRAPHS, photographs)
+    check(sd, config, resolution)
+    how, shown = (levels(config), level(config)), min(PHOTOGRAPHS, photographs)
     if config.base_model is None:
         return SecondStage(*how, None, None, SCALE * resolution, shown)
     base = pipeline.load(config.base_model)
@@ -89,19 +98,15 @@ def of_run(
     return SecondStage(*how, base, base.fingerprint(), SCALE * side, shown, prompts)
 
 
-def check(up: Upscaler, config: TrainConfig, resolution: int, highest: int) -> None:
+def check(up: Upscaler, config: TrainConfig, resolution: int) -> None:
     """Raise UserError unless an upscaler can be trained so."""
-    of_small = resolution // SCALE
+    highest, of_small = levels(config)[1], resolution // SCALE
     if highest >= up.levels:
         raise UserError(f"--noise_level: this upscaler knows 0 to {up.levels - 1}, not {highest}")
     if resolution % SCALE or of_small % 4:
         raise UserError(f"--resolution must be a multiple of {4 * SCALE} for an upscaler")
     up.check_size(of_small, of_small)
-    if config.method not in ("dreambooth", "lora"):
-        raise UserError(
-            f"--method {config.method}: an upscaler is trained whole or by --method lora; words "
-            "and hypernetworks are for models that draw"
-        )
+    check_method(config)
     if config.explain:
         raise UserError("--explain shows a model that draws: an upscaler is trained without it")
     if config.uses_prior and config.base_model is None:
@@ -112,6 +117,14 @@ def check(up: Upscaler, config: TrainConfig, resolution: int, highest: int) -> N
                 "give --base_model, which draws them, or --class_data_dir with pictures of the "
                 "class, or --prior_loss_weight 0"
             )
+
+
+def check_method(config: TrainConfig) -> None:
+    if config.method not in ("dreambooth", "lora"):
+        raise UserError(
+            f"--method {config.method}: an upscaler is trained whole or by --method lora; words "
+            "and hypernetworks are for models that draw"
+        )
 
 
 # ---- what two models draw ----------------------------------------------------------------------

@@ -85,7 +85,8 @@ class Run:
             print(f"no state in {folder} yet: starting at the first step")
         memory.keep_to_what_is_free(device)
         if config.fit_memory and device.type == "cuda":
-            config = fitted(config, sd, side, device, saved)
+            base = self.second and self.second.base
+            config = fitted(config, sd, side, device, saved, base)
         precision = Precision(config.mixed_precision, device, not config.gradient_checkpointing)
         if config.optimizer_in_backward and precision.name == "fp16":
             raise UserError(
@@ -122,7 +123,7 @@ class Run:
     @property
     def by_turns(self) -> bool:
         """Whether the UNet makes room for the VAE."""
-        return plan.by_turns(self.config, self.pixels)
+        return plan.by_turns(self.sd, self.config, self.pixels)
 
     @property
     def pixels(self) -> int:
@@ -194,6 +195,8 @@ def look_ahead(config: TrainConfig, device: torch.device) -> None:
     configs = {name: folders.read_config(files[name], source) for name in names}
     networks = {name: skeleton(name, configs[name]) for name in names}
     sd = StableDiffusion(None, schedule=None, configs=configs, **networks)
+    if sd.unet.class_embedding is not None:
+        second_stage.check_method(config)  # which the plan knows no others of
     pixels = ((config.resolution or sd.image_size) // sd.vae.factor) ** 2
     fit.refuse(sd, config, pixels, Precision(config.mixed_precision, device).name, device)
 
@@ -282,15 +285,15 @@ def fitted(
     resolution: int,
     device: torch.device,
     saved: State | None,
+    base: StableDiffusion | None = None,
 ) -> TrainConfig:
     """With the modes that the free memory asks for; a run that goes on keeps those it had."""
     before = saved.identity if saved else {}
     kept = {name: True for name in fit.LOSSY if before.get(name)}
     precision = Precision(config.mixed_precision, device).name
     pixels = (resolution // sd.vae.factor) ** 2
-    config, line = fit.choose(
-        sd, replace(config, **kept), pixels, precision, device, resumed=saved is not None
-    )
+    given, resumed = replace(config, **kept), saved is not None
+    config, line = fit.choose(sd, given, pixels, precision, device, resumed, base)
     print(line)
     return config
 
