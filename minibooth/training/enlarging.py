@@ -23,10 +23,10 @@ def base_draws(run: Run, found: list[Images]) -> Cascade:
     these of it. It has the device to itself meanwhile, and is let go afterwards."""
     second, config, side = run.second, run.config, run.resolution // SCALE
     base, second.base, drawn = second.base, None, {}
-    if base is None:
+    batches = [(images, first) for images in found for first in images.missing]
+    if base is None or not (batches or second.prompts):
         return Cascade(run.sd, second.level, drawn)
     methods.place(base, {}, run.device, run.precision.dtype)
-    batches = [(images, first) for images in found for first in images.missing]
     graph = graphs.captured_unet(base.unet, wanted=not config.saves_memory)
     with graph, run.precision.autocast():
         for images, first in tqdm(batches, desc="for class images", disable=not batches):

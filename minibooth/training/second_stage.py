@@ -53,8 +53,9 @@ class SecondStage:
     drawings: list[Image.Image] = field(default_factory=list)  # what it drew: pieces
 
     def settled(self, config: TrainConfig) -> TrainConfig:
-        """Without a base model no class image is drawn: those count that are there."""
-        return config if self.base else replace(config, num_class_images=0)
+        """With what is not said. Without a base model no class image is drawn: those there count."""
+        drawn = config.num_class_images if self.base else 0
+        return replace(config, noise_level=self.levels, num_class_images=drawn)
 
     @property
     def identity(self) -> dict:

@@ -257,13 +257,13 @@ def check_folder(folder: Path, goes_on: bool) -> None:
 
 
 def check_model(sd: StableDiffusion, resolution: int, sampler_steps: tuple[int, ...]) -> None:
-    unet = sd.configs["unet"]
-    if unet["in_channels"] != unet["out_channels"] and not isinstance(sd, Upscaler):
+    unet, draws = sd.configs["unet"], not isinstance(sd, Upscaler)
+    if unet["in_channels"] != unet["out_channels"] and draws:
         sees = what_else_it_sees(unet)
         raise UserError(f"{sees}: it cannot be trained here, give its base model")
     if resolution % sd.vae.factor:
         raise UserError(f"--resolution must be a multiple of {sd.vae.factor}")
-    if resolution < SMALLEST * sd.image_size:
+    if resolution < SMALLEST * sd.image_size and draws:
         warnings.warn(
             f"--resolution {resolution}: this model draws pictures of {sd.image_size}², and so "
             "much smaller ones break; without --resolution it is trained at its own size",
