@@ -22,6 +22,7 @@ from .formats import families
 from .pipeline import StableDiffusion, to_device
 from .toybox import enlarged, score
 from .training import (
+    curve,
     finite,
     fit,
     grids,
@@ -185,7 +186,7 @@ def finish(run: Run, before: list[list], originals: dict[str, Tensor]) -> None:
 def write_result(run: Run, originals: dict[str, Tensor]) -> None:
     """Write the model and its card; say what can be done with it."""
     config, sd, folder = run.config, run.sd, run.folder
-    report.save_loss_chart(folder)
+    curve.save(folder)
     # An older model, of a run with fewer steps, must not be half of this one.
     (folder / "model_index.json").unlink(missing_ok=True)
     methods.write(sd, config, run.trained, config.max_train_steps, folder)

@@ -37,10 +37,14 @@ MOST = 1024 * 1024  # pixels of a small picture: decoding one of 4096² works in
 
 
 def reduced(pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, 4h, 4w) in [-1, 1] → the small ones that they are to be made from again."""
+    """Pictures in [-1, 1], (B, 3, 4h, 4w) → the small ones that they are to be made from again:
+    (B, 3, h, w), by a bicubic filter as wide as four of the large ones' pixels, so without alias.
+
+    What made the small pictures of the public model's own training has not been published.
+    """
     size = [side // SCALE for side in pictures.shape[2:]]
     small = F.interpolate(pictures, size, mode="bicubic", antialias=True)
-    return small.clamp(-1, 1)  # (B, 3, h, w)
+    return small.clamp(-1, 1)  # it overshoots at edges
 
 
 def seeing(unet: Callable, small: Tensor) -> Callable[..., Tensor]:
