@@ -31,7 +31,7 @@ def photographs() -> Path:
 
 def settings(output_dir: Path, **changes) -> dict:
     """Of a run of 3 steps, a second or so. Class images are drawn once for all tests."""
-    model = changes.pop("kind", "sd1")
+    model = changes.pop("kind", "half")
     return {
         "model": str(peers.model(model)[0]),
         "instance_data_dir": str(photographs()),
@@ -54,7 +54,7 @@ def config(output_dir: Path, **changes) -> TrainConfig:
     return TrainConfig(**settings(output_dir, **changes))
 
 
-def model(kind: str = "sd1") -> StableDiffusion:
+def model(kind: str = "half") -> StableDiffusion:
     return load(peers.model(kind)[0])
 
 
