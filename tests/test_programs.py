@@ -354,7 +354,7 @@ def test_the_program_says_what_it_does_and_what_comes_next(program, tmp_path):
     out = tmp_path / "out"
     said = program(train, *runs.arguments(runs.settings(out, max_train_steps=1)))
     assert "identifier: 'sks' is 1 token" in said
-    assert "3 photographs, 5 crops of 32² pixels; device cpu, precision no" in said
+    assert "3 photographs, 5 crops of 16² pixels; device cpu, precision no" in said
     settings = " ".join(said.split())
     for field in dataclasses.fields(TrainConfig):
         value = getattr(runs.config(out, max_train_steps=1), field.name)
