@@ -20,8 +20,9 @@ from .dreambooth import Step
 from .explain import first_step
 from .formats import families
 from .pipeline import StableDiffusion, to_device
-from .toybox import score
+from .toybox import enlarged, score
 from .training import (
+    curve,
     finite,
     fit,
     grids,
@@ -175,7 +176,8 @@ def finish(run: Run, before: list[list], originals: dict[str, Tensor]) -> None:
     """The last pictures, and the model, on the device at the end."""
     after = grids.draw(run)
     grids.save(run, run.config.max_train_steps, after)
-    grids.save_before_after(run, before, after)
+    compose = enlarged.before_after if score.applies(run.config) else grids.before_after
+    grids.save_before_after(run, before, after, compose)
     write_result(run, originals)
     run.sd.to(run.device, but=run.resting)
 
@@ -184,7 +186,7 @@ def finish(run: Run, before: list[list], originals: dict[str, Tensor]) -> None:
 def write_result(run: Run, originals: dict[str, Tensor]) -> None:
     """Write the model and its card; say what can be done with it."""
     config, sd, folder = run.config, run.sd, run.folder
-    report.save_loss_chart(folder)
+    curve.save(folder)
     # An older model, of a run with fewer steps, must not be half of this one.
     (folder / "model_index.json").unlink(missing_ok=True)
     methods.write(sd, config, run.trained, config.max_train_steps, folder)

@@ -20,6 +20,7 @@ from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +34,17 @@ from .text_encoder import Condition
 
 SCALE = 4  # sides of the large picture, in sides of the small one
 MOST = 1024 * 1024  # pixels of a small picture: decoding one of 4096² works in 64 GiB
+
+
+def reduced(pictures: Tensor) -> Tensor:
+    """Pictures in [-1, 1], (B, 3, 4h, 4w) → the small ones that they are to be made from again:
+    (B, 3, h, w), by a bicubic filter as wide as four of the large ones' pixels, so without alias.
+
+    What made the small pictures of the public model's own training has not been published.
+    """
+    size = [side // SCALE for side in pictures.shape[2:]]
+    small = F.interpolate(pictures, size, mode="bicubic", antialias=True)
+    return small.clamp(-1, 1)  # it overshoots at edges
 
 
 def seeing(unet: Callable, small: Tensor) -> Callable[..., Tensor]:

@@ -18,13 +18,14 @@ from minibooth.train import TrainConfig
 
 
 @functools.cache
-def photographs() -> Path:
-    """Three pictures, of which one gives three crops: five crops in all."""
-    folder = Path(peers.KEPT.name) / "photographs"
+def photographs(times: int = 1) -> Path:
+    """Three pictures, of which one gives three crops: five crops in all. For an upscaler `times` as
+    large."""
+    folder = Path(peers.KEPT.name) / f"photographs-{times}"
     folder.mkdir()
     noise = np.random.default_rng(0)
     for i, size in enumerate([(32, 32), (32, 52), (48, 48)]):
-        pixels = noise.integers(0, 255, (*size, 3), dtype=np.uint8)
+        pixels = noise.integers(0, 255, (size[0] * times, size[1] * times, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
 
@@ -32,6 +33,9 @@ def photographs() -> Path:
 def settings(output_dir: Path, **changes) -> dict:
     """Of a run of 3 steps, a second or so. Class images are drawn once for all tests."""
     model = changes.pop("kind", "half")
+    if model == "x4":
+        upscaler = {"instance_data_dir": str(photographs(2)), "resolution": 32}
+        changes = upscaler | {"base_model": str(peers.model("half")[0])} | changes
     return {
         "model": str(peers.model(model)[0]),
         "instance_data_dir": str(photographs()),

@@ -42,10 +42,11 @@ INSIDE = {  # the same within a room
         "settle",
     ],
     "training": [
-        *("events", "photos", "subjects", "settings", "passes", "class_images", "data"),
+        *("events", "photos", "subjects", "elsewhere", "settings", "passes", "class_images"),
+        *("data", "second_stage"),
         *("eight_bit", "optimizer", "in_backward", "by_kernel", "parameters", "plan", "fit"),
-        *("on_cpu", "report", "methods", "resume", "snapshots", "start", "stop", "loss"),
-        *("prepare", "grids", "finite"),
+        *("on_cpu", "report", "curve", "methods", "resume", "snapshots", "start", "stop", "loss"),
+        *("enlarging", "prepare", "grids", "finite"),
     ],
     "bench": [
         *("measure", "chart", "check", "kernels", "models", "sides", "peers", "run", "memory"),

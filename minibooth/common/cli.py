@@ -99,15 +99,16 @@ def parse(
             group.add_argument(*flags, action="store_true", help=help, **common)
             group.add_argument(*off, action="store_false", help=argparse.SUPPRESS, **common)
             continue
-        several = typing.get_origin(kind) is tuple
-        if isinstance(kind, types.UnionType) or several:
-            kind = typing.get_args(kind)[0]
+        kind = given_kind(kind)
+        of = typing.get_args(kind)  # of a tuple, given at once; or one by one, if any number can be
+        single = of[0] if of else kind
         group.add_argument(
             *flags,
-            type=kind,
-            action="append" if several else "store",
+            type=single,
+            action="append" if Ellipsis in of else "store",
+            nargs=len(of) if of and Ellipsis not in of else None,
             choices=field.metadata["choices"],
-            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+            metavar=None if field.metadata["choices"] else single.__name__.upper(),
             help=help,
             **common,
         )
@@ -125,6 +126,11 @@ def parse(
     if "config" in given:
         given = {**read_config(Path(given["config"]), cls), **given}
     return cls(**{**defaults(given), **given})
+
+
+def given_kind(kind):
+    """The type of what is given for a field that may also be None."""
+    return typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
 
 
 def at_home(cls, name: str, value):
@@ -175,7 +181,8 @@ def read_config(path: Path, cls) -> dict:
         allowed = tuple(typing.get_origin(k) or k for k in allowed)
         if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
             continue
-        wrong = isinstance(value, tuple) and not all(isinstance(v, str) for v in value)
+        of = typing.get_args(given_kind(kind))
+        wrong = isinstance(value, tuple) and not all(type(v) in of for v in value)
         wrong |= not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
         if wrong:
             raise UserError(f"{path}: {key} = {value!r:.80} has the wrong type")
@@ -189,8 +196,9 @@ def write_config(path: Path, config) -> None:
     settings = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
         value, place = settings[field.name], field.metadata["place"]
-        # A source that is no file is an id on the hub, or the toybox, which is shipped.
-        found = place == "source" and value not in (None, "toybox") and Path(value).exists()
+        # A source that is no file is an id on the hub, or one of the toybox's, which are shipped.
+        shipped = value in (None, "toybox", "toybox-x4")
+        found = place == "source" and not shipped and Path(value).exists()
         if found or (place == "path" and value is not None):
             settings[field.name] = portable(value, path.parent)
     settings.pop("config", None)

@@ -12,6 +12,7 @@ from ..formats import families
 from ..training import methods, parameters, prepare, start
 from ..training.settings import TrainConfig
 from ..training.start import Run
+from ..upscaler import require_kind
 from . import first_step
 
 CLASS_IMAGES = 8  # drawn unless a number is given; the step takes only train_batch_size of them
@@ -24,7 +25,9 @@ def explain(config: TrainConfig) -> Path:
     """
     config = replace(config, resume_from_checkpoint=None, num_validation_images=0)
     device = start.check(config, has_model=False)
-    run = Run(config, start.load(config), device)
+    sd = start.load(config)
+    require_kind(sd, f"--model {config.model}")
+    run = Run(config, sd, device)
     batches, loss, _ = prepare.gather(run)
     adam = prepare.make_optimizer(run)
     weights = parameters.that_train(run.trained)

@@ -17,7 +17,10 @@ from ..common.trees import each
 from ..device import ranks
 from ..dreambooth import Term
 from ..pipeline import StableDiffusion, to_device, vae_batch
+from ..upscaler import Upscaler, reduced
 from .photos import Photos
+
+SMALL_AT_ONCE = 16  # pictures that are reduced at once, in fp32
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Latents:
     std: Tensor  # (N, 4, h, w)
     photo: Tensor  # (N,) which photograph a crop is from: 0 … P − 1
     sizes: Tensor  # (N, 6) of the photographs and their crops, as in Condition
+    small: Tensor | None = None  # (N, 3, h, w) an upscaler: the crops, reduced, in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Drawn:
     t: Tensor  # (B,)
     sizes: Tensor  # (B, 6)
     prompt: Tensor | None = None  # (B,) the prompts' numbers; None where the term has but one
+    # What an upscaler sees beside x_t is √ᾱ_s x + √(1−ᾱ_s) η:
+    small: Tensor | None = None  # (B, 3, h, w) x: the crops, reduced
+    level: Tensor | None = None  # (B,) s: int64
+    eta: Tensor | None = None  # (B, 3, h, w) η: unit Gaussian noise
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,10 @@ def encode(sd: StableDiffusion, pictures: Photos, flip: bool, what: str) -> Late
     moments = [torch.stack(sd.vae.encode(part)).float().cpu() for part in images]
     # (N, 4, h, w) each
     mean, std = torch.cat(ranks.together(moments), dim=1) * sd.vae.scaling_factor
-    return Latents(mean, std, photo, sizes)
+    small = None
+    if isinstance(sd, Upscaler):
+        small = torch.cat([reduced(as_floats(part)) for part in pixels.split(SMALL_AT_ONCE)])
+    return Latents(mean, std, photo, sizes, small)
 
 
 def rng(seed: int, *what: str | int) -> torch.Generator:
@@ -148,6 +159,7 @@ class Batches:
     # For each term (P,): by photograph, which subject it shows. Empty where there is one subject.
     shown: tuple[Tensor, ...] = ()
     share: tuple[int, int] = (0, 1)  # (i, n): of n equal parts of a batch the one drawn here
+    levels: tuple[int, int] = (0, 0)  # an upscaler: the lowest s, and the highest
 
     def draw(self, n: int) -> Batch:
         """Batch n, or this part of it."""
@@ -192,9 +204,19 @@ class Batches:
         which = torch.randint(choice.shape[1], (self.size, 1), generator=g)[self.part]
         return choice.gather(1, which)[:, 0]
 
+    def draw_small(self, small: Tensor, rows: Tensor, name: str, n: int) -> dict[str, Tensor]:
+        """What an upscaler sees of these crops: x, s and η, by generators of their own."""
+        g, (lowest, highest) = rng(self.seed, name, "small", n), self.levels
+        eta = torch.randn((self.size, *small.shape[1:]), generator=g)[self.part]
+        level = torch.randint(lowest, highest + 1, (self.size,), generator=g)[self.part]
+        drawn = {"small": small[rows], "level": level, "eta": eta}
+        return {key: to_device(x, self.device) for key, x in drawn.items()}
+
     def draw_term(self, latents: Latents, name: str, prompts: Tensor | None, n: int) -> Drawn:
         rows, where = self.rows(latents, name, n), (self.device, self.part)
         drawn = draw_batch(latents, rows, self.T, self.seed, name, n, self.size, *where)
+        if latents.small is not None:
+            drawn = replace(drawn, **self.draw_small(latents.small, rows, name, n))
         if prompts is None:
             return drawn
         numbers = self.draw_prompts(latents, rows, prompts, name, n)

@@ -12,7 +12,7 @@ from ..common.files import gigabytes
 from ..device import memory, ranks
 from ..pipeline import StableDiffusion
 from .eight_bit import bitsandbytes
-from .plan import activations, needed, peak, phases
+from .plan import counted, needed, peak, phases
 
 # What can be switched on, in the order in which it is tried: what changes no weight comes first.
 MODES = (
@@ -68,7 +68,7 @@ def helping(sd: StableDiffusion, config, half: bool) -> str:
     if config.uses_prior:
         helps.append("--prior_loss_weight 0 (no class images: about -50% of the activations)")
     if not config.gradient_checkpointing:
-        full, short = activations(sd)[config.method][half]
+        full, short = counted(sd).activations[config.method][half]
         share = 1 - short / full
         helps.append(f"--gradient_checkpointing (about -{share:.0%} of the activations)")
     saved = need["averages"] - needed(sd, replace(config, use_8bit_adam=True))["averages"]
@@ -88,20 +88,27 @@ def helping(sd: StableDiffusion, config, half: bool) -> str:
 
 
 def choose(
-    sd: StableDiffusion, config, pixels: int, precision: str, device: torch.device, resumed: bool
+    sd: StableDiffusion,
+    config,
+    pixels: int,
+    precision: str,
+    device: torch.device,
+    resumed: bool,
+    base: StableDiffusion | None = None,
 ) -> tuple:
     """The settings with the first of MODES that fits into the free memory, and a line that says so.
 
-    What is on stays on. A run that is resumed gets nothing that changes its results.
+    What is on stays on. A run that is resumed gets nothing that changes its results. `base`: an
+    upscaler's, which draws before it.
     """
     free, half = min(ranks.together([memory.room(sd, device)])), precision != "no"
     for mode in MODES:
         if possible(mode, config, precision, resumed) and installed(mode, device):
             fitted = replace(config, **dict.fromkeys(mode, True))
-            need = peak(sd, fitted, pixels, half)
+            need = peak(sd, fitted, pixels, half, base)
             if need <= free:
                 break
-    plain = peak(sd, config, pixels, half)
+    plain = peak(sd, config, pixels, half, base)
     line = f"memory: {gigabytes(free)} are free, about {gigabytes(plain)} needed"
     added = [f"--{name}" for name in MODES[-1] if getattr(fitted, name) > getattr(config, name)]
     if added:
@@ -114,7 +121,7 @@ def choose(
     for mode in MODES:
         if possible(mode, config, precision, resumed) and not installed(mode, device):
             other = replace(config, **dict.fromkeys(mode, True))
-            if peak(sd, other, pixels, half) <= free:
+            if peak(sd, other, pixels, half, base) <= free:
                 exact = replace(other, use_8bit_adam=False)
                 saved = needed(sd, exact)["averages"] - needed(sd, other)["averages"]
                 line += f"; {INSTALL} would make it fit: --use_8bit_adam saves {gigabytes(saved)}"

@@ -14,7 +14,7 @@ from .. import pipeline
 from ..common import sheets
 from ..device import graphs, memory, ranks
 from ..formats.checks import NotFinite
-from . import passes
+from . import enlarging, passes
 from .report import save_image
 from .start import Run
 
@@ -26,25 +26,23 @@ def draw(run: Run) -> Rows:
     text encoder while the UNet draws, the VAE after it, from which the UNet may have to be away.
     SDXL is told that these are whole pictures, of the training's size."""
     config, sd, idle = run.config, run.sd, run.idle
-    count, size = config.num_validation_images, config.grid_batch_size
-    if count == 0:
+    count = 1 if run.second else config.num_validation_images
+    if config.num_validation_images == 0:
         return []
-    prompts = [prompt for prompt in config.grid_prompts for _ in range(count)]
-    latents = torch.cat([noises(run)] * len(config.grid_prompts)).split(size)  # (size, 4, h, w)
-    prompts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    batches = ranks.mine(list(zip(prompts, latents, strict=True)))
+    batches = ranks.mine(enlarging.batches(run) if run.second else to_draw(run))
+    at_once = len(batches[0]["prompts"]) if batches else 0
     steps = len(batches) * config.validation_inference_steps
     bar = tqdm(total=steps, desc="samples", unit="step", leave=False)
     text = memory.visiting([net for net in idle if net is not sd.vae], sd.device)
 
     def on_step() -> None:
         bar.update()
-        run.on_passes(passes.drawing(len(batches[0][0]), 1, config.validation_guidance_scale))
+        run.on_passes(passes.drawing(at_once, 1, config.validation_guidance_scale))
 
     # A CUDA graph keeps what it works in until all are drawn.
     graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
     with bar, text, graph, run.precision.autocast():
-        latents = [draw_latents(run, *batch, on_step) for batch in batches]
+        latents = [draw_latents(run, batch, on_step) for batch in batches]
     with (
         memory.away(sd.unet, run.by_turns),
         memory.visiting([sd.vae], run.device),
@@ -53,6 +51,17 @@ def draw(run: Run) -> Rows:
         parts = ranks.together([draw_pictures(run, part) for part in latents])
     images = pipeline.to_pil(torch.cat(parts))
     return [images[i : i + count] for i in range(0, len(images), count)]
+
+
+def to_draw(run: Run) -> list[dict]:
+    """What `StableDiffusion.generate` is asked for a grid, in batches."""
+    config, size = run.config, run.config.grid_batch_size
+    prompts = [p for p in config.grid_prompts for _ in range(config.num_validation_images)]
+    latents = torch.cat([noises(run)] * len(config.grid_prompts)).split(size)  # (size, 4, h, w)
+    return [
+        {"prompts": prompts[i * size : (i + 1) * size], "latents": x, "seed": config.seed}
+        for i, x in enumerate(latents)
+    ]
 
 
 def noises(run: Run) -> Tensor:
@@ -64,24 +73,21 @@ def noises(run: Run) -> Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def draw_latents(
-    run: Run, prompts: list[str], noises: Tensor, on_step: Callable[[], None]
-) -> Tensor:
-    config = run.config
+def draw_latents(run: Run, batch: dict, on_step: Callable[[], None]) -> Tensor:
+    config, side = run.config, run.resolution // run.sd.vae.factor
+    draw = run.sd.upscale if run.second else run.sd.generate
     try:
-        return run.sd.generate(
-            prompts,
+        return draw(
+            **batch,
             steps=config.validation_inference_steps,
             guidance_scale=config.validation_guidance_scale,
-            seed=config.seed,
-            latents=noises,
             batch_size=config.grid_batch_size,
             output="latent",
             on_step=on_step,
         )
     except NotFinite as e:  # training goes on: its own loss may well be finite
         warnings.warn(f"black in a sample grid: {e}", stacklevel=1)
-        return torch.full_like(noises, torch.nan, device=run.sd.device)
+        return torch.full((len(batch["prompts"]), 4, side, side), torch.nan, device=run.sd.device)
 
 
 def draw_pictures(run: Run, latents: Tensor) -> Tensor:
@@ -102,18 +108,33 @@ def there(run: Run, step: int) -> bool:
     return file(run, step).exists()
 
 
+def labels(run: Run) -> list[str]:
+    return enlarging.labels(run) if run.second else run.config.grid_prompts
+
+
 @ranks.by_first
 def save(run: Run, step: int, rows: Rows) -> None:
     if rows:
-        grid = sheets.grid(sheets.enlarged(rows), labels=run.config.grid_prompts)
+        grid = sheets.grid(sheets.enlarged(rows), labels=labels(run))
         save_image(grid, file(run, step))
         run.events.picture(grid, step)
 
 
+def before_after(run: Run, before: Rows, after: Rows) -> Image.Image:
+    rows = [b + a for b, a in zip(before, after, strict=True)]
+    headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
+    if run.second:
+        rows = enlarging.between(run, rows)
+        headings = ["given", *headings, "photograph"]
+    return sheets.grid(sheets.enlarged(rows), labels=labels(run), headings=headings)
+
+
 @ranks.by_first
-def save_before_after(run: Run, before: Rows, after: Rows) -> None:
+def save_before_after(
+    run: Run,
+    before: Rows,
+    after: Rows,
+    compose: Callable[[Run, Rows, Rows], Image.Image],
+) -> None:
     if before:
-        rows = [b + a for b, a in zip(before, after, strict=True)]
-        headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
-        named = {"labels": run.config.grid_prompts, "headings": headings}
-        save_image(sheets.grid(sheets.enlarged(rows), **named), run.folder / "before_after.png")
+        save_image(compose(run, before, after), run.folder / "before_after.png")

@@ -1,6 +1,6 @@
 """From a drawn batch to Eq. 2: the prompts encoded, in the run's precision, with its memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -14,6 +14,7 @@ from ..device.precision import Precision
 from ..dreambooth import Step, Term
 from ..pipeline import StableDiffusion
 from ..text_encoder import Condition
+from ..upscaler import seeing
 from .data import Batch
 
 
@@ -32,23 +33,31 @@ class Loss:
     prompts: Sequence[str] = ()  # that `ids` are of, for those who look
 
     def __call__(self, batch: Batch) -> Step:
-        unet, schedule = self.sd.unet, self.sd.schedule
+        unet, schedule = self.unet_for(batch), self.sd.schedule
         with self.precision.autocast(), self.checkpointing():
             instance, prior, weight = self.terms(batch)
             weight_of_prior = self.prior_loss_weight
             return dreambooth.step(unet, schedule, instance, prior, weight_of_prior, weight)
 
+    def unet_for(self, batch: Batch) -> Callable[..., Tensor]:
+        """The UNet; an upscaler's has the batch's small pictures already, with their noise."""
+        if batch.instance.small is None:
+            return self.sd.unet
+        small = [self.sd.noised(x.small, x.level, x.eta) for x in batch.terms]
+        return seeing(self.sd.unet, torch.cat(small))
+
     def terms(self, batch: Batch) -> tuple[Term, Term | None, Tensor | None]:
         """The two terms of Eq. 2 and, for Min-SNR, their samples' weights."""
         drawn = zip(batch.terms, self.encoded(batch), strict=True)
-        terms = [Term(x.x0, x.eps, x.t, replace(c, sizes=x.sizes)) for x, c in drawn]
+        told = [(x, replace(c, sizes=x.sizes, level=x.level)) for x, c in drawn]
+        terms = [Term(x.x0, x.eps, x.t, c) for x, c in told]
         weight, t = None, torch.cat([term.t for term in terms])
         if self.min_snr is not None:
             weight = self.min_snr[t]
         return terms[0], (terms[1] if len(terms) == 2 else None), weight
 
     def encoded(self, batch: Batch) -> list[Condition]:
-        """The prompts of a batch, for each term B; their sizes are not in it yet."""
+        """The prompts of a batch, for each term B; what belongs to a picture is not in it yet."""
         B, terms = len(batch.instance.x0), batch.terms
         if batch.instance.prompt is None:  # one for each term
             found = self.sd.encode(self.ids) if self.contexts is None else self.contexts

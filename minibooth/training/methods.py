@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from ..device import ranks
 from ..formats import adapters, hypernetworks
 from ..hypernetwork import Hypernetwork
 from ..pipeline import StableDiffusion
+from ..tokenizer import Tokenizer
 from . import parameters, report
 from .settings import TrainConfig
 
@@ -78,6 +80,20 @@ def to_train(sd: StableDiffusion, config: TrainConfig) -> dict[str, nn.Module]:
         name: lora.create(sd.networks[name], config.rank, alpha, config.lora_targets, config.seed)
         for name in names
     }
+
+
+def spelled(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """With the word spelled as tokenizers do it, in all that is written and printed."""
+    typed = config.placeholder_token
+    word = tokenizer.spelled(typed)
+    if word != typed:
+        print(f"{typed} is written {word}: other programs find it only so in a prompt")
+    return replace(
+        config,
+        placeholder_token=word,
+        instance_prompt=config.instance_prompt.replace(typed, word),
+        validation_prompt=tuple(p.replace(typed, word) for p in config.validation_prompt),
+    )
 
 
 def prompts_of(

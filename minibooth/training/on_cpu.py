@@ -4,11 +4,10 @@ import time
 
 import torch
 
-from .. import dreambooth
 from ..common.errors import UserError
 from ..device import no_gpu
 from ..device.memory import checkpoint_gradients
-from ..dreambooth import Term
+from ..device.settle import blank
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from . import passes
@@ -33,18 +32,16 @@ def refuse(sd: StableDiffusion, config, resolution: int, device: torch.device) -
 
 
 def seconds_per_step(sd: StableDiffusion, config, resolution: int) -> float:
-    """Of the UNet in a training step, forward and backward, on noise; the last of STEPS."""
-    batch, side = passes.samples(config), resolution // sd.vae.factor
-    shape = (batch, sd.configs["unet"]["out_channels"], side, side)
+    """Of the UNet in a training step, forward and backward, on nothing; the last of STEPS."""
+    batch, side, unet = passes.samples(config), resolution // sd.vae.factor, sd.configs["unet"]
     whole = config.method == "dreambooth"  # else the gradients only pass through
     sd.unet.requires_grad_(whole)
-    x0 = torch.zeros(shape, requires_grad=not whole)
-    t, c = torch.full((batch,), sd.schedule.T // 2), sd.encode_prompt([""] * batch)
+    x = torch.zeros(batch, unet["in_channels"], side, side, requires_grad=not whole)
+    t, c = torch.full((batch,), sd.schedule.T // 2), blank(unet, batch, sd.device)
     for _ in range(STEPS):
         begin = time.perf_counter()
         with checkpoint_gradients(sd.unet, config.gradient_checkpointing):
-            term = Term(x0, torch.ones(shape), t, c)
-            dreambooth.step(sd.unet, sd.schedule, term, None).loss.backward()
+            sd.unet(x, t, c).square().mean().backward()
         seconds = time.perf_counter() - begin
         sd.unet.zero_grad()
     sd.unet.requires_grad_(True)

@@ -69,7 +69,10 @@ class Photos:
 
 
 def load_photos(
-    files_or_folder: str | Path | Iterable[str | Path], resolution: int, center_crop: bool = False
+    files_or_folder: str | Path | Iterable[str | Path],
+    resolution: int,
+    center_crop: bool = False,
+    detail: int | None = None,
 ) -> Photos:
     """Photographs of any shape → square crops of `resolution` pixels.
 
@@ -78,7 +81,12 @@ def load_photos(
     side, so that a head at the edge stays in; any other gives the middle one, and so does every
     photograph with center_crop.
 
-    UserError: see image_files and read_image, or an empty list of files.
+    With `detail` a crop is a part of what is in the photograph and not smaller than there: its
+    shorter side becomes `detail` pixels, where it is longer, and crops lie side by side over all of
+    it, or with center_crop over the middle square.
+
+    UserError: see image_files and read_image; an empty list of files; with `detail`, photographs
+    that would have to be enlarged.
     """
     if isinstance(files_or_folder, str | Path):
         files = image_files(files_or_folder)
@@ -90,14 +98,26 @@ def load_photos(
     crops, photo, sizes, mirrored, small = [], [], [], [], []
     for index, file in enumerate(files):
         # Twice the resolution leaves Lanczos enough to work on, as in Pillow's own thumbnail().
-        image, size = read_with_size(file, 2 * resolution)
-        if 2 * min(image.size) <= resolution:
+        image, size = read_with_size(file, 2 * (detail or resolution))
+        if detail is None:
+            found = _square_crops(image, resolution, center_crop)
+            is_small = 2 * min(image.size) <= resolution
+        else:
+            found = _tiles(image, resolution, center_crop, detail)
+            is_small = min(image.size) < resolution
+        if is_small:
             small.append("{} is {}×{}".format(file.name, *image.size))
-        for left, top, right, crop in _square_crops(image, resolution, center_crop):
+        for left, top, right, crop in found:
             crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))  # (3, R, R)
             photo.append(index)
             sizes.append([*size, top, left, resolution, resolution])
             mirrored.append([*size, top, right, resolution, resolution])
+    if small and detail:
+        raise UserError(
+            f"{len(small)} of {len(files)} pictures are smaller than {resolution}², so there is no "
+            f"detail in them to learn ({', '.join(small[:5])}{', …' * (len(small) > 5)}): leave "
+            "them out, or give a smaller --resolution"
+        )
     if small:
         warnings.warn(
             f"{len(small)} of {len(files)} photographs are enlarged to twice their size and more, "
@@ -125,6 +145,29 @@ def _square_crops(
     return [
         (x, y, width - resolution - x, image.crop((x, y, x + resolution, y + resolution)))
         for x, y in corners
+    ]
+
+
+def _tiles(
+    image: Image.Image, resolution: int, center_crop: bool, detail: int
+) -> list[tuple[int, int, int, Image.Image]]:
+    """The same of crops side by side, of which neighbours overlap where they do not fit exactly."""
+    if center_crop:
+        side, (width, height) = min(image.size), image.size
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    scale = min(1.0, max(detail, resolution) / min(image.size))
+    width, height = (round(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+
+    def offsets(side: int) -> list[int]:
+        count = -(-side // resolution)
+        return [round(i * (side - resolution) / max(1, count - 1)) for i in range(count)]
+
+    return [
+        (x, y, width - resolution - x, image.crop((x, y, x + resolution, y + resolution)))
+        for y in offsets(height)
+        for x in offsets(width)
     ]
 
 

@@ -1,11 +1,12 @@
 """What a run on a GPU needs of its memory, about, counted before it starts."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import hypernetwork, lora
+from .. import hypernetwork, lora, ops
 from ..device import ranks
 from ..hypernetwork import Hypernetwork
 from ..pipeline import StableDiffusion
@@ -68,10 +69,10 @@ def resting(sd: StableDiffusion, config) -> tuple[str, ...]:
     return tuple(sd.text_encoders) if large and short else ()
 
 
-def by_turns(config, pixels: int) -> bool:
+def by_turns(sd: StableDiffusion, config, pixels: int) -> bool:
     """Whether the UNet waits on the CPU while the VAE works on so many latent pixels: where memory
     is short, that is much, and no CUDA graph of the step wants the weights to keep their place."""
-    return config.use_8bit_adam and pixels * CODING > LARGE
+    return config.use_8bit_adam and coding(sd, pixels) > LARGE
 
 
 def size(p: Tensor) -> int:
@@ -106,11 +107,18 @@ DEEP_ACTIVATIONS = {  # SDXL's, whose transformers have up to ten blocks
     "textual_inversion": {True: (390_000, 40_300), False: (628_000, 65_300)},
     "hypernetwork": {True: (477_000, 45_200), False: (770_000, 73_200)},
 }
+WIDE_ACTIVATIONS = {  # an upscaler's, whose latents are as large as SDXL's, its first levels narrow
+    "dreambooth": {True: (131_000, 17_000), False: (184_000, 31_000)},
+    "lora": {True: (104_500, 21_400), False: (142_300, 30_500)},
+}
 LEFT = 0.33, 0.6  # of these, where the backward pass has most of the gradients
 DEEP_LEFT = 0.25, 0.41
+WIDE_LEFT = 0.33, 0.95  # nearly all are there when the first level, the largest, is computed again
 PREDICTING = {True: 17_300, False: 32_000}  # the UNet without a backward pass
 DEEP_PREDICTING = {True: 12_200, False: 19_600}
-CODING = 197_000  # the VAE, which computes in fp32 and takes one picture of this size at once
+WIDE_PREDICTING = {True: 9_730, False: 14_600}
+CODING = 197_000  # the VAE, which computes in fp32 and takes one picture of this size at once; of
+# the 64 pixels of the picture that a latent's is of Stable Diffusion
 LARGE = 2e9  # bytes of what makes room, or of what room is made for, where memory is short
 SPARE = 0.1, 0.5e9  # of what is worked in, and bytes: for libraries and fragments
 
@@ -124,21 +132,23 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     kernel's the sums are the same: its copies stay, and gradients are half as large.
     """
     need, short = needed(sd, config, half), config.gradient_checkpointing
+    of_kind = counted(sd)
     samples = config.train_batch_size * (1 + config.uses_prior)
-    kept = samples * pixels * activations(sd)[config.method][half][short]
+    kept = samples * pixels * of_kind.activations[config.method][half][short]
     worked, copied = kept + copies(sd, config, half), 0
     if half and config.method == "dreambooth" and by_kernel.possible(config):
         copied = need["trained"] // 2  # also where a Precision keeps none
-    left = (DEEP_LEFT if is_deep(sd) else LEFT)[short]
-    step = max(worked, kept + copied, int(left * kept) + need["gradients"])
+    at_end = int(of_kind.left[short] * kept) + need["gradients"]
+    step = max(worked, kept + copied, at_end)
     stays = 0 if config.use_8bit_adam else step
     if ranks.count() > 1:  # no graph, but gradients are always there, in the buckets they travel in
         step, stays = worked + need["gradients"], need["gradients"]
     pictures = 0
     if config.num_validation_images:  # as grids.draw does it: the UNet, then the VAE
         predicting = drawing(sd, config, pixels, half, config.grid_batch_size)
-        room = need["weights"] if by_turns(config, pixels) else 0
-        pictures = max(visiting(sd, config) + predicting, size_of(sd.vae) + pixels * CODING - room)
+        room = need["weights"] if by_turns(sd, config, pixels) else 0
+        decoding = size_of(sd.vae) + coding(sd, pixels) - room
+        pictures = max(visiting(sd, config) + predicting, decoding)
     return {
         "weights": need["weights"],
         "gradients": need["gradients"],
@@ -150,12 +160,29 @@ def parts(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, int
     }
 
 
-def activations(sd: StableDiffusion) -> dict[str, dict[bool, tuple[int, int]]]:
-    return DEEP_ACTIVATIONS if is_deep(sd) else ACTIVATIONS
+class Counted(NamedTuple):
+    """What was counted of a kind of UNet."""
+
+    activations: dict[str, dict[bool, tuple[int, int]]]
+    left: tuple[float, float]
+    predicting: dict[bool, int]
 
 
-def is_deep(sd: StableDiffusion) -> bool:
-    return sd.configs["unet"].get("transformer_layers_per_block", 1) != 1
+def counted(sd: StableDiffusion) -> Counted:
+    unet = sd.configs["unet"]
+    if unet.get("num_class_embeds"):
+        return Counted(WIDE_ACTIVATIONS, WIDE_LEFT, WIDE_PREDICTING)
+    if unet.get("transformer_layers_per_block", 1) != 1:
+        return Counted(DEEP_ACTIVATIONS, DEEP_LEFT, DEEP_PREDICTING)
+    return Counted(ACTIVATIONS, LEFT, PREDICTING)
+
+
+def coding(sd: StableDiffusion, pixels: int) -> int:
+    """Bytes that the VAE works in for so many latent pixels: most for the picture itself or, where
+    they are as many as the picture's have been, for attention's scores and what softmax makes of
+    them, if PyTorch keeps those, which ops.attention has limits for."""
+    scores = 2 * 4 * min(pixels**2, ops.SCORES)
+    return max(pixels * CODING * sd.vae.factor**2 // 64, scores)
 
 
 def visiting(sd: StableDiffusion, config) -> int:
@@ -173,31 +200,45 @@ def copies(sd: StableDiffusion, config, half: bool) -> int:
 
 def drawing(sd: StableDiffusion, config, pixels: int, half: bool, pictures: int) -> int:
     """Bytes that the UNet works in while it draws so many at once, with guidance."""
-    each = (DEEP_PREDICTING if is_deep(sd) else PREDICTING)[half]
+    each = counted(sd).predicting[half]
     return copies(sd, config, half) + 2 * pictures * pixels * each
 
 
-def phases(sd: StableDiffusion, config, pixels: int, half: bool) -> dict[str, tuple[int, int]]:
-    """By phase of a run on a GPU, bytes that stay through it and bytes that it works in at most."""
-    part, coding = parts(sd, config, pixels, half), pixels * CODING
+def base_alone(base: StableDiffusion, config, half: bool) -> tuple[int, int]:
+    """The same while an upscaler's base model draws, before anything else is on the device."""
+    pixels = (base.image_size // base.vae.factor) ** 2
+    weights = sum(map(size_of, base.networks.values())) - half * size_of(base.unet) // 2
+    draw = 2 * config.sample_batch_size * pixels * counted(base).predicting[half]
+    of_vae = coding(base, pixels)
+    return weights, max(draw, of_vae) if config.saves_memory else draw + of_vae
+
+
+def phases(
+    sd: StableDiffusion, config, pixels: int, half: bool, base: StableDiffusion | None = None
+) -> dict[str, tuple[int, int]]:
+    """By phase of a run on a GPU, bytes that stay through it and bytes that it works in at most.
+    `base`: an upscaler's."""
+    part, of_vae = parts(sd, config, pixels, half), coding(sd, pixels)
     vae, text, there = size_of(sd.vae), visiting(sd, config), placed(sd, config, half)
-    room = there["unet"] if by_turns(config, pixels) else 0
+    room = there["unet"] if by_turns(sd, config, pixels) else 0
 
     # While a CUDA graph draws, what it works in is kept from the VAE.
     draw = drawing(sd, config, pixels, half, config.sample_batch_size) if config.uses_prior else 0
-    first = max(draw, coding - room) if config.saves_memory else draw + coding
+    first = max(draw, of_vae - room) if config.saves_memory else draw + of_vae
     if config.num_validation_images:
         first = max(first, drawing(sd, config, pixels, half, config.grid_batch_size))
     found = {"pictures before": (sum(there.values()), first)}
 
     if config.explain:  # without averages, yet or any more; of a gradient there are six at most
         gradients = 6 * max(size(p) for p in trainable(sd, config))
-        looking = vae + max(part["activations"] + gradients, coding)
-        film = text + vae + max(drawing(sd, config, pixels, half, 1), coding)
+        looking = vae + max(part["activations"] + gradients, of_vae)
+        film = text + vae + max(drawing(sd, config, pixels, half, 1), of_vae)
         found["explain"] = part["weights"], max(looking, film)
 
     work = max(part["step"], part["graph"] + part["pictures"])
     found["training"] = part["weights"] + part["averages"], work
+    if base is not None:
+        found["base model"] = base_alone(base, config, half)
     return found
 
 
@@ -205,6 +246,8 @@ def with_spare(stays: int, work: int) -> int:
     return int(stays + (1 + SPARE[0]) * work + SPARE[1])
 
 
-def peak(sd: StableDiffusion, config, pixels: int, half: bool) -> int:
-    """Bytes that a run needs at most on a GPU, about; the arguments are those of `parts`."""
-    return max(with_spare(*phase) for phase in phases(sd, config, pixels, half).values())
+def peak(
+    sd: StableDiffusion, config, pixels: int, half: bool, base: StableDiffusion | None = None
+) -> int:
+    """Bytes that a run needs at most on a GPU, about; the arguments are those of `phases`."""
+    return max(with_spare(*phase) for phase in phases(sd, config, pixels, half, base).values())

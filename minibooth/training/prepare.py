@@ -6,7 +6,7 @@ from torch import nn
 from .. import dreambooth
 from ..device import graphs, memory, ranks
 from ..device.precision import Precision
-from . import by_kernel, class_images, methods, parameters, photos, resume, start
+from . import by_kernel, class_images, enlarging, methods, parameters, photos, resume, start
 from .data import Batches, encode
 from .in_backward import UpdateInBackward
 from .loss import Loss
@@ -21,18 +21,19 @@ def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     The networks go to the device. `captured`: whether the steps will be a CUDA graph.
     """
     config, sd, device = run.config, run.sd, run.device
-    methods.place(sd, run.trained, device, run.precision.dtype, run.resting)
     found = start.images_of(run)
+    drawing = enlarging.base_draws(run, found) if run.second else sd
+    methods.place(sd, run.trained, device, run.precision.dtype, run.resting)
     start.try_kernels(run, captured, found)
 
     identity, class_photos, shown = run.identity, None, (run.shown,)
     if config.uses_prior:  # x_pr: what the model draws for the class before it is trained
         graph = graphs.captured_unet(sd.unet, wanted=not config.saves_memory)
         with graph, memory.by_turns(sd, run.by_turns), run.precision.autocast():
-            files = [class_images.ensure(sd, images, run.on_passes) for images in found]
+            files = [class_images.ensure(drawing, images, run.on_passes) for images in found]
         of_class = torch.tensor([i for i, those in enumerate(files) for _ in those])
         files = [file for those in files for file in those]
-        class_photos = photos.load_photos(files, run.resolution, config.center_crop)
+        class_photos = photos.load_photos(files, run.resolution, config.center_crop, run.detail)
         identity = {**identity, "class images": class_photos.content_hash()}
         shown = (run.shown, of_class)
     if run.saved is not None:
@@ -44,7 +45,8 @@ def gather(run: Run, captured: bool = False) -> tuple[Batches, Loss, dict]:
     T, size = sd.schedule.T, config.train_batch_size * ranks.count()
     prompts, choice = methods.prompts_of(config, run.captions, shown)
     drawn_from = T, config.seed, size, device, choice, shown, ranks.share()
-    batches = Batches(instance, prior, *drawn_from)
+    levels = run.second.levels if run.second else (0, 0)
+    batches = Batches(instance, prior, *drawn_from, levels)
 
     ids = sd.tokenizer(prompts).to(device)  # (prompts, 77)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +24,8 @@ from ..formats.adapters import CLIP_L_G, DIFFUSERS_EMBEDDING, DIFFUSERS_LORA
 from ..formats.configs import is_public_size
 from ..pipeline import StableDiffusion
 from ..tokenizer import Tokenizer
+from ..upscaler import Upscaler
+from . import second_stage
 from .events import Events
 from .settings import TrainConfig
 from .subjects import Subject
@@ -228,49 +230,6 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(part, "PNG")
 
 
-def save_loss_chart(run: Path) -> None:
-    if rows := read_losses(run / LOSSES):
-        save_image(loss_chart(rows), run / "loss.png")
-
-
-def loss_chart(rows: list[tuple[float, ...]]) -> Image.Image:
-    """Both terms of the loss over the steps: every value faint, a running mean bold."""
-    width, height, left, right, top, bottom = 960, 480, 70, 20, 46, 50
-    image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(15)
-    curves = {"instance": ([r[2] for r in rows], (204, 85, 0))}
-    if any(r[3] for r in rows):
-        curves["prior"] = ([r[3] for r in rows], (0, 90, 181))
-    values = sorted(v for series, _ in curves.values() for v in series if v == v)
-    ceiling = 1.1 * values[int(0.98 * (len(values) - 1))] or 1.0
-    last = max(rows[-1][0], 2)
-
-    def at(step: float, value: float) -> tuple[float, float]:
-        x = left + (step - 1) / (last - 1) * (width - left - right)
-        return x, height - bottom - min(value / ceiling, 1.0) * (height - top - bottom)
-
-    ticks = (m * 10.0**e for e in range(-12, 13) for m in (1, 2, 5))
-    tick = next((tick for tick in ticks if ceiling / tick < 6), ceiling)
-    for i in range(int(ceiling / tick) + 1):
-        y = at(1, tick * i)[1]
-        draw.line([(left, y), (width - right, y)], fill=(225, 225, 225))
-        draw.text((left - 8, y), f"{tick * i:.3g}", "black", font, anchor="rm")
-    for i in range(6):
-        step = round(1 + (last - 1) * i / 5)
-        draw.text((at(step, 0)[0], height - bottom + 8), str(step), "black", font, anchor="ma")
-    draw.text((width - right, height - 20), "step", "black", font, anchor="ra")
-    for n, (name, (series, colour)) in enumerate(curves.items()):
-        points = [at(r[0], v) for r, v in zip(rows, series, strict=True)]
-        draw.line(points, fill=(*colour, 60), width=1)
-        mean, smooth, keep = series[0], [], 1 - 1 / min(50, max(2, len(series) // 5))
-        for r, v in zip(rows, series, strict=True):
-            mean = keep * mean + (1 - keep) * v
-            smooth.append(at(r[0], mean))
-        draw.line(smooth, fill=colour, width=3)
-        draw.text((left + 8 + 200 * n, 14), f"loss_{name}", colour, font)
-    return image
-
-
 # ---- after the run -----------------------------------------------------------------------------
 
 
@@ -317,14 +276,16 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
     if config.trains_hypernetwork:
         what, draw = "a hypernetwork", [*base, "--hypernetwork", result]
     draw += ["--prompt", f"{prompt} in the snow"]
+    if enlarges := isinstance(sd, Upscaler):
+        draw = enlarging(run, config)
     two = sd is not None and len(sd.text_encoders) == 2
     usual = families.GUIDANCE if two else TrainConfig.validation_guidance_scale
-    if config.validation_guidance_scale != usual:
+    if config.validation_guidance_scale != usual and not enlarges:
         draw += ["--guidance_scale", f"{config.validation_guidance_scale:g}"]
     lines = {"draw": command("minibooth.sample", *draw)}
     if config.method in ("dreambooth", "lora"):  # what can be merged
         lines["one file"] = command("minibooth.convert", *merged, "--output", file)
-    if sd and is_public_size(sd.configs):
+    if sd and is_public_size(sd.configs) and not enlarges:  # theirs enlarge in other ways
         if config.method != "dreambooth":
             file = os.path.join(run, small_file(config, config.max_train_steps))
         lines["ComfyUI"] = cli.copying(file, f"ComfyUI/models/{COMFYUI[config.method]}")
@@ -337,6 +298,19 @@ def what_next(run: Path, config: TrainConfig, sd: StableDiffusion | None = None)
     if (state := run / "state").exists():
         said.append(f"  {state} ({gigabytes(folder_size(state))}) is only needed for more steps")
     return "\n".join(said)
+
+
+def enlarging(run: Path, config: TrainConfig) -> list[str]:
+    """What minibooth.sample is given to draw and enlarge with the upscaler of a run; without a base
+    model to enlarge pictures that there are."""
+    subject, given = config.subjects[0], ["--upscaler", str(run)]
+    if config.method == "lora":
+        given = ["--upscaler", str(config.model), "--upscaler_lora", str(run)]
+    if (level := second_stage.level(config)) != second_stage.LEVEL:
+        given += ["--noise_level", str(level)]
+    if config.base_model:
+        return ["--model", config.base_model, *given, "--prompt", subject.instance_prompt]
+    return ["--images", "PICTURES", *given, "--prompt", subject.instance_prompt]
 
 
 def command(program: str, *given: str) -> str:
@@ -372,6 +346,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
         classes = ", ".join(f"`{s.class_prompt}`" for s in config.subjects)
         prior = f"prior preservation of {classes} (λ = {config.prior_loss_weight})"
     names = ", ".join(s.instance_prompt for s in config.subjects)
+    task = "image-to-image" if isinstance(sd, Upscaler) else "text-to-image"
     picture, two = "\n![before and after](before_after.png)\n", len(sd.text_encoders) == 2
     if config.num_validation_images == 0 or steps < config.max_train_steps:
         picture = ""
@@ -386,7 +361,7 @@ def model_card(sd: StableDiffusion, config, steps: int) -> str:
     return f"""---
 license: {sd.licence or "unknown"}{base}
 instance_prompt: {json.dumps(names, ensure_ascii=False)}
-tags: [text-to-image, stable-diffusion{"-xl" * two}, {config.method}]
+tags: [{task}, stable-diffusion{"-xl" * two}, {config.method}]
 ---
 
 # {names}

@@ -33,7 +33,8 @@ from .settings import TrainConfig
 
 # Temporary names: of a snapshot, of a state, and files.atomic's with the number of its process.
 LEFTOVER = re.compile(r"\.(checkpoint-\d+|step-\d{8}|.+\.\d+)\.tmp")
-UNTOLD = ("model", "photographs", "class images", "prompts")  # hashes, and what is long
+# Hashes, and what is long.
+UNTOLD = ("model", "base model", "photographs", "class images", "prompts")
 
 
 @ranks.by_first

@@ -10,35 +10,11 @@ from ..common.errors import UserError
 from ..formats import checks
 from ..hypernetwork import Form
 from . import subjects
+from .elsewhere import ELSEWHERE
 from .subjects import Subject
 
 METHODS = ("dreambooth", "lora", "textual_inversion", "hypernetwork")
 PROPERTIES = (*textual_inversion.TEMPLATES, "prompt")
-
-
-# Flags of other trainers → what to do here.
-ELSEWHERE = {
-    "with_prior_preservation": "the prior term is on with a --class_prompt, and "
-    "--prior_loss_weight 0 switches it off",
-    **dict.fromkeys(("lora_rank", "network_dim"), "give --method lora and --rank"),
-    "network_alpha": "give --lora_alpha",
-    **dict.fromkeys(("use_lora", "network_module"), "give --method lora"),
-    **dict.fromkeys(
-        ("num_train_epochs", "max_train_epochs", "epochs"), "--max_train_steps counts updates"
-    ),
-    **dict.fromkeys(
-        ("save_every_n_steps", "save_every_n_epochs", "save_steps", "save_interval"),
-        "--checkpointing_steps counts the updates between two snapshots",
-    ),
-    "validation_epochs": "--validation_steps counts the updates between two grids",
-    "train_data_dir": "give --instance_data_dir",
-    "reg_data_dir": "give --class_data_dir",
-    "output_name": "files are named after --output_dir",
-    "enable_xformers_memory_efficient_attention": "attention saves memory by itself",
-    "xformers": "attention saves memory by itself",
-    "pre_compute_text_embeddings": "prompts are encoded once by themselves",
-    "push_to_hub": "nothing is uploaded: hf upload does it",
-}
 
 WEIGHT_DECAY = 1e-2  # AdamW's pull on each weight towards 0: at the usual rates 4e-5 of it in a run
 
@@ -164,6 +140,20 @@ class TrainConfig:
     )
     class_guidance_scale: float = option(7.5, "its guidance")
     sample_batch_size: int = option(4, "class images drawn at once")
+
+    noise_level: tuple[int, int] | None = option(
+        None,
+        "of an upscaler that is trained: the lowest level and the highest of the noise on small "
+        "pictures; the public one was made with 0 349, and less keeps more of the subject's detail "
+        "(our reading of DreamBooth's paper, see minibooth/upscaler.py) [0 20]",
+        topic="second stage",
+    )
+    base_model: str | None = option(
+        None,
+        "the model that draws what the upscaler is to enlarge: the class images are what both make "
+        "of the class prompt, and the grids show its drawings, too",
+        place="source",
+    )
 
     train_text_encoder: bool = option(
         False, "train the text encoder too: helps faces, needs memory", topic="training"
@@ -394,6 +384,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise UserError(f"--{name} must be a positive number")
+        levels = list(self.noise_level or (0, 0))  # how high they may be, the upscaler says
+        if len(levels) != 2 or sorted([0, *levels]) != [0, *levels]:
+            said = " ".join(map(str, levels))
+            raise UserError(f"--noise_level {said}: give the lowest, from 0 up, then the highest")
         for name in ("prior_loss_weight", "class_guidance_scale", "validation_guidance_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be a number from 0 up")

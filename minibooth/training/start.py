@@ -20,7 +20,7 @@ from ..formats import folders, hub
 from ..formats.checkpoint import NETWORKS, skeleton
 from ..formats.configs import what_else_it_sees
 from ..pipeline import StableDiffusion
-from ..tokenizer import Tokenizer
+from ..upscaler import Upscaler
 from . import (
     by_kernel,
     class_images,
@@ -33,6 +33,7 @@ from . import (
     plan,
     report,
     resume,
+    second_stage,
     snapshots,
     subjects,
 )
@@ -60,27 +61,32 @@ class Run:
     fingerprint: str  # of the model
     identity: dict  # what must be the same when a run goes on, but for the class images
     trained: dict[str, nn.Module]  # by network: itself, its adapters, or a word for it
+    second: second_stage.SecondStage | None  # where an upscaler is trained
     events: events.Events  # for TensorBoard
     on_passes: Callable[[int], None]  # is told after a step how many samples the UNet has seen
 
     def __init__(self, config: TrainConfig, sd: StableDiffusion, device: torch.device):
         """Read the photographs and, for a run that goes on, its state. Raises UserError where the
         model cannot be trained as `config` says, or another run is in its folder."""
-        if config.trains_word:
-            config = spelled(config, sd.tokenizer)
         folder, side = Path(config.output_dir), config.resolution or sd.image_size
-        check_model(sd, side, (config.class_steps, config.validation_inference_steps))
         found = [photos.photographs(subject.instance_data_dir) for subject in config.subjects]
         shown = [i for i, files in enumerate(found) for _ in files]
         files = [file for files in found for file in files]
-        self.photos = photos.load_photos(files, side, config.center_crop)
+        check_model(sd, side, (config.class_steps, config.validation_inference_steps))
+        self.second = second_stage.of_run(sd, config, side, len(files))
+        if config.trains_word:
+            config = methods.spelled(config, sd.tokenizer)
+        if self.second:
+            config = self.second.settled(config)
+        self.photos = photos.load_photos(files, side, config.center_crop, self.detail)
         self.captions = subjects.captions(files, config.caption_extension, config.caption_column)
         saved = resume.load(folder) if config.resume_from_checkpoint else None
         if config.resume_from_checkpoint and saved is None:
             print(f"no state in {folder} yet: starting at the first step")
         memory.keep_to_what_is_free(device)
         if config.fit_memory and device.type == "cuda":
-            config = fitted(config, sd, side, device, saved)
+            base = self.second and self.second.base
+            config = fitted(config, sd, side, device, saved, base)
         precision = Precision(config.mixed_precision, device, not config.gradient_checkpointing)
         if config.optimizer_in_backward and precision.name == "fp16":
             raise UserError(
@@ -91,6 +97,8 @@ class Run:
         of_run = self.fingerprint, self.photos, side, precision.name, device
         self.identity = resume.identify(config, *of_run)
         self.identity["prompts"] = subjects.identity(config.subjects, shown, self.captions)
+        if self.second:
+            self.identity |= self.second.identity
         if saved is not None:
             resume.check(folder, saved.identity, self.identity)
             if saved.step > config.max_train_steps:
@@ -115,12 +123,23 @@ class Run:
     @property
     def by_turns(self) -> bool:
         """Whether the UNet makes room for the VAE."""
-        return plan.by_turns(self.config, self.pixels)
+        return plan.by_turns(self.sd, self.config, self.pixels)
 
     @property
     def pixels(self) -> int:
         """Of the latents of a training picture."""
         return (self.resolution // self.sd.vae.factor) ** 2
+
+    @property
+    def detail(self) -> int | None:
+        """How large photographs are of which an upscaler is shown pieces: see load_photos."""
+        return self.second.detail if self.second else None
+
+    @property
+    def pictures(self) -> int:
+        """Of a grid."""
+        of_prompts = len(self.config.grid_prompts) * self.config.num_validation_images
+        return self.second.pictures if self.second else of_prompts
 
     @property
     def idle(self) -> list[nn.Module]:
@@ -159,7 +178,8 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
 
 def images_of(run: Run) -> list[class_images.Images]:
     """The class images of each subject; none without a prior term."""
-    config, of_run = run.config, (run.resolution, run.fingerprint)
+    drawn_by = f"{run.fingerprint}, {run.second.draws}" if run.second else run.fingerprint
+    config, of_run = run.config, (run.resolution, drawn_by)
     return [class_images.find(config, s, *of_run) for s in config.subjects * config.uses_prior]
 
 
@@ -175,6 +195,8 @@ def look_ahead(config: TrainConfig, device: torch.device) -> None:
     configs = {name: folders.read_config(files[name], source) for name in names}
     networks = {name: skeleton(name, configs[name]) for name in names}
     sd = StableDiffusion(None, schedule=None, configs=configs, **networks)
+    if sd.unet.class_embedding is not None:
+        second_stage.check_method(config)  # which the plan knows no others of
     pixels = ((config.resolution or sd.image_size) // sd.vae.factor) ** 2
     fit.refuse(sd, config, pixels, Precision(config.mixed_precision, device).name, device)
 
@@ -234,27 +256,14 @@ def check_folder(folder: Path, goes_on: bool) -> None:
         )
 
 
-def spelled(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """With the word spelled as tokenizers do it, in all that is written and printed."""
-    typed = config.placeholder_token
-    word = tokenizer.spelled(typed)
-    if word != typed:
-        print(f"{typed} is written {word}: other programs find it only so in a prompt")
-    return replace(
-        config,
-        placeholder_token=word,
-        instance_prompt=config.instance_prompt.replace(typed, word),
-        validation_prompt=tuple(p.replace(typed, word) for p in config.validation_prompt),
-    )
-
-
 def check_model(sd: StableDiffusion, resolution: int, sampler_steps: tuple[int, ...]) -> None:
-    if sd.configs["unet"]["in_channels"] != sd.configs["unet"]["out_channels"]:
-        sees = what_else_it_sees(sd.configs["unet"])
+    unet, draws = sd.configs["unet"], not isinstance(sd, Upscaler)
+    if unet["in_channels"] != unet["out_channels"] and draws:
+        sees = what_else_it_sees(unet)
         raise UserError(f"{sees}: it cannot be trained here, give its base model")
     if resolution % sd.vae.factor:
         raise UserError(f"--resolution must be a multiple of {sd.vae.factor}")
-    if resolution < SMALLEST * sd.image_size:
+    if resolution < SMALLEST * sd.image_size and draws:
         warnings.warn(
             f"--resolution {resolution}: this model draws pictures of {sd.image_size}², and so "
             "much smaller ones break; without --resolution it is trained at its own size",
@@ -276,15 +285,15 @@ def fitted(
     resolution: int,
     device: torch.device,
     saved: State | None,
+    base: StableDiffusion | None = None,
 ) -> TrainConfig:
     """With the modes that the free memory asks for; a run that goes on keeps those it had."""
     before = saved.identity if saved else {}
     kept = {name: True for name in fit.LOSSY if before.get(name)}
     precision = Precision(config.mixed_precision, device).name
     pixels = (resolution // sd.vae.factor) ** 2
-    config, line = fit.choose(
-        sd, replace(config, **kept), pixels, precision, device, resumed=saved is not None
-    )
+    given, resumed = replace(config, **kept), saved is not None
+    config, line = fit.choose(sd, given, pixels, precision, device, resumed, base)
     print(line)
     return config
 
@@ -296,9 +305,8 @@ def try_kernels(run: Run, captured: bool, found: list[class_images.Images]) -> N
     drawing, training = [], 0
     wanted = settle.wanted(run.device)
     if wanted and not config.saves_memory:
-        pictures = len(config.grid_prompts) * config.num_validation_images
         strength = config.validation_guidance_scale
-        drawing += settle.batches(pictures, config.grid_batch_size, strength)
+        drawing += settle.batches(run.pictures, config.grid_batch_size, strength)
         strength = config.class_guidance_scale
         missing = [len(images.batch(first)) for images in found for first in images.missing]
         drawing += [n for size in missing for n in settle.batches(size, size, strength)]
@@ -385,6 +393,7 @@ def announce(run: Run) -> None:
     cli.write_config(folder / "config.json", replace(config, resume_from_checkpoint=None))
     missing = sum(len(images.batch(i)) for images in images_of(run) for i in images.missing)
     done = run.saved.step if run.saved else 0
-    run.on_passes = passes.Forecast(passes.to_come(config, missing, done), config, run.device)
+    to_come = passes.to_come(config, missing, done, run.pictures)
+    run.on_passes = passes.Forecast(to_come, config, run.device)
     sheet = photos.contact_sheet(run.photos)
     report.save_image(sheet, folder / "samples" / "photographs.png")

@@ -21,7 +21,9 @@ def run_of(folder, sd, idle=("vae", "text_encoder"), **changes):
     config, idle = runs.config(folder, **SMALL | changes), [sd.networks[name] for name in idle]
     precision, on_passes = Precision("no", CPU), lambda n: None
     named = {"config": config, "sd": sd, "idle": idle, "precision": precision, "device": CPU}
-    return types.SimpleNamespace(**named, resolution=32, by_turns=False, on_passes=on_passes)
+    return types.SimpleNamespace(
+        **named, resolution=32, by_turns=False, on_passes=on_passes, second=None
+    )
 
 
 def pixels(rows):
