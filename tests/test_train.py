@@ -669,7 +669,7 @@ def test_the_pictures_of_a_run_are_whole_and_show_what_they_say(run):
             image.load()
             assert min(image.size) > 200, name
     # Three prompts in rows of two; the last grid holds what the trained model draws.
-    drawn = sd.generate(["a sks dog"] * 2, steps=2, height=32, width=32)
+    drawn = sd.generate(["a sks dog"] * 2, steps=2)
     rows = {n: Image.open(folder / f"samples/step-0000{n}.png").tobytes() for n in (0, 2, 5)}
     assert len(set(rows.values())) == 3
     big = [image.resize((128, 128), Image.Resampling.NEAREST) for image in drawn]
