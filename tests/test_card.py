@@ -37,8 +37,8 @@ MATRIX = [
     ("word", "no", "in the backward"),
     ("word", "fp16", "8-bit"),
 ]
-# One run of each: the first trains as a LoRA does, the second has text encoders by the pair, of whose
-# weights some get no gradient, and the third is an upscaler, in whose batches small pictures are.
+# One run of each: the first trains as a LoRA does, the second has text encoders by the pair, of
+# whose weights some get no gradient, and the third has small pictures in its batches.
 OTHERS = [(other, "bf16", "in full") for other in ("hypernetwork", "SDXL", "upscaler")]
 STEPS = 6  # three as they are, then the recording is replayed three times
 

@@ -177,9 +177,7 @@ def test_photographs_are_cut_side_by_side_and_not_enlarged(tmp_path):
     middle = photos.load_photos(tmp_path, 32, center_crop=True, detail=64)
     assert np.array_equal(middle.pixels[0].permute(1, 2, 0), pixels[:32, 17:49])
     assert middle.photo.tolist() == [0] * 4 + [1] * 4
-    with pytest.raises(
-        UserError, match=r"1 of 2 pictures are smaller.*\(a.png is 75×40\)"
-    ):
+    with pytest.raises(UserError, match=r"1 of 2 pictures are smaller.*\(a.png is 75×40\)"):
         photos.load_photos(tmp_path, 48, detail=64)
 
 
