@@ -56,7 +56,7 @@ def of_matrix(folder, method, precision, mode):
         ("dreambooth", "fp16"): {"lr_warmup_steps": 3},
         ("lora", "no"): {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
         ("SDXL", "bf16"): {"method": "lora", "train_text_encoder": True},
-        ("upscaler", "bf16"): {"num_validation_images": 1, "train_batch_size": 2},
+        ("upscaler", "bf16"): {"num_validation_images": 1, "validation_prompt": ("a dog",)},
         ("lora", "fp16"): {"train_text_encoder": True, "lora_targets": "all"},
     }
     kinds = {"SDXL": "sdxl", "upscaler": "x4"}
