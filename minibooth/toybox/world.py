@@ -3,7 +3,7 @@
 A scene is a thing of a class and a colour in a place, perhaps wearing something. Everything that a
 caption can say is a field of Scene, and so is what no caption ever says: position, size, direction
 and the marks (spots, a green ear, a collar) that make one dog this dog. Pictures are drawn four
-times too large and reduced. Everything random comes from the scene's own seed.
+times too large (large ones twice) and reduced. Everything random comes from the scene's own seed.
 """
 
 import math
@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIDE = 64  # pixels of a picture
-SCALE = 4  # it is drawn so many times larger
-CANVAS = SIDE * SCALE
+CANVAS = 256  # pixels that it is drawn on; lines are so many of these wide
 
 CLASSES = ("dog", "cat", "bird", "fish", "car", "house", "tree", "teapot")
 RARE = "snail"  # one picture in 250: what the model hardly knows
@@ -56,7 +55,7 @@ INK = (44, 38, 46)
 class Marks:
     """What no caption says: the features that make a thing this one."""
 
-    pattern: str | None = None  # "spots" | "stripes"
+    pattern: str | None = None  # "spots" | "stripes" | "rings", which nothing in the world has
     pattern_colour: str = "white"
     ear: str | None = None  # its colour, where it is not the body's: an ear, a wing, a door …
     collar: str | None = None  # its colour: a collar, a belt, a bumper …
@@ -196,22 +195,26 @@ def rounded(points: list, closed: bool = True) -> list:
 
 
 class Pen:
-    """Draws a scene's thing on a transparent layer, in units of half its width, y down."""
+    """Draws a scene's thing on a transparent layer, in units of half its width, y down.
 
-    def __init__(self, scene: Scene):
-        self.scene = scene
-        self.layer = Image.new("RGBA", (CANVAS, CANVAS))
+    The layer is `fine` times as large as CANVAS.
+    """
+
+    def __init__(self, scene: Scene, fine: int):
+        self.scene, self.fine = scene, fine
+        self.layer = Image.new("RGBA", (fine * CANVAS, fine * CANVAS))
         self.body = self.tint(scene.colour)
         self.ear = self.tint(scene.marks.ear) if scene.marks.ear else mix(self.body, INK, 0.25)
-        self.unit = 88 * scene.size
-        self.thick = {"photo": 4, "drawing": 8, NEON: 7}[scene.style]
+        self.unit = fine * 88 * scene.size
+        self.thick = fine * {"photo": 4, "drawing": 8, NEON: 7}[scene.style]
 
     def tint(self, name: str) -> RGB:
         return tuple(min(255, round(v * self.scene.shade)) for v in COLOURS[name])
 
     def at(self, points: list) -> list:
         s = self.scene
-        x0, y0 = CANVAS * (0.5 + 0.22 * s.x), CANVAS * (0.56 + 0.3 * s.y)
+        side = self.layer.width
+        x0, y0 = side * (0.5 + 0.22 * s.x), side * (0.56 + 0.3 * s.y)
         return [(x0 + s.facing * self.unit * x, y0 + self.unit * y) for x, y in points]
 
     def outline(self, fill: RGB) -> RGB:
@@ -250,12 +253,14 @@ class Pen:
                 for j in range(-5, 6):
                     middle = 0.44 * i + 0.22 * (j % 2), 0.36 * j
                     draw.polygon(self.at(oval(*middle, 0.12, 0.12)), colour)
+                    if marks.pattern == "rings":
+                        draw.polygon(self.at(oval(*middle, 0.065, 0.065)), self.inside(self.body))
 
     def stroke(self, points: list, width: float, fill: RGB) -> None:
         """A thick line with round ends and an outline."""
         points, draw = self.at(points), ImageDraw.Draw(self.layer)
         inner = max(2, round(width * self.unit))
-        outer = inner + 2 * self.thick - 2
+        outer = inner + 2 * self.thick - 2 * self.fine
         for wide, colour in ((outer, self.outline(fill)), (inner, self.inside(fill))):
             draw.line(points, colour, wide, joint="curve")
             for x, y in (points[0], points[-1]):
@@ -425,38 +430,41 @@ DRAW: dict[str, Callable[[Pen], None]] = {
 }
 
 
-def gradient(top: RGB, bottom: RGB, horizon: float = 1.0) -> Image.Image:
+def gradient(side: int, top: RGB, bottom: RGB, horizon: float = 1.0) -> Image.Image:
     """From `top` above to `bottom` at `horizon` (1 is the lower edge)."""
-    share = np.clip(np.linspace(0, 1 / horizon, CANVAS), 0, 1)[:, None, None]
+    share = np.clip(np.linspace(0, 1 / horizon, side), 0, 1)[:, None, None]
     column = np.array(top) * (1 - share) + np.array(bottom) * share
-    return Image.fromarray(column.round().astype(np.uint8).repeat(CANVAS, axis=1))
+    return Image.fromarray(column.round().astype(np.uint8).repeat(side, axis=1))
 
 
 class Backdrop:
     """What is behind the thing, in units of the picture's side, y down."""
 
-    def __init__(self, rng: random.Random, top: RGB, bottom: RGB, horizon: float):
-        self.rng, self.image = rng, gradient(top, bottom, horizon)
+    def __init__(self, rng: random.Random, fine: int):
+        self.rng, self.fine, self.size = rng, fine, fine * CANVAS
+
+    def sky(self, top: RGB, bottom: RGB, horizon: float) -> None:
+        self.image = gradient(self.size, top, bottom, horizon)
         self.draw = ImageDraw.Draw(self.image)
 
     def ground(self, y: float, fill: RGB, waves: float) -> None:
         phase, turns = self.rng.uniform(0, 6), self.rng.uniform(1, 2)
         xs = np.linspace(0, 1, 33)
-        edge = [(CANVAS * x, CANVAS * (y + waves * math.sin(phase + 6 * turns * x))) for x in xs]
-        self.draw.polygon([*edge, (CANVAS, CANVAS), (0, CANVAS)], fill)
+        edge = [(x, y + waves * math.sin(phase + 6 * turns * x)) for x in xs]
+        self.shape([*edge, (1, 1), (0, 1)], fill)
 
     def dot(self, x: float, y: float, r: float, fill: RGB) -> None:
-        self.draw.ellipse([CANVAS * v for v in (x - r, y - r, x + r, y + r)], fill)
+        self.draw.ellipse([self.size * v for v in (x - r, y - r, x + r, y + r)], fill)
 
     def box(self, left: float, top: float, right: float, bottom: float, fill: RGB) -> None:
-        self.draw.rectangle([CANVAS * v for v in (left, top, right, bottom)], fill)
+        self.draw.rectangle([self.size * v for v in (left, top, right, bottom)], fill)
 
     def path(self, points: list, width: int, fill: RGB) -> None:
-        scaled = [(CANVAS * x, CANVAS * y) for x, y in points]
-        self.draw.line(scaled, fill, width, joint="curve")
+        scaled = [(self.size * x, self.size * y) for x, y in points]
+        self.draw.line(scaled, fill, self.fine * width, joint="curve")
 
     def shape(self, points: list, fill: RGB) -> None:
-        self.draw.polygon([(CANVAS * x, CANVAS * y) for x, y in points], fill)
+        self.draw.polygon([(self.size * x, self.size * y) for x, y in points], fill)
 
     def side(self, low: float, high: float) -> float:
         """Somewhere near the left or the right edge."""
@@ -464,8 +472,8 @@ class Backdrop:
         return self.rng.choice((uniform(low, high), uniform(1 - high, 1 - low)))
 
 
-def grass(rng: random.Random) -> Image.Image:
-    back = Backdrop(rng, (136, 200, 246), (216, 240, 250), 0.5)
+def grass(back: Backdrop, rng: random.Random) -> None:
+    back.sky((136, 200, 246), (216, 240, 250), 0.5)
     back.dot(rng.uniform(0.08, 0.92), rng.uniform(0.08, 0.16), 0.075, (255, 240, 150))
     back.ground(0.46, (142, 202, 104), 0.04)
     back.ground(0.62, (112, 182, 84), 0.02)
@@ -473,26 +481,24 @@ def grass(rng: random.Random) -> Image.Image:
     for _ in range(7):
         x, y, petal = rng.random(), rng.uniform(0.68, 0.97), rng.choice("wyp")
         back.dot(x, y, 0.02, petals[petal])
-    return back.image
 
 
-def beach(rng: random.Random) -> Image.Image:
-    back = Backdrop(rng, (120, 206, 246), (206, 240, 248), 0.36)
+def beach(back: Backdrop, rng: random.Random) -> None:
+    back.sky((120, 206, 246), (206, 240, 248), 0.36)
     back.ground(0.34, (38, 146, 190), 0.004)
     back.ground(0.5, (120, 206, 214), 0.012)
     back.ground(0.55, (246, 226, 174), 0.014)
     x = back.side(0.04, 0.16)
     back.path([(x, 0.22), (x + 0.02, 0.64)], 8, (150, 112, 76))
-    shade = [CANVAS * v for v in (x - 0.17, 0.12, x + 0.17, 0.4)]
+    shade = [back.size * v for v in (x - 0.17, 0.12, x + 0.17, 0.4)]
     for i, fill in enumerate(((232, 80, 70), (255, 250, 240)) * 2):
         back.draw.pieslice(shade, 180 + 45 * i, 225 + 45 * i, fill)
     for _ in range(3):
         back.dot(rng.random(), rng.uniform(0.8, 0.97), 0.017, (240, 150, 140))
-    return back.image
 
 
-def snow(rng: random.Random) -> Image.Image:
-    back = Backdrop(rng, (172, 190, 212), (222, 230, 240), 0.6)
+def snow(back: Backdrop, rng: random.Random) -> None:
+    back.sky((172, 190, 212), (222, 230, 240), 0.6)
     for _ in range(3):
         x, h = rng.random(), rng.uniform(0.24, 0.36)
         for k in range(3):
@@ -502,11 +508,10 @@ def snow(rng: random.Random) -> Image.Image:
     back.ground(0.74, (226, 234, 246), 0.02)
     for _ in range(16):
         back.dot(rng.random(), rng.random(), 0.014, (255, 255, 255))
-    return back.image
 
 
-def night(rng: random.Random) -> Image.Image:
-    back = Backdrop(rng, (16, 18, 58), (58, 58, 124), 0.6)
+def night(back: Backdrop, rng: random.Random) -> None:
+    back.sky((16, 18, 58), (58, 58, 124), 0.6)
     for _ in range(12):
         back.dot(rng.random(), rng.uniform(0, 0.5), 0.009, (250, 246, 214))
     x, y = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.18)
@@ -514,11 +519,10 @@ def night(rng: random.Random) -> Image.Image:
     back.dot(x + 0.04, y - 0.02, 0.07, (24, 26, 68))
     back.ground(0.6, (44, 52, 92), 0.04)
     back.ground(0.74, (34, 40, 76), 0.02)
-    return back.image
 
 
-def desert(rng: random.Random) -> Image.Image:
-    back = Backdrop(rng, (252, 196, 120), (254, 232, 180), 0.5)
+def desert(back: Backdrop, rng: random.Random) -> None:
+    back.sky((252, 196, 120), (254, 232, 180), 0.5)
     back.dot(rng.uniform(0.1, 0.9), 0.14, 0.09, (255, 250, 220))
     back.ground(0.48, (232, 166, 92), 0.05)
     x, green = back.side(0.06, 0.2), (66, 132, 84)
@@ -530,11 +534,10 @@ def desert(rng: random.Random) -> Image.Image:
         back.path(arm, 13, green)
         back.dot(*arm[-1], 0.025, green)
     back.ground(0.66, (216, 142, 72), 0.03)
-    return back.image
 
 
-def city(rng: random.Random) -> Image.Image:
-    back = Backdrop(rng, (174, 186, 206), (222, 220, 222), 0.6)
+def city(back: Backdrop, rng: random.Random) -> None:
+    back.sky((174, 186, 206), (222, 220, 222), 0.6)
     x = -0.05
     while x < 1:
         w, top = rng.uniform(0.13, 0.22), rng.uniform(0.06, 0.36)
@@ -551,48 +554,47 @@ def city(rng: random.Random) -> Image.Image:
     for i in range(-1, 4):
         left = 0.15 + 0.3 * i
         back.box(left, 0.865, left + 0.16, 0.895, (238, 230, 196))
-    return back.image
 
 
-BACKDROPS: dict[str, Callable[[random.Random], Image.Image]] = dict(
+BACKDROPS: dict[str, Callable[[Backdrop, random.Random], None]] = dict(
     zip(PLACES, (grass, beach, snow, night, desert, city), strict=True)
 )
 
 
-def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, 64 × 64."""
-    image = BACKDROPS[scene.place](random.Random(scene.seed))
-    pen = Pen(scene)
+def render(scene: Scene, side: int = SIDE) -> Image.Image:
+    """The picture of a scene: RGB, side × side pixels; 64, 128 or 256 of them."""
+    fine = max(1, 2 * side // CANVAS)  # the larger of it is drawn on so much more canvas
+    rng = random.Random(scene.seed)
+    back, pen = Backdrop(rng, fine), Pen(scene, fine)
+    BACKDROPS[scene.place](back, rng)
     DRAW[scene.kind](pen)
-    thing = pen.layer
+    image, thing = back.image, pen.layer
     alpha = thing.getchannel("A")
     if scene.style == "drawing":
         image = Image.blend(image, Image.new("RGB", image.size, (252, 246, 230)), 0.5)
     elif scene.style == NEON:
         image = Image.blend(image, Image.new("RGB", image.size, (22, 8, 44)), 0.82)
-        glow = thing.filter(ImageFilter.GaussianBlur(9))
+        glow = thing.filter(ImageFilter.GaussianBlur(9 * fine))
         image.paste(glow, mask=glow.getchannel("A").point(lambda v: v * 3 // 4))
     else:
         cast_shadow(image, pen)
-        light = gradient((255, 255, 255), (216, 212, 222))
-        shaded = Image.fromarray(
-            (np.asarray(thing.convert("RGB"), np.uint16) * np.asarray(light) // 255).astype(
-                np.uint8
-            )
-        )
+        light = gradient(image.width, (255, 255, 255), (216, 212, 222))
+        lit = np.asarray(thing.convert("RGB"), np.uint16) * np.asarray(light) // 255
+        shaded = Image.fromarray(lit.astype(np.uint8))
         if scene.place == "at night":  # moonlight around it, or a black cat could not be seen
-            image.paste((150, 160, 220), mask=alpha.filter(ImageFilter.MaxFilter(7)))
+            image.paste((150, 160, 220), mask=alpha.filter(ImageFilter.MaxFilter(6 * fine + 1)))
         thing = shaded
     image.paste(thing, mask=alpha)
-    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return image.resize((side, side), Image.Resampling.BOX)
 
 
 def cast_shadow(image: Image.Image, pen: Pen) -> None:
-    quarter = Image.new("L", (SIDE, SIDE))  # soft: a quarter of the pixels is enough
+    soft = Image.new("L", (image.width // 4, image.height // 4))  # a quarter of the pixels do
     (left, y), (right, _) = pen.at([(-0.8, 0.8), (0.8, 0.8)])
-    box = [v / SCALE for v in (min(left, right), y - 16, max(left, right), y + 16)]
-    ImageDraw.Draw(quarter).ellipse(box, 110)
-    mask = quarter.filter(ImageFilter.BoxBlur(2)).resize(image.size)
+    half = 16 * pen.fine
+    box = [v / 4 for v in (min(left, right), y - half, max(left, right), y + half)]
+    ImageDraw.Draw(soft).ellipse(box, 110)
+    mask = soft.filter(ImageFilter.BoxBlur(2 * pen.fine)).resize(image.size)
     image.paste((40, 30, 60), mask=mask)
 
 
@@ -664,6 +666,9 @@ SUBJECTS: dict[str, Subject] = {
         ],
     ),
 }
+
+# In small pictures its rings are hardly more than spots: what an upscaler can learn of a subject.
+RINGED = taken("dog", things(5, "dog", "orange", pattern="rings", pattern_colour="blue"))
 
 
 def export(folder: Path) -> None:

@@ -1,0 +1,119 @@
+"""The toybox's second stage: large pictures of the world, the shipped upscaler, its training."""
+
+import random
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import minibooth
+from minibooth.formats import hub
+from minibooth.toybox import pretrain, second_stage, world
+from minibooth.upscaler import Upscaler
+
+
+def test_a_large_picture_is_the_small_one_drawn_finer():
+    """Averaged it is nearly that: of lines and shapes, none is thicker or elsewhere; in all styles
+    and places."""
+    r = random.Random("large")
+    for i, place in enumerate(world.PLACES):
+        style = (*world.STYLES, world.NEON)[i % 3]
+        scene = world.random_scene(r, place=place, style=style)
+        large = np.asarray(world.render(scene, 256), float).reshape(64, 4, 64, 4, 3)
+        difference = np.abs(large.mean(axis=(1, 3)) - np.asarray(world.render(scene))) / 255
+        assert difference.mean() < 0.009 and (difference > 0.3).mean() < 0.003, (place, style)
+    assert world.render(scene, 128).size == (128, 128)
+
+
+def test_rings_are_spots_with_holes_whose_lines_small_pictures_blur():
+    """Pixels of the rings' own blue, by counting: a hole is .29 of a spot, its rim is mixed."""
+    ringed = world.RINGED.scenes[0]
+    spotted = replace(ringed, marks=replace(ringed.marks, pattern="spots"))
+    share = {
+        (kind, side): (pixels[..., 2] > pixels[..., 0] + 90).mean()
+        for kind, scene in (("rings", ringed), ("spots", spotted))
+        for side in (64, 256)
+        for pixels in [
+            np.asarray(world.render(scene, side), int)[128 * side // 256 : 200 * side // 256]
+        ]
+    }
+    assert 0.6 < share["rings", 256] / share["spots", 256] < 0.71
+    assert share["rings", 64] < 0.8 * share["rings", 256]
+    training = [pretrain.scene(i, 0).marks.pattern for i in range(400)]
+    assert "spots" in training and "rings" not in training
+
+
+def test_pieces_are_the_same_squares_of_all_sizes():
+    small = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
+    large = F.interpolate(small, scale_factor=4)
+    g, rows = torch.Generator().manual_seed(0), torch.tensor([1, 0, 1, 1, 0])
+    a, b = second_stage.pieces([small, large], rows, 4, g)
+    assert a.shape == (5, 3, 4, 4) and b.shape == (5, 3, 16, 16)
+    assert torch.equal(F.interpolate(a, scale_factor=4), b)
+    assert len({tuple(x.flatten().tolist()) for x in a}) == 5
+
+
+def test_a_stopped_training_goes_on_and_what_it_writes_is_an_upscaler(tmp_path, monkeypatch):
+    """On four pictures of 64², and two to look at, which alone are rendered the second time."""
+    for name, pixels in (("LARGE", 64), ("CROP", 8), ("UNET_CROP", 8)):
+        monkeypatch.setattr(second_stage, name, pixels)
+    held_out = second_stage.held_out
+    monkeypatch.setattr(second_stage, "held_out", lambda side: held_out(side, 2))
+    monkeypatch.setattr(second_stage, "SAMPLING", {"steps": 1, "guidance_scale": 1.0})
+    where = {"output_dir": str(tmp_path / "x4"), "work_dir": str(tmp_path / "work")}
+    few = {"pictures": 4, "vae_steps": 1, "steps": 1, "batch_size": 4, "device": "cpu"}
+    config = second_stage.Config(**where, **few)
+    unfinished = monkeypatch.context()
+    with unfinished as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(second_stage, "train_unet", interrupted)
+        second_stage.train(config)
+    kept = torch.load(tmp_path / "work" / "pairs.pt", weights_only=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "render", render_of_held_out(held_out(64, 2)))
+        second_stage.train(config)
+    up = minibooth.load(tmp_path / "x4")
+    assert isinstance(up, Upscaler) and up.levels == 350
+    assert up.vae.scaling_factor == kept["scaling_factor"]
+    latents = kept["mean"].float().var() + kept["std"].float().square().mean()
+    assert latents.item() == pytest.approx(1, abs=0.01)
+    spent = torch.load(tmp_path / "work" / "vae.pt", weights_only=True)
+    assert spent["step"] == 1
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def render_of_held_out(pictures):
+    """Nothing but these is rendered again."""
+    shown = iter([*pictures, *pictures])
+    return lambda scene, side=64: next(shown)
+
+
+# ---- the shipped one ---------------------------------------------------------------------------
+
+
+def test_what_is_shipped_is_small_and_loads_by_its_name():
+    up = minibooth.load("toybox-x4")
+    assert isinstance(up, Upscaler) and up.schedule.prediction_type == "v_prediction"
+    files = [f for f in (hub.toybox() / "x4").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 9.2e6
+
+
+def test_diffusers_enlarges_the_same_picture_with_it():
+    pipe = diffusers.StableDiffusionUpscalePipeline.from_pretrained(hub.toybox() / "x4")
+    pipe.set_progress_bar_config(disable=True)
+    small = torch.from_numpy(np.asarray(world.render(world.RINGED.scenes[1])).copy())
+    small = small.permute(2, 0, 1)[None, :, 8:56, 8:56] / 255
+    g = torch.Generator().manual_seed(4)
+    noise, latents = (torch.randn(1, n, 48, 48, generator=g) for n in (3, 4))
+    how = {"noise_level": 20, "guidance_scale": 3.0, "latents": latents}
+    up = minibooth.load("toybox-x4")
+    ours = up.upscale(small, ["a dog"], steps=2, noise=noise, output="pt", **how)
+    g = torch.Generator().manual_seed(4)
+    how |= {"num_inference_steps": 2, "generator": g, "output_type": "np"}
+    theirs = pipe(["a dog"], image=2 * small - 1, **how).images
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() - theirs).max() < 5e-3
