@@ -1,12 +1,13 @@
 """What an upscaler's training takes of memory."""
 
 import functools
+from pathlib import Path
 
 import torch
 
 from minibooth import ops
 from minibooth.bench import models
-from minibooth.training import plan
+from minibooth.training import fit, plan
 from minibooth.training.settings import TrainConfig
 
 UNET, VAE, TEXT = 473_398_020, 55_325_927, 340_387_840  # weights
@@ -46,3 +47,18 @@ def test_a_lora_and_all_weights_are_counted_by_phase():
     kept = 2 * PIXELS * plan.WIDE_ACTIVATIONS["dreambooth"][True][0]
     assert found["training"] == (12 * UNET, max(kept + 2 * UNET, int(0.33 * kept) + 4 * UNET))
     assert "base model" not in found
+
+
+def test_the_manual_has_what_is_counted():
+    sd, base = x4(), models.model("SD 1.5", torch.device("meta"))
+
+    def gigabytes(**changes):
+        need = plan.peak(sd, TrainConfig(**changes), PIXELS, half=True, base=base)
+        return f"{need / 1e9:.1f}"
+
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text("utf-8")
+    guide = " ".join(guide.split())
+    lora = [gigabytes(method="lora"), gigabytes(method="lora", gradient_checkpointing=True)]
+    assert f"a LoRA {lora[0]} GB, {lora[1]} with `--gradient_checkpointing`" in guide
+    whole = [gigabytes(), gigabytes(**dict.fromkeys(fit.MODES[-1], True))]
+    assert f"all weights {whole[0]} GB, {whole[1]} with the three options" in guide
