@@ -24,7 +24,7 @@ from ..common.cli import option
 from ..common.files import atomic
 from ..common.pictures import as_floats, to_pil
 from ..dreambooth import Term
-from ..formats.public import X4_SCHEDULER, X4_SMALL, X4_UNET
+from ..formats.public import X4_SCHEDULER, X4_SMALL, X4_UNET, X4_VAE
 from ..formats.scheduler import read_schedule
 from ..pipeline import StableDiffusion
 from ..training import report
@@ -52,6 +52,9 @@ UNET_CONFIG = X4_UNET | {
 # "trailing": few steps begin at almost pure noise. With "leading" they begin where a model expects
 # to see the colours of the picture in x_t already.
 SCHEDULER = X4_SCHEDULER | {"timestep_spacing": "trailing"}
+
+# The public VAE's. Diffusers' pipeline of upscalers takes it whatever a config says.
+FACTOR = X4_VAE["scaling_factor"]
 
 CROP = 16  # latents: the side of what the autoencoder sees of a picture at first
 UNET_CROP = 32  # the same for the UNet
@@ -200,10 +203,23 @@ def encode_all(config: Config, start: StableDiffusion, vae: VAE, pictures: Tenso
 # ---- the UNet ----------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def scaled(vae: VAE, k: float) -> VAE:
+    """One whose latents are k times as large, and with FACTOR have a variance of 1."""
+    vae = copy.deepcopy(vae)
+    means, log_variances = vae.quant_conv.bias.chunk(2)
+    vae.quant_conv.weight[: len(means)] *= k
+    means *= k
+    log_variances += 2 * math.log(k)
+    vae.post_quant_conv.weight /= k
+    vae.scaling_factor = FACTOR
+    return vae
+
+
 def model(start: StableDiffusion, vae: VAE, unet: UNet, factor: float) -> Upscaler:
-    """The whole of it: its words are the first stage's."""
-    vae.scaling_factor = factor
-    config = start.configs["vae"] | {"sample_size": LARGE, "scaling_factor": factor}
+    """The whole of it: its words are the first stage's. `factor` is this autoencoder's own."""
+    vae = scaled(vae, factor / FACTOR)
+    config = start.configs["vae"] | {"sample_size": LARGE, "scaling_factor": FACTOR}
     return Upscaler(
         start.tokenizer,
         start.text_encoder,
