@@ -37,9 +37,9 @@ MATRIX = [
     ("word", "no", "in the backward"),
     ("word", "fp16", "8-bit"),
 ]
-# One run of each: the one trains as a LoRA does, the other has text encoders by the pair, of whose
-# weights some get no gradient.
-OTHERS = [("hypernetwork", "bf16", "in full"), ("SDXL", "bf16", "in full")]
+# One run of each: the first trains as a LoRA does, the second has text encoders by the pair, of
+# whose weights some get no gradient, and the third has small pictures in its batches.
+OTHERS = [(other, "bf16", "in full") for other in ("hypernetwork", "SDXL", "upscaler")]
 STEPS = 5  # three as they are, then the recording is replayed twice
 
 
@@ -56,9 +56,11 @@ def of_matrix(folder, method, precision, mode):
         ("dreambooth", "fp16"): {"lr_warmup_steps": 3},
         ("lora", "no"): {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
         ("SDXL", "bf16"): {"method": "lora", "train_text_encoder": True},
+        ("upscaler", "bf16"): {"num_validation_images": 1, "validation_prompt": ("a dog",)},
         ("lora", "fp16"): {"train_text_encoder": True, "lora_targets": "all"},
     }
-    other = {"kind": "sdxl"} if method == "SDXL" else {"method": method}
+    kinds = {"SDXL": "sdxl", "upscaler": "x4"}
+    other = {"kind": kinds[method]} if method in kinds else {"method": method}
     trained = METHODS.get(method, other)
     changes = trained | MODES[mode] | own.get((method, precision), {})
     return settings(

@@ -113,6 +113,7 @@ TRAIN_TOPICS = {  # and one setting of each, which a person would look for there
     "training": "train_text_encoder",
     "memory": "use_8bit_adam",
     "pictures and snapshots": "checkpointing_steps",
+    "second stage": "base_model",
     "model": "vae",
     "device": "mixed_precision",
 }

@@ -192,7 +192,7 @@ def rows_of(folder: Path) -> list[dict]:
 def test_a_run_goes_on_bit_for_bit_and_only_as_it_was(tmp_path, models):
     """From its own config.json, in which levels stand that were not given."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    same = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "snr_gamma": 5.0}
+    same = {"max_train_steps": 2, "snr_gamma": 5.0}
     train.train(config(whole, **same))
     train.train(config(out, **same | {"max_train_steps": 1}))
     again = ["--config", str(out / "config.json"), "--output_dir", str(out)]
@@ -220,7 +220,7 @@ def test_a_lora_is_trained_saved_and_enlarged_with(tmp_path, capsys):
         (own / f"dog-{i}.png").write_bytes(file.read_bytes())
     changes = {"method": "lora", "base_model": None, "class_data_dir": str(own)}
     changes |= {"num_validation_images": 1, "train_text_encoder": True, "noise_level": (5, 9)}
-    train.train(config(tmp_path / "out", learning_rate=0.1, **changes))
+    train.train(config(tmp_path / "out", learning_rate=0.1, max_train_steps=1, **changes))
     said = capsys.readouterr().out
     assert "class images: 3 of your own" in said and "--upscaler_lora" in said
     assert "--noise_level 9" in said and "num_class_images 0" in said

@@ -3,15 +3,17 @@
 import torch
 
 from ..formats.checkpoint import NETWORKS, memory_format, networks_of
-from ..formats.public import SD_SCHEDULER, SINGLE_FILE
+from ..formats.public import SD_SCHEDULER, SINGLE_FILE, X4, X4_LEVELS
 from ..formats.scheduler import read_schedule
 from ..pipeline import StableDiffusion
 from ..tokenizer import BOS, EOS, PairedTokenizer, Tokenizer
 from ..toybox.pretrain import TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG
+from ..upscaler import Upscaler
 
 CONFIGS = {
     "SD 1.5": SINGLE_FILE[768],
     "SDXL": SINGLE_FILE[2048],
+    "x4": X4,
     "toybox": {"unet": UNET_CONFIG, "vae": VAE_CONFIG, "text_encoder": TEXT_CONFIG},
 }
 
@@ -30,4 +32,7 @@ def model(size: str, device: torch.device) -> StableDiffusion:
     for name, network in networks.items():
         network.eval().to(memory_format=memory_format(name, device))
     schedule = read_schedule(configs["scheduler"]).to(device)
-    return StableDiffusion(tokenizer, schedule=schedule, configs=configs, source=size, **networks)
+    how = {"schedule": schedule, "configs": configs, "source": size, **networks}
+    if "low_res_scheduler" in configs:
+        return Upscaler(tokenizer, levels=X4_LEVELS, **how)
+    return StableDiffusion(tokenizer, **how)

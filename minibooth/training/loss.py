@@ -48,9 +48,10 @@ class Loss:
 
     def terms(self, batch: Batch) -> tuple[Term, Term | None, Tensor | None]:
         """The two terms of Eq. 2 and, for Min-SNR, their samples' weights."""
-        drawn = zip(batch.terms, self.encoded(batch), strict=True)
-        told = [(x, replace(c, sizes=x.sizes, level=x.level)) for x, c in drawn]
-        terms = [Term(x.x0, x.eps, x.t, c) for x, c in told]
+        terms = []
+        for x, c in zip(batch.terms, self.encoded(batch), strict=True):
+            c = replace(c, sizes=x.sizes, level=x.level)
+            terms.append(Term(x.x0, x.eps, x.t, c))
         weight, t = None, torch.cat([term.t for term in terms])
         if self.min_snr is not None:
             weight = self.min_snr[t]

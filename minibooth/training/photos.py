@@ -245,11 +245,13 @@ def contact_sheet(photos: Photos, max_rows: int = 20) -> Image.Image:
     """All crops that are trained on, a row per photograph, to look over before a long run.
 
     At most max_rows photographs are shown; the title says how many more there are. Cells are at
-    most 192 pixels wide, and smaller where the sheet would be higher than about 2,000.
+    most 192 pixels wide, and smaller where the sheet would be higher than about 2,000 or, of an
+    upscaler's many crops, wider than 4,000.
     """
     count, resolution = len(photos.files), photos.pixels.shape[-1]
     shown = min(count, max_rows)
-    cell = min(192, 1920 // shown, resolution)
+    most = max(3, int(photos.photo.bincount().max()))  # crops of a photograph
+    cell = min(192, 1920 // shown, 3840 // most, resolution)
     rows = [
         [
             crop.resize((cell, cell), Image.Resampling.LANCZOS)

@@ -53,7 +53,7 @@ class SecondStage:
     drawings: list[Image.Image] = field(default_factory=list)  # what it drew: pieces
 
     def settled(self, config: TrainConfig) -> TrainConfig:
-        """With what was not given. Without a base model none is drawn: class images are those there."""
+        """With what was not given. Without a base model class images are those that are there."""
         drawn = config.num_class_images if self.base else 0
         return replace(config, noise_level=self.levels, num_class_images=drawn)
 

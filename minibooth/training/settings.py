@@ -141,20 +141,6 @@ class TrainConfig:
     class_guidance_scale: float = option(7.5, "its guidance")
     sample_batch_size: int = option(4, "class images drawn at once")
 
-    noise_level: tuple[int, int] | None = option(
-        None,
-        "of an upscaler that is trained: the lowest level and the highest of the noise on small "
-        "pictures; the public one was made with 0 349, and less keeps more of the subject's detail "
-        "(our reading of DreamBooth's paper, see minibooth/upscaler.py) [0 20]",
-        topic="second stage",
-    )
-    base_model: str | None = option(
-        None,
-        "the model that draws what the upscaler is to enlarge: the class images are what both make "
-        "of the class prompt, and the grids show its drawings, too",
-        place="source",
-    )
-
     train_text_encoder: bool = option(
         False, "train the text encoder too: helps faces, needs memory", topic="training"
     )
@@ -212,6 +198,20 @@ class TrainConfig:
     )
     explain: bool = option(
         False, "show the first step, before and after training, in explain.html: tensors, maps, …"
+    )
+
+    noise_level: tuple[int, int] | None = option(
+        None,
+        "of an upscaler that is trained: the lowest level and the highest of the noise on small "
+        "pictures; the public one was made with 0 349, and less keeps more of the subject's detail "
+        "(our reading of DreamBooth's paper, see minibooth/upscaler.py) [0 20]",
+        topic="second stage",
+    )
+    base_model: str | None = option(
+        None,
+        "the model that draws what the upscaler is to enlarge: the class images are what both make "
+        "of the class prompt, and the grids show its drawings, too",
+        place="source",
     )
 
     vae: str | None = option(

@@ -69,10 +69,10 @@ NETWORKS = {
 }
 
 
-def assert_equal_training(one, two, trained=("unet",), bits=1e-3):
+def assert_equal_training(one, two, trained=("unet",), bits=1e-3, kind="sd1"):
     """Weights moved alike, up to that share of the way."""
     for name, file in NETWORKS.items():
-        before = load_file(runs.Path(settings(one)["model"]) / file)
+        before = load_file(runs.Path(settings(one, kind=kind)["model"]) / file)
         a, b = (runs.flat(load_file(folder / file)) for folder in (one, two))
         moved, start = a - runs.flat(before), runs.flat(before)
         if name in trained:
@@ -167,6 +167,18 @@ METHODS = {
 }
 
 
+def test_an_upscaler_is_trained_alike(tmp_path):
+    """Its class images, and what its base model draws for the grid, are drawn by both."""
+    changes = {"kind": "x4", "resolution": 32, "max_train_steps": 3, "num_validation_images": 1}
+    one, two = tmp_path / "one", tmp_path / "two"
+    status, said = on_two(two, **changes)
+    assert status == [0, 0], said
+    on_one(one, train_batch_size=2, **changes)
+    assert_equal_training(one, two, kind="x4")
+    assert same_files(one, two, "class_images/*.png")
+    assert same_files(one, two, "samples/step-00000.png")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_and_words_are_trained_alike(method, tmp_path):
     changes, file = METHODS[method]
@@ -187,10 +199,12 @@ def test_ranks_draw_the_parts_of_one_batch(count):
     g = torch.Generator().manual_seed(0)
     moments = torch.randn(2, 7, 4, 8, 8, generator=g)
     photo, sizes = torch.tensor([0, 0, 0, 1, 2, 2, 3]), torch.arange(42).view(7, 6)
-    latents = data.Latents(moments[0], moments[1].abs(), photo, sizes)
+    small = torch.randn(7, 3, 8, 8, generator=g)
+    latents = data.Latents(moments[0], moments[1].abs(), photo, sizes, small)
     prompts = (torch.arange(12).view(4, 3), torch.arange(4)[:, None])
     device, shown = torch.device("cpu"), torch.tensor([0, 1, 0, 1])
     whole = data.Batches(latents, latents, 1000, 3, 4, device, prompts, (shown, shown))
+    whole = replace(whole, levels=(0, 20))
     parts = [replace(whole, share=(i, count)) for i in range(count)]
     for n in range(5):
         drawn, of_ranks = whole.draw(n), [part.draw(n) for part in parts]

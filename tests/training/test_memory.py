@@ -645,7 +645,8 @@ def step_at_most(given, samples, side, half, of_unet=SD1_UNET):
         word = given.method == "textual_inversion"
         c = settle.blank(of_unet, samples, CPU)
         c.context.requires_grad_(word)
-        inputs = torch.empty(samples, 4, side, side), torch.zeros(samples), c
+        x = torch.empty(samples, of_unet["in_channels"], side, side)
+        inputs = x, torch.zeros(samples), c
         used = contextlib.nullcontext()
         if given.optimizer_in_backward:
             used = memory.each_gradient(trained, lambda name, gradient: None)
@@ -695,6 +696,22 @@ def test_the_plan_says_what_a_step_of_sdxl_takes(method, short, half, monkeypatc
     sdxl = models.model("SDXL", torch.device("meta"))
     part = plan.parts(sdxl, given, 128 * 128, half)
     found = step_at_most(given, 1, 128, half, sdxl.configs["unet"])
+    assert found == pytest.approx(part["step"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("method", plan.WIDE_ACTIVATIONS)
+def test_the_plan_says_what_a_step_of_the_upscaler_takes(method, samples, short, half, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(torch.nn.ModuleDict, "to", lambda self, device: self)
+    settings = {"prior_loss_weight": 0.0, "train_batch_size": samples}
+    given = config(method=method, gradient_checkpointing=short, **settings)
+    x4 = models.model("x4", torch.device("meta"))
+    part = plan.parts(x4, given, 128 * 128, half)
+    found = step_at_most(given, samples, 128, half, x4.configs["unet"])
     assert found == pytest.approx(part["step"], rel=0.05)
 
 
