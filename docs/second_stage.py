@@ -1,10 +1,11 @@
-"""What docs/second_stage.md shows: the paper's figure of the second stage (supplement, Fig. 21).
+"""docs/second_stage.csv and .png: the paper's figure of the second stage (supplement, Fig. 21).
 
-    python docs/second_stage.py [work_dir]
+    python docs/second_stage.py UPSCALER [work_dir]
 
-A dog with rings, five photographs, three seeds. Enlarged are small pictures of it in new poses and
+UPSCALER is what `python -m minibooth.toybox.second_stage` has made. A dog with rings, five
+photographs, three seeds. Enlarged are small pictures of it in new poses and
 places: true ones; the same through the first stage's autoencoder, as soft as what it draws; and
-drawings of a first stage that was taught the dog. By the toybox's upscaler as shipped; taught the
+drawings of a first stage that was taught the dog. By the toybox's upscaler as it is; taught the
 dog at high levels of noise; at low ones. Where there is a truth, it is the world's own rendering.
 """
 
@@ -35,7 +36,7 @@ HERE = Path(__file__).parent
 SEEDS = 0, 1, 2
 PROMPT = "a sks dog"
 # Levels of training, and the one at which pictures are enlarged: one that was trained.
-LEVELS = {"as shipped": (None, 20), "high": ((150, 349), 150), "low": ((0, 20), 20)}
+LEVELS = {"not taught": (None, 20), "high": ((150, 349), 150), "low": ((0, 20), 20)}
 STEPS, RATE, BATCH = 200, 2e-4, 2
 # What counts as the paper's direction, fixed before the first run: for every seed, on the rings of
 # true small pictures, the error taught at low levels is at most so much of the others' errors.
@@ -83,15 +84,17 @@ def first_stage(folder: Path, seed: int, photos: Path) -> pipeline.StableDiffusi
     return pipeline.load(out)
 
 
-def taught(folder: Path, seed: int, photos: Path, levels: tuple[int, int] | None) -> Upscaler:
-    """The toybox's upscaler, taught the dog at these levels; as shipped without."""
+def taught(
+    up: str, folder: Path, seed: int, photos: Path, levels: tuple[int, int] | None
+) -> Upscaler:
+    """The toybox's upscaler, taught the dog at these levels; as it was without."""
     if levels is None:
-        return pipeline.load("toybox-x4")
+        return pipeline.load(up)
     out = folder / f"dog-x4-{seed}-{levels[0]}"
     if not (out / "model_index.json").exists():
         train.train(
             TrainConfig(
-                model="toybox-x4",
+                model=up,
                 instance_data_dir=str(photos),
                 instance_prompt=PROMPT,
                 prior_loss_weight=0.0,
@@ -117,7 +120,7 @@ def bicubic(small: Tensor) -> Tensor:
     return F.interpolate(small, second_stage.LARGE, mode="bicubic").clamp(0, 1)
 
 
-def run(folder: Path) -> tuple[list[dict], list[list[Image.Image]]]:
+def run(upscaler: str, folder: Path) -> tuple[list[dict], list[list[Image.Image]]]:
     """The rows of the table, and of the picture."""
     photos, judge, some = photographs(folder), judges.load(hub.toybox()), scenes()
     large, marks, toy = rendered(some), rings(some), pipeline.load("toybox")
@@ -131,7 +134,7 @@ def run(folder: Path) -> tuple[list[dict], list[list[Image.Image]]]:
         given = {"true": sharp, "soft": soft, "drawn": drawn}
         made = {("bicubic", name): bicubic(small) for name, small in given.items()}
         for how, (levels, level) in LEVELS.items():
-            up = taught(folder, seed, photos[second_stage.LARGE], levels)
+            up = taught(upscaler, folder, seed, photos[second_stage.LARGE], levels)
             for name, small in given.items():
                 made[how, name] = enlarged(up, small, level, seed)
         for (how, name), x in made.items():
@@ -171,17 +174,18 @@ def direction(rows: list[dict]) -> dict[str, float]:
         found = [r for r in rows if (r["seed"], r["small"], r["enlarged"]) == (seed, "true", how)]
         return float(found[0]["on the rings"])
 
-    others = ("as shipped", "high")
+    others = ("not taught", "high")
     return {how: max(error(s, "low") / error(s, how) for s in SEEDS) for how in others}
 
 
 def main() -> None:
-    rows, pictures = run(Path(sys.argv[1] if len(sys.argv) > 1 else "second-stage-work"))
+    work = sys.argv[2] if len(sys.argv) > 2 else "second-stage-work"
+    rows, pictures = run(sys.argv[1], Path(work))
     with open(HERE / "second_stage.csv", "w", newline="") as f:
         table = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    headings = ["given", "bicubic", "as shipped", "levels 150 to 349", "levels 0 to 20", "truth"]
+    headings = ["given", "bicubic", "not taught", "levels 150 to 349", "levels 0 to 20", "truth"]
     labels = ["a true small picture", "through the first stage's autoencoder", "drawn"]
     report.save_image(sheets.grid(pictures, labels, headings), HERE / "second_stage.png")
     for how in ("bicubic", *LEVELS):

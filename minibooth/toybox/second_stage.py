@@ -65,12 +65,12 @@ KL_WEIGHT = 2e-3
 # wrong everywhere is seen at once, and is next to nothing beside what edges may do to each latent.
 COLOURS = 4.0
 SOFT = 0.5  # of the small pictures have been through the first stage's autoencoder, as drawn ones
-SAMPLING = {"steps": 5, "guidance_scale": 1.0}
+SAMPLING = {"steps": 2, "guidance_scale": 1.0}
 
 
 @dataclass(frozen=True)
 class Config:
-    output_dir: str = option("weights/toybox/x4", "where the model goes", place="path")
+    output_dir: str = option("toybox-x4", "where the model goes", place="path")
     start_from: str = option("toybox", "whose words and autoencoder it begins with", place="source")
     work_dir: str = option("toybox-x4-work", "where pictures and stages are kept", place="path")
     pictures: int = option(3000, "rendered pictures to train on")
@@ -261,9 +261,9 @@ def train_unet(config: Config, start: StableDiffusion, vae: VAE, pairs: Pairs) -
         ]
         x0 = mean + std * torch.randn(mean.shape, generator=g)
         eps, eta = torch.randn(mean.shape, generator=g), torch.randn(small.shape, generator=g)
-        # √ of evenly drawn: few steps of a sampler are all at high t, where colours are decided.
-        t = (up.schedule.T * torch.rand(count, generator=g).sqrt()).long()
-        level = torch.randint(LEVELS, (count,), generator=g)
+        # Mostly high t, where a sampler of few steps works, and low levels, at which it is used.
+        t = (up.schedule.T * torch.rand(count, generator=g) ** 0.25).long()
+        level = (LEVELS * torch.rand(count, generator=g) ** 3).long()
         x0, eps, eta, small, t, level = (v.to(device) for v in (x0, eps, eta, small, t, level))
         with torch.no_grad():
             c = replace(up.encode(words), level=level)
