@@ -261,8 +261,8 @@ def same_pictures(
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(len(prompts), 4, side, side, generator=generator)
     settings = {"guidance_scale": 4.0, "latents": latents, **settings}
-    ours = sd.generate(list(prompts), steps=8, output="pt", **settings)
-    theirs = pipe(list(prompts), num_inference_steps=8, output_type="pt", **settings).images
+    ours = sd.generate(list(prompts), steps=3, output="pt", **settings)
+    theirs = pipe(list(prompts), num_inference_steps=3, output_type="pt", **settings).images
     return ours, theirs
 
 

@@ -32,7 +32,7 @@ def photographs(times: int = 1) -> Path:
 
 def settings(output_dir: Path, **changes) -> dict:
     """Of a run of 3 steps, a second or so. Class images are drawn once for all tests."""
-    model = changes.pop("kind", "sd1")
+    model = changes.pop("kind", "half")
     if model == "x4":
         upscaler = {"instance_data_dir": str(photographs(2)), "resolution": 32}
         changes = upscaler | {"base_model": str(peers.model("half")[0])} | changes
@@ -58,7 +58,7 @@ def config(output_dir: Path, **changes) -> TrainConfig:
     return TrainConfig(**settings(output_dir, **changes))
 
 
-def model(kind: str = "sd1") -> StableDiffusion:
+def model(kind: str = "half") -> StableDiffusion:
     return load(peers.model(kind)[0])
 
 

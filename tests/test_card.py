@@ -40,7 +40,7 @@ MATRIX = [
 # One run of each: the first trains as a LoRA does, the second has text encoders by the pair, of
 # whose weights some get no gradient, and the third has small pictures in its batches.
 OTHERS = [(other, "bf16", "in full") for other in ("hypernetwork", "SDXL", "upscaler")]
-STEPS = 6  # three as they are, then the recording is replayed three times
+STEPS = 5  # three as they are, then the recording is replayed twice
 
 
 def settings(folder, **changes):
@@ -248,7 +248,7 @@ def test_programs_draw_and_measure_with_graphs(tmp_path):
         ["minibooth.train", *toybox, "--num_validation_images", "0"],
     ]
     places = [["--output_dir", str(tmp_path / call[0])] for call in calls]
-    steps = [["--steps", "5"], ["--steps", "5"], []]
+    steps = [["--steps", "5"], ["--steps", "5"], ["--class_steps", "5"]]
     calls = [call + place + step for call, place, step in zip(calls, places, steps, strict=True)]
     drawn, measured, trained = on_card.ask("programs", calls=calls)
     for found in (drawn, measured, trained):

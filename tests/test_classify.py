@@ -22,7 +22,7 @@ LATENTS = randn(3, 4, 8, 8, seed=1)  # of three photographs
 def test_the_loss_is_the_equation_s(monkeypatch):
     """Against diffusers' UNet and betas, draw by draw: also in a batch that is not full."""
     monkeypatch.setattr(classify, "BATCH", 2)
-    _, pipe = peers.model()
+    _, pipe = peers.model("half")
     sd, n = runs.model(), 3
     x0, eps, t = draw(LATENTS, 1000, 0, 0, n)
     c = sd.encode_prompt(["a dog"])

@@ -355,7 +355,7 @@ def test_the_program_says_what_it_does_and_what_comes_next(program, tmp_path):
     out = tmp_path / "out"
     said = program(train, *runs.arguments(runs.settings(out, max_train_steps=1)))
     assert "identifier: 'sks' is 1 token" in said
-    assert "3 photographs, 5 crops of 32² pixels; device cpu, precision no" in said
+    assert "3 photographs, 5 crops of 16² pixels; device cpu, precision no" in said
     settings = " ".join(said.split())
     for field in dataclasses.fields(TrainConfig):
         value = getattr(runs.config(out, max_train_steps=1), field.name)
@@ -382,7 +382,7 @@ def test_sample_names_its_pictures_and_writes_into_them_how_to_draw_them(program
     names |= {"a-cat-5.png", "a-cat-6.png", "grid.png"}
     assert runs.files(tmp_path) == names
     assert said.strip() == f"4 pictures and grid.png in {tmp_path}"
-    sd = runs.model()
+    sd = runs.model("sd1")
     for name, prompt, seed in [
         ("a-sks-dog-in-the-snow-6.png", "A sks dog, in the snow!", 6),
         ("a-cat-5.png", "a cat", 5),
@@ -403,7 +403,7 @@ def test_sample_passes_every_setting_on(program, tmp_path):
     settings = ["--sampler", "ddpm", "--guidance_scale", 3, "--negative_prompt", "snow"]
     settings += ["--height", 16, "--width", 24, "--num_images", 3, "--batch_size", 2]
     draw(program, tmp_path, "--prompt", "a dog", *settings)
-    drawn = runs.model().generate(
+    drawn = runs.model("sd1").generate(
         ["a dog"] * 3,
         **{"sampler": "ddpm", "guidance_scale": 3, "negative_prompt": "snow", "steps": 2},
         **{"height": 16, "width": 24, "batch_size": 2},
@@ -450,7 +450,7 @@ def test_a_long_prompt_of_other_letters_and_a_long_name_of_a_file_are_written(pr
 def model(tmp_path_factory):
     """A trained model and, in one place, all that convert makes of it."""
     folder = tmp_path_factory.mktemp("convert")
-    train.train(runs.config(folder / "out", max_train_steps=1, train_text_encoder=True))
+    train.train(runs.config(folder / "out", kind="sd1", max_train_steps=1, train_text_encoder=True))
     return folder
 
 

@@ -29,8 +29,8 @@ def trained(tmp_path_factory):
         ("lora", LORA | {"train_text_encoder": True}, "a sks dog"),
         ("word", WORD | {"instance_prompt": "a <sks>"}, "a <sks>"),
     ):
-        sd = runs.model()
-        train.train(runs.config(folder / name, **changes, **SHOWN), sd)
+        sd = runs.model("sd1")
+        train.train(runs.config(folder / name, kind="sd1", **changes, **SHOWN), sd)
         drawn[name] = pixels(sd.generate([prompt], **DRAW)[0])
     return folder, drawn
 

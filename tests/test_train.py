@@ -50,6 +50,7 @@ def independent_loop(config, kind):
     pipe.tokenizer = peers.model(kind)[1].tokenizer
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     unet, text_encoder = pipe.unet.train(), pipe.text_encoder
+    side = 2 * unet.config.sample_size
     groups = [{"params": list(unet.parameters()), "lr": config.learning_rate}]
     if config.train_text_encoder:
         slower = config.text_encoder_learning_rate
@@ -62,7 +63,7 @@ def independent_loop(config, kind):
     )
 
     def latents(files):
-        pictures = photos.load_photos(files, 32)
+        pictures = photos.load_photos(files, side)
         with torch.no_grad():
             found = pipe.vae.encode(pictures.images).latent_dist
         scale = pipe.vae.config.scaling_factor
@@ -74,7 +75,7 @@ def independent_loop(config, kind):
 
     data = {"instance": (latents(config.instance_data_dir), config.instance_prompt)}
     if config.prior_loss_weight:
-        drawn = class_images_of(config)
+        drawn = class_images_of(config, side)
         assert len(drawn) == config.num_class_images
         data["class"] = (latents(drawn), config.class_prompt)
     warm_up, last = config.lr_warmup_steps, config.max_train_steps
@@ -111,9 +112,9 @@ def independent_loop(config, kind):
     return {"unet": unet, "text_encoder": text_encoder}, norm
 
 
-def class_images_of(config):
+def class_images_of(config, side):
     sd, [subject] = load(config.model), config.subjects
-    return class_images.ensure(sd, class_images.find(config, subject, 32, sd.fingerprint()))
+    return class_images.ensure(sd, class_images.find(config, subject, side, sd.fingerprint()))
 
 
 CASES = {
@@ -136,9 +137,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_weights_after_some_steps_equal_an_independent_loop(case, tmp_path, monkeypatch):
-    changes = {"max_grad_norm": 0.3, "max_train_steps": 2} | CASES[case]
+    changes = {"kind": "sd1", "max_grad_norm": 0.3, "max_train_steps": 2} | CASES[case]
     monkeypatch.setattr(train.TrainConfig, "adam_weight_decay", changes.pop("decay", 0.01))
-    kind, config = changes.get("kind", "sd1"), runs.config(tmp_path / "out", **changes)
+    kind, config = changes["kind"], runs.config(tmp_path / "out", **changes)
     sd = runs.model(kind)
     start = {name: runs.flat(network.state_dict()) for name, network in sd.networks.items()}
     train.train(config, sd)
@@ -155,7 +156,7 @@ def test_the_weights_after_some_steps_equal_an_independent_loop(case, tmp_path, 
     assert not (runs.flat(sd.vae.state_dict()) - start["vae"]).any()
 
 
-def trained(folder, on_step=None, kind="sd1", **changes):
+def trained(folder, on_step=None, kind="half", **changes):
     """The weights of everything after a run, and every (step, result) on the way."""
     sd, results = runs.model(kind), []
     config = runs.config(folder, kind=kind, **changes)
@@ -178,7 +179,7 @@ def test_gradient_checkpointing_saves_memory_not_bits(tmp_path, monkeypatch):
     )
     checkpointed, _ = trained(tmp_path / "checkpointed", gradient_checkpointing=True)
     assert torch.equal(plain["unet"], checkpointed["unet"])
-    assert len(calls) == 3 * 18  # steps × (12 resnets and 6 transformers)
+    assert len(calls) == 3 * 12  # steps × (8 resnets and 4 transformers)
 
 
 def test_the_seed_alone_decides_and_0_is_one(tmp_path):
@@ -322,7 +323,7 @@ def test_generators_of_near_seeds_and_names_have_nothing_in_common():
 
 
 def ensure(folder, **changes):
-    sd, side = changes.pop("sd", None) or runs.model(), changes.pop("resolution", 32)
+    sd, side = changes.pop("sd", None) or runs.model(), changes.pop("resolution", 16)
     settings = {"class_prompt": "a dog", "num_class_images": 3, "class_steps": 2}
     settings |= {"class_data_dir": str(folder), "sample_batch_size": 2}
     config = TrainConfig(**settings | changes)
@@ -347,7 +348,7 @@ def test_class_images_are_keyed_by_everything_they_depend_on(tmp_path):
     """All in one folder, none taken for another's."""
     plain = ensure(tmp_path)
     changes = [{"class_prompt": "a cat"}, {"seed": 9}, {"class_steps": 3}]
-    changes += [{"class_sampler": "ddpm"}, {"class_guidance_scale": 1.0}, {"resolution": 16}]
+    changes += [{"class_sampler": "ddpm"}, {"class_guidance_scale": 1.0}, {"resolution": 8}]
     changed = runs.model()
     with torch.no_grad():
         changed.unet.conv_out.weight.mul_(2)
@@ -357,7 +358,7 @@ def test_class_images_are_keyed_by_everything_they_depend_on(tmp_path):
     everything = [f for group in [plain, *drawn] for f in group]
     assert len(set(everything)) == len(everything) == 3 * 8
     assert len({f.read_bytes() for f in everything}) == len(everything)
-    assert Image.open(drawn[5][0]).size == (16, 16)
+    assert Image.open(drawn[5][0]).size == (8, 8)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -625,7 +626,7 @@ def test_the_result_and_its_snapshots_load_in_diffusers(run):
         assert torch.equal(
             runs.flat(peers.tensors(getattr(pipe, name))), runs.flat(network.state_dict())
         )
-    base = peers.model()[1]
+    base = peers.model("half")[1]
     for name in ("vae", "text_encoder"):
         assert torch.equal(
             runs.flat(peers.tensors(getattr(pipe, name))),
@@ -668,7 +669,7 @@ def test_the_pictures_of_a_run_are_whole_and_show_what_they_say(run):
             image.load()
             assert min(image.size) > 200, name
     # Three prompts in rows of two; the last grid holds what the trained model draws.
-    drawn = sd.generate(["a sks dog"] * 2, steps=2, height=32, width=32)
+    drawn = sd.generate(["a sks dog"] * 2, steps=2)
     rows = {n: Image.open(folder / f"samples/step-0000{n}.png").tobytes() for n in (0, 2, 5)}
     assert len(set(rows.values())) == 3
     big = [image.resize((128, 128), Image.Resampling.NEAREST) for image in drawn]
@@ -696,7 +697,7 @@ def contains(path, picture):
 
 def test_the_card_and_the_settings_tell_where_the_result_comes_from(run):
     folder, _, _ = run
-    base = peers.model()[0]
+    base = peers.model("half")[0]
     for card, steps in ((folder, 5), (folder / "checkpoint-4", 4)):
         text = (card / "README.md").read_text()
         head, body = text.split("---\n")[1:]

@@ -36,7 +36,7 @@ def config(folder, **changes) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def models():
-    return {"x4": runs.model("x4"), "sd1": runs.model()}
+    return {"x4": runs.model("x4"), "sd1": runs.model("sd1")}
 
 
 @pytest.fixture(scope="module")

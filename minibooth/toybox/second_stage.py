@@ -43,7 +43,7 @@ UNET_CONFIG = X4_UNET | {
     "cross_attention_dim": 96,
     "down_block_types": ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
     "layers_per_block": 1,
-    "norm_num_groups": 16,
+    "norm_num_groups": 4,  # of 2 channels each, 16 would take away how bright a picture is
     "num_class_embeds": LEVELS,
     "only_cross_attention": False,
     "sample_size": world.SIDE,
@@ -261,7 +261,8 @@ def train_unet(config: Config, start: StableDiffusion, vae: VAE, pairs: Pairs) -
         ]
         x0 = mean + std * torch.randn(mean.shape, generator=g)
         eps, eta = torch.randn(mean.shape, generator=g), torch.randn(small.shape, generator=g)
-        t = torch.randint(up.schedule.T, (count,), generator=g)
+        # √ of evenly drawn: few steps of a sampler are all at high t, where colours are decided.
+        t = (up.schedule.T * torch.rand(count, generator=g).sqrt()).long()
         level = torch.randint(LEVELS, (count,), generator=g)
         x0, eps, eta, small, t, level = (v.to(device) for v in (x0, eps, eta, small, t, level))
         with torch.no_grad():

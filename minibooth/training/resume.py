@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -72,11 +73,12 @@ def size(sd: StableDiffusion, config: TrainConfig) -> int:
     """Bytes of a state's tensors."""
     if config.save_state == "none":
         return 0
-    stored, tensors = STORED[config.save_state], [torch.zeros(()), torch.zeros(())]  # fp16's scale
-    for p in plan.trainable(sd, config):
-        weight = nn.Parameter(torch.empty_like(p, dtype=torch.float32, device="meta"))
-        tensors += [weight, *fresh_state(weight.detach(), config.use_8bit_adam).values()]
-    return sum(x.numel() * stored(x).itemsize for x in tensors)
+    stored, total = STORED[config.save_state], 2 * torch.float32.itemsize  # fp16's scale
+    for numbers, times in Counter(p.numel() for p in plan.trainable(sd, config)).items():
+        weight = nn.Parameter(torch.empty(numbers, device="meta"))
+        tensors = weight, *fresh_state(weight.detach(), config.use_8bit_adam).values()
+        total += times * sum(x.numel() * stored(x).itemsize for x in tensors)
+    return total
 
 
 def keep_only(run: Path, step: int) -> None:

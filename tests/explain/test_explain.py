@@ -73,7 +73,7 @@ def test_attention_is_the_softmax_of_each_head_and_explains_the_layer_s_output()
 
 
 def test_every_layer_that_reads_the_text_is_seen_and_left_as_it_was():
-    sd = runs.model()
+    sd = runs.model("sd1")
     a = term(sd, PROMPT, 2, 1)
     plain = sd.unet(a.x0, a.t, a.c)
     with microscope.cross_attention(sd.unet) as seen:
@@ -406,7 +406,7 @@ def test_training_explains_both_its_ends_and_is_not_changed_by_it(tmp_path):
     only = runs.files(tmp_path / "looked") - runs.files(tmp_path / "plain")
     assert only == {"explain.html", "state/explain.pt"}
     text, _ = read(tmp_path / "looked" / "explain.html")
-    assert "text_encoder.encoder.layers.1" in text
+    assert "text_encoder.encoder.layers.0" in text
     assert "own weight" in text and "after 3 steps" in text
 
 

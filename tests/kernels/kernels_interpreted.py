@@ -441,8 +441,8 @@ def test_operator_obeys_torch_library(operator, arguments):
 def test_equal_bits_in_two_runs():
     rows, (of_rows, _) = rows_case((1, 70, 24), FP16)
     for run, (inputs, upstream) in (
-        (at.attention, attention_case(1, 2, 70, 77, 40, FP16)),
-        (at.attention, attention_case(1, 2, 70, 150, 40, FP16)),
+        (at.attention, attention_case(1, 1, 70, 77, 40, FP16)),
+        (at.attention, attention_case(1, 1, 70, 150, 40, FP16)),
         (lambda *x: gn.group_norm(x[0], 2, *x[1:], 1e-5, True),
          group_norm_case((2, 8, 12, 12), FP16, torch.channels_last)),
         (lambda *x: ln.layer_norm(*x, 1e-5), (rows[:1] + rows[2:], of_rows)),
@@ -528,8 +528,7 @@ def test_the_benchmark_rehearsed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (0, 0))
 
     def once(make_calls):
-        for call in make_calls()[:2]:
-            call()
+        make_calls()[0]()
         return 1e-3
 
     monkeypatch.setattr(kernels, "graph_time", once)
@@ -664,7 +663,7 @@ def test_the_smallest_kernel_is_launched():
         Case("attention", (1, 2, 70, 150, 40), "float16", False),
         Case("group_norm", (2, 32, 12, 12), "float16", True, (4, True, True, "float32", False)),
         Case("adamw", (), "float16", False),
-        Case("group_norm", (1, 64, 70, 70), "float16", True, (32, True, False, "float16", False)),
+        Case("group_norm", (1, 8, 70, 70), "float16", True, (4, True, False, "float16", False)),
         Case("layer_norm", (2, 9, 40), "float16", True, (True, "float32")),
         Case("layer_norm", (2, 9, 40), "float16", False, (False, "float16")),
         Case("geglu", (2, 9, 40), "float16", True),

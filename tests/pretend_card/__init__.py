@@ -20,6 +20,7 @@ Only one card can be put in, once, in a process of its own: see tests/on_card.py
 
 import collections
 import ctypes
+import functools
 import hashlib
 import importlib.abc
 import importlib.util
@@ -343,11 +344,19 @@ def noted(what: bytes) -> None:
     """Called by card.cpp where the host waits."""
     frame, where = sys._getframe(), []
     while frame is not None:
-        file, name = frame.f_code.co_filename, frame.f_code.co_qualname
-        if "/minibooth" in file and "/tests/" not in file:  # a clone has that name, too
-            where.append(f"{Path(file).stem}.{name.replace('<locals>.', '')}")
+        if name := function_of(frame.f_code):
+            where.append(name)
         frame = frame.f_back
     WAITS[what.decode(), tuple(where)] += 1
+
+
+@functools.cache
+def function_of(code: types.CodeType) -> str | None:
+    """Its name, with its module's, if it is this project's and no test."""
+    file, name = code.co_filename, code.co_qualname
+    if "/minibooth" in file and "/tests/" not in file:  # a clone has that name, too
+        return f"{Path(file).stem}.{name.replace('<locals>.', '')}"
+    return None
 
 
 def counts() -> tuple[int, int]:

@@ -238,7 +238,7 @@ def test_a_word_typed_with_capitals_is_the_same_in_diffusers(tmp_path, capsys):
     assert "<My-Dog> is written <my-dog>" in said
     [prompt] = re.findall(r'--prompt "(.*)"', said)
     assert set(load_file(tmp_path / adapters.DIFFUSERS_EMBEDDING)) == {"<my-dog>"}
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(peers.model()[0])
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(peers.model("half")[0])
     pipe.load_textual_inversion(tmp_path)
     converted = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)
     theirs = pipe.tokenizer(converted, padding="max_length", max_length=77).input_ids
