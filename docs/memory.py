@@ -68,8 +68,8 @@ Encoding and decoding are counted as if PyTorch kept the scores of the VAE's att
 pixels by as many, which its fused kernels do not; for larger pictures attention goes in parts.
 
 On a CPU, with random weights in fp32, one thread, on a machine that had other work: a picture of
-64² enlarged in two steps with guidance took 119 s and 4.3 GB at most, a training step of all
-weights on a piece of 128², checkpointed and with AdamW, 92 s and 9.7 GB
+64² enlarged in two steps with guidance took 78 s and 4.2 GB at most, a training step of all
+weights on a piece of 128², checkpointed and with AdamW, 26 s and 9.7 GB
 (`pytest -m slow -s tests/test_upscaler_full_size.py`)."""
 LAST = """
 Counted, too. Where an option saves memory:
