@@ -69,7 +69,7 @@ NETWORKS = {
 }
 
 
-def assert_equal_training(one, two, trained=("unet",), bits=1e-3, kind="sd1"):
+def assert_equal_training(one, two, trained=("unet",), bits=1e-3, kind="half"):
     """Weights moved alike, up to that share of the way."""
     for name, file in NETWORKS.items():
         before = load_file(runs.Path(settings(one, kind=kind)["model"]) / file)
