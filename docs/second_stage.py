@@ -179,6 +179,8 @@ def direction(rows: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     work = sys.argv[2] if len(sys.argv) > 2 else "second-stage-work"
     rows, pictures = run(sys.argv[1], Path(work))
     with open(HERE / "second_stage.csv", "w", newline="") as f:

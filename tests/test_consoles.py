@@ -14,7 +14,7 @@ from minibooth.evaluate import __main__ as evaluate
 
 HELP = ["train", "sample", "convert", "explain", "evaluate", "bench"]
 HELP += ["evaluate dataset", "evaluate snapshots"]
-HELP += [f"toybox.{name}" for name in ("drift", "gallery", "judge", "pretrain")]
+HELP += [f"toybox.{name}" for name in ("drift", "gallery", "judge", "pretrain", "second_stage")]
 
 
 @pytest.fixture

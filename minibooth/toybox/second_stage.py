@@ -33,7 +33,7 @@ from ..unet import UNet
 from ..upscaler import SCALE, Upscaler, reduced, seeing
 from ..vae import VAE
 from . import world
-from .pretrain import UNCONDITIONAL, fit, scene
+from .pretrain import UNCONDITIONAL, check_start, fit, scene
 
 LARGE = SCALE * world.SIDE  # pixels
 LEVELS = 350  # of the noise on the small picture, as the public upscaler has
@@ -313,6 +313,7 @@ def train(config: Config) -> None:
     cli.check_at_least_one(config, ("pictures", "vae_steps", "steps"))
     for name in ("output_dir", "work_dir"):
         cli.check_folder(f"--{name}", getattr(config, name))
+    check_start(config.start_from)
     start = pipeline.load(config.start_from)
     pictures = render_all(config)
     vae = train_vae(config, start, pictures)
