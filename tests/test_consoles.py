@@ -55,7 +55,7 @@ def test_a_run_whose_names_the_console_lacks_goes_through_to_its_end(printed, tm
     out = tmp_path / "犬"
     settings = runs.arguments(runs.settings(out, max_train_steps=1))
     said = printed(train, "ascii", *settings).decode("ascii")
-    assert "5 crops of 32? pixels" in said and f"done: {tmp_path}/? is the model" in said
+    assert "5 crops of 16? pixels" in said and f"done: {tmp_path}/? is the model" in said
     given = ["--model", out, "--prompt", "犬", "--num_images", 1, "--steps", 1, "--device", "cpu"]
     said = printed(sample, "cp1252", *given, "--output_dir", out / "图")
     assert said.decode("cp1252").startswith("1 pictures and grid.png")
