@@ -345,11 +345,11 @@ def test_the_experiments_training_is_the_training_programs(tmp_path, prior_loss_
     expected = train.train(config).tensors()
 
     sd = runs.model()
-    kept = photos.load_photos(folder, 32)
+    kept = photos.load_photos(folder, sd.image_size)
     instance = encode(sd, kept, False, "photographs")
     prior = instance
     if prior_loss_weight:
-        files = photos.load_photos(tmp_path / "run" / "class_images", 32)
+        files = photos.load_photos(tmp_path / "run" / "class_images", sd.image_size)
         prior = encode(sd, files, False, "class images")
     arm = drift.Arm("arm", prior_loss_weight, 2, "a sks dog")
     same = drift.DriftConfig(steps=config.max_train_steps, learning_rate=config.learning_rate)

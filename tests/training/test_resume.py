@@ -193,7 +193,7 @@ def refused(folder, run):
         ({"kind": "sd2"}, "the model changed"),
         ({"instance_prompt": "a sks cat"}, "instance_prompt was 'a sks dog' and is 'a sks cat'"),
         ({"class_prompt": "a cat"}, "class_prompt was 'a dog' and is 'a cat'"),
-        ({"resolution": 16}, "resolution was 32 and is 16"),
+        ({"resolution": 32}, "resolution was 16 and is 32"),
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"prior_loss_weight": 0.5}, "prior_loss_weight was 1.0 and is 0.5"),
         ({"prior_loss_weight": 0.0}, "prior_loss_weight was 1.0 and is 0.0"),
