@@ -2,7 +2,7 @@
 
     python docs/second_stage.py UPSCALER [work_dir]
 
-UPSCALER is what `python -m minibooth.toybox.second_stage` has made. A dog with rings, five
+UPSCALER is what `python -m minibooth.toybox.pretrain_upscaler` has made. A dog with rings, five
 photographs, three seeds. Enlarged are small pictures of it in new poses and
 places: true ones; the same through the first stage's autoencoder, as soft as what it draws; and
 drawings of a first stage that was taught the dog. By the toybox's upscaler as it is; taught the
@@ -27,7 +27,7 @@ from minibooth.common import sheets
 from minibooth.common.pictures import to_pil
 from minibooth.formats import hub
 from minibooth.toybox import judge as judges
-from minibooth.toybox import score, second_stage, world
+from minibooth.toybox import pretrain_upscaler, score, world
 from minibooth.training import report
 from minibooth.training.settings import TrainConfig
 from minibooth.upscaler import Upscaler, reduced
@@ -53,7 +53,7 @@ def scenes() -> list[world.Scene]:
 
 def rendered(some: list[world.Scene]) -> Tensor:
     """(N, 3, 256, 256) in [0, 1]."""
-    pictures = np.stack([np.asarray(world.render(s, second_stage.LARGE)) for s in some])
+    pictures = np.stack([np.asarray(world.render(s, pretrain_upscaler.LARGE)) for s in some])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
@@ -66,7 +66,7 @@ def rings(some: list[world.Scene]) -> Tensor:
 def photographs(folder: Path) -> dict[int, Path]:
     """The dog's five pictures as files, by their side."""
     folders = {}
-    for side in (world.SIDE, second_stage.LARGE):
+    for side in (world.SIDE, pretrain_upscaler.LARGE):
         folders[side] = folder / f"photographs-{side}"
         folders[side].mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(world.RINGED.scenes):
@@ -112,12 +112,12 @@ def taught(
 
 def enlarged(up: Upscaler, small: Tensor, level: int, seed: int) -> Tensor:
     """small: (N, 3, 64, 64) in [0, 1] → (N, 3, 256, 256)."""
-    how = second_stage.SAMPLING | {"noise_level": level, "seed": seed, "output": "pt"}
+    how = pretrain_upscaler.SAMPLING | {"noise_level": level, "seed": seed, "output": "pt"}
     return up.upscale(small, [PROMPT] * len(small), **how)
 
 
 def bicubic(small: Tensor) -> Tensor:
-    return F.interpolate(small, second_stage.LARGE, mode="bicubic").clamp(0, 1)
+    return F.interpolate(small, pretrain_upscaler.LARGE, mode="bicubic").clamp(0, 1)
 
 
 def run(upscaler: str, folder: Path) -> tuple[list[dict], list[list[Image.Image]]]:
@@ -126,7 +126,7 @@ def run(upscaler: str, folder: Path) -> tuple[list[dict], list[list[Image.Image]
     large, marks, toy = rendered(some), rings(some), pipeline.load("toybox")
     _, truth = judge.look(score.photographs(photos[world.SIDE]))
     sharp = (reduced(2 * large - 1) / 2 + 0.5).clamp(0, 1)
-    soft = (second_stage.decoded(toy.vae, 2 * sharp - 1) / 2 + 0.5).clamp(0, 1)
+    soft = (pretrain_upscaler.decoded(toy.vae, 2 * sharp - 1) / 2 + 0.5).clamp(0, 1)
     prompts, rows, pictures = [f"{PROMPT} {place}" for place in world.PLACES], [], []
     for seed in SEEDS:
         dog = first_stage(folder, seed, photos[world.SIDE])
@@ -134,7 +134,7 @@ def run(upscaler: str, folder: Path) -> tuple[list[dict], list[list[Image.Image]
         given = {"true": sharp, "soft": soft, "drawn": drawn}
         made = {("bicubic", name): bicubic(small) for name, small in given.items()}
         for how, (levels, level) in LEVELS.items():
-            up = taught(upscaler, folder, seed, photos[second_stage.LARGE], levels)
+            up = taught(upscaler, folder, seed, photos[pretrain_upscaler.LARGE], levels)
             for name, small in given.items():
                 made[how, name] = enlarged(up, small, level, seed)
         for (how, name), x in made.items():

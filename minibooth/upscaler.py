@@ -185,7 +185,7 @@ def require_kind(sd: StableDiffusion, given: str, upscaler: bool = False) -> Non
     if isinstance(sd, Upscaler) and not upscaler:
         raise UserError(
             f"{given} is an upscaler, which draws nothing by itself: give a model that draws; "
-            "minibooth.sample takes this one as --upscaler"
+            "minibooth.sample takes this one as --upscaler, minibooth.train as --model"
         )
 
 

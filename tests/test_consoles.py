@@ -14,7 +14,9 @@ from minibooth.evaluate import __main__ as evaluate
 
 HELP = ["train", "sample", "convert", "explain", "evaluate", "bench"]
 HELP += ["evaluate dataset", "evaluate snapshots"]
-HELP += [f"toybox.{name}" for name in ("drift", "gallery", "judge", "pretrain", "second_stage")]
+HELP += [
+    f"toybox.{name}" for name in ("drift", "gallery", "judge", "pretrain", "pretrain_upscaler")
+]
 
 
 @pytest.fixture

@@ -268,6 +268,7 @@ def test_what_saves_memory_and_time_changes_the_loss_by_rounding_alone(gathered)
         ({"resolution": 40}, "--resolution must be a multiple of 16 for an upscaler"),
         ({"resolution": 128}, "draws 16², which is smaller than what becomes --resolution 128"),
         ({"resolution": 64, "instance_data_dir": str(runs.photographs())}, "smaller than 64²"),
+        ({"resolution": 64, "class_data_dir": str(runs.photographs())}, "3 of 3 .* than 64²"),
         ({"base_model": None}, "cannot draw class images from words, and .* holds none: give --ba"),
         ({"explain": True}, "--explain shows a model that draws"),
         ({"method": "hypernetwork"}, "--method hypernetwork: an upscaler is trained whole or by"),
@@ -282,7 +283,9 @@ def test_what_saves_memory_and_time_changes_the_loss_by_rounding_alone(gathered)
         ),
     ],
 )
-def test_what_is_refused_in_one_line(tmp_path, models, changes, said):
+def test_what_is_refused_in_one_line(tmp_path, models, monkeypatch, changes, said):
+    """And before the base model draws."""
+    monkeypatch.setattr(enlarging, "base_draws", lambda *_: pytest.fail("drawn before"))
     given = {"class_data_dir": str(tmp_path / "class")} | changes
     with pytest.raises(UserError, match=said) as e:
         train.train(config(tmp_path / "out", **given), models[given.get("model", "x4")])

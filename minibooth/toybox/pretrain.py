@@ -14,7 +14,7 @@ import math
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -211,16 +211,29 @@ def fit(
 # ---- stage 1: the autoencoder ------------------------------------------------------------------
 
 
-def crops(pictures: Tensor, count: int, g: torch.Generator) -> Tensor:
-    """(count, 3, 32, 32): each from anywhere in any picture."""
-    rows = torch.randint(len(pictures), (count,), generator=g)
-    corners = torch.randint(world.SIDE - CROP + 1, (count, 2), generator=g).tolist()
-    return torch.stack(
-        [
-            pictures[row, :, y : y + CROP, x : x + CROP]
-            for row, (y, x) in zip(rows, corners, strict=True)
-        ]
-    )
+def crops(whole: Sequence[Tensor], rows: Tensor, side: int, g: torch.Generator) -> list[Tensor]:
+    """Of each (N, C, S, S) the same squares, (B, C, side, side): from anywhere in these rows."""
+    corners = torch.randint(whole[0].shape[-1] - side + 1, (len(rows), 2), generator=g).tolist()
+    places = list(zip(rows.tolist(), corners, strict=True))
+    return [
+        torch.stack([x[row, :, y : y + side, left : left + side] for row, (y, left) in places])
+        for x in whole
+    ]
+
+
+def vae_loss(
+    vae: VAE, x: Tensor, g: torch.Generator, kl_weight: float, squares: Sequence[int]
+) -> Tensor:
+    """Of pictures x, (B, 3, H, W) in [-1, 1]: the error, that of their gradients, which makes edges
+    sharp, that of the colours of squares of so many pixels, and the latents' KL divergence."""
+    mean, std = vae.encode(x)  # (B, 4, H/4, W/4) each
+    noise = torch.randn(mean.shape, generator=g).to(x.device)
+    kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
+    error = vae.decode(mean + std * noise).float() - x
+    across, down = error.diff(dim=3), error.diff(dim=2)
+    edges = across.abs().mean() + down.abs().mean()
+    colours = sum(F.avg_pool2d(error, side).abs().mean() for side in squares)
+    return error.abs().mean() + edges + colours + kl_weight * kl.mean()
 
 
 def fit_vae(
@@ -238,20 +251,12 @@ def fit_vae(
     def loss_of(step: int) -> Tensor:
         g = rng(config.seed, name, step)
         if step > share_of_crops * steps:
-            rows = torch.randint(len(pictures), (config.batch_size // 4,), generator=g)
-            x = to_images(pictures[rows])  # (B / 4, 3, 64, 64)
+            count = max(1, config.batch_size // 4)
+            x = pictures[torch.randint(len(pictures), (count,), generator=g)]  # (B / 4, 3, 64, 64)
         else:
-            x = to_images(crops(pictures, config.batch_size, g))  # (B, 3, 32, 32)
-        size = (len(x), VAE_CONFIG["latent_channels"], x.shape[2] // 4, x.shape[3] // 4)
-        noise, x = torch.randn(size, generator=g).to(device), x.to(device)
-        mean, std = vae.encode(x)
-        kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
-        error = vae.decode(mean + std * noise).float() - x
-        # The error, and that of the picture's gradients: sharp edges.
-        across, down = error.diff(dim=3), error.diff(dim=2)
-        edges = across.abs().mean() + down.abs().mean()
-        colours = F.avg_pool2d(error, 4).abs().mean()  # of small things: one latent's square
-        return error.abs().mean() + edges + colours + KL_WEIGHT * kl.mean()
+            rows = torch.randint(len(pictures), (config.batch_size,), generator=g)
+            (x,) = crops([pictures], rows, CROP, g)  # (B, 3, 32, 32)
+        return vae_loss(vae, to_images(x).to(device), g, KL_WEIGHT, squares=(4,))  # 4: one latent's
 
     networks = nn.ModuleDict({"vae": vae})
     return fit(config, name, networks, loss_of, steps, rate, show_decoded(config, name))["vae"]

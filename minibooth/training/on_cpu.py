@@ -32,7 +32,7 @@ def refuse(sd: StableDiffusion, config, resolution: int, device: torch.device) -
 
 
 def seconds_per_step(sd: StableDiffusion, config, resolution: int) -> float:
-    """Of the UNet in a training step, forward and backward, on nothing; the last of STEPS."""
+    """Of the UNet in a training step, forward and backward, on zeros; the last of STEPS."""
     batch, side, unet = passes.samples(config), resolution // sd.vae.factor, sd.configs["unet"]
     whole = config.method == "dreambooth"  # else the gradients only pass through
     sd.unet.requires_grad_(whole)

@@ -57,15 +57,14 @@ def to_come(
     config: TrainConfig, class_images: int, done: int = 0, of_grid: int | None = None
 ) -> Passes:
     """Of a run that lacks so many class images and has so many updates behind it. `of_grid`: the
-    pictures of a grid, where they are not so many for each prompt."""
+    pictures of a grid, where an upscaler makes it."""
     guidance = config.class_guidance_scale, config.validation_guidance_scale
     updates = max(0, config.max_train_steps - done)
     between = range(done + 1, config.max_train_steps)
     grids = 2 + sum(step % config.validation_steps == 0 for step in between)
     pictures = 0
     if config.num_validation_images:
-        of_prompts = len(config.grid_prompts) * config.num_validation_images
-        each = of_prompts if of_grid is None else of_grid
+        each = config.grid_pictures if of_grid is None else of_grid
         pictures = -(-grids * each // ranks.count())
     return Passes(
         drawing(class_images, config.class_steps, guidance[0]),

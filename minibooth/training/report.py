@@ -306,7 +306,7 @@ def enlarging(run: Path, config: TrainConfig) -> list[str]:
     subject, given = config.subjects[0], ["--upscaler", str(run)]
     if config.method == "lora":
         given = ["--upscaler", str(config.model), "--upscaler_lora", str(run)]
-    if (level := second_stage.level(config)) != second_stage.LEVEL:
+    if (level := second_stage.level(second_stage.levels(config))) != second_stage.LEVEL:
         given += ["--noise_level", str(level)]
     if config.base_model:
         return ["--model", config.base_model, *given, "--prompt", subject.instance_prompt]

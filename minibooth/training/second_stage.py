@@ -33,9 +33,9 @@ def levels(config: TrainConfig) -> tuple[int, int]:
     return tuple(config.noise_level or LEVELS)
 
 
-def level(config: TrainConfig) -> int:
+def level(trained: tuple[int, int]) -> int:
     """s at which a run enlarges pictures: LEVEL, or the nearest that is trained."""
-    lowest, highest = levels(config)
+    lowest, highest = trained
     return min(max(LEVEL, lowest), highest)
 
 
@@ -44,7 +44,6 @@ class SecondStage:
     """What a run that trains an upscaler has beside others."""
 
     levels: tuple[int, int]  # the lowest and the highest s of training
-    level: int  # s at which class images and grids are enlarged
     base: StableDiffusion | None  # --base_model, until it has drawn
     base_fingerprint: str | None
     detail: int  # shorter side in pixels of a whole large picture, and of photographs
@@ -61,6 +60,11 @@ class SecondStage:
     def identity(self) -> dict:
         """What must be the same when a run goes on."""
         return {"noise_level": list(self.levels), "base model": self.base_fingerprint}
+
+    @property
+    def level(self) -> int:
+        """s at which class images and grids are enlarged."""
+        return level(self.levels)
 
     @property
     def draws(self) -> str:
@@ -84,19 +88,20 @@ def of_run(
                 raise UserError(f"--{name} is for training an upscaler, and --model is none")
         return None
     check(sd, config, resolution)
-    how, shown = (levels(config), level(config)), min(PHOTOGRAPHS, photographs)
+    trained, shown = levels(config), min(PHOTOGRAPHS, photographs)
     if config.base_model is None:
-        return SecondStage(*how, None, None, SCALE * resolution, shown)
+        return SecondStage(trained, None, None, SCALE * resolution, shown)
     base = pipeline.load(config.base_model)
     require_kind(base, f"--base_model {config.base_model}")
-    side, least = base.latent_shape(1, None, None, None) and base.image_size, resolution // SCALE
+    base.latent_shape(1, None, None, None)  # refuses one that cannot draw by itself
+    side, least = base.image_size, resolution // SCALE
     if side < least:
         raise UserError(
             f"--base_model {config.base_model} draws {side}², which is smaller than what becomes "
             f"--resolution {resolution}, {least}²"
         )
     prompts = config.grid_prompts if config.num_validation_images else []
-    return SecondStage(*how, base, base.fingerprint(), SCALE * side, shown, prompts)
+    return SecondStage(trained, base, base.fingerprint(), SCALE * side, shown, prompts)
 
 
 def check(up: Upscaler, config: TrainConfig, resolution: int) -> None:
@@ -110,11 +115,13 @@ def check(up: Upscaler, config: TrainConfig, resolution: int) -> None:
     check_method(config)
     if config.explain:
         raise UserError("--explain shows a model that draws: an upscaler is trained without it")
-    if config.uses_prior and config.base_model is None:
-        folders = [subject.class_folder(config.output_dir) for subject in config.subjects]
-        if lacking := [folder for folder in folders if not photos.own(folder)]:
+    for subject in config.subjects * config.uses_prior:
+        folder = subject.class_folder(config.output_dir)
+        if own := photos.own(folder):  # refuses those that are too small
+            photos.load_photos(own, resolution, detail=resolution)
+        elif config.base_model is None:
             raise UserError(
-                f"an upscaler cannot draw class images from words, and {lacking[0]} holds none: "
+                f"an upscaler cannot draw class images from words, and {folder} holds none: "
                 "give --base_model, which draws them, or --class_data_dir with pictures of the "
                 "class, or --prior_loss_weight 0"
             )

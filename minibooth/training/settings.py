@@ -293,6 +293,11 @@ class TrainConfig:
         return prompts + [s.class_prompt for s in self.subjects] * self.uses_prior
 
     @property
+    def grid_pictures(self) -> int:
+        """Of a sample grid of a model that draws."""
+        return len(self.grid_prompts) * self.num_validation_images
+
+    @property
     def grid_prompts(self) -> list[str]:
         """Of the sample grids."""
         if self.validation_prompt:

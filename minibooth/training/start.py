@@ -138,8 +138,7 @@ class Run:
     @property
     def pictures(self) -> int:
         """Of a grid."""
-        of_prompts = len(self.config.grid_prompts) * self.config.num_validation_images
-        return self.second.pictures if self.second else of_prompts
+        return self.second.pictures if self.second else self.config.grid_pictures
 
     @property
     def idle(self) -> list[nn.Module]:

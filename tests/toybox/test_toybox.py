@@ -20,7 +20,7 @@ from minibooth import UserError, load, toybox, train
 from minibooth.formats import hub
 from minibooth.text_encoder import TextEncoder
 from minibooth.tokenizer import Tokenizer
-from minibooth.toybox import drift, judge, pretrain, score, second_stage, world
+from minibooth.toybox import drift, judge, pretrain, pretrain_upscaler, score, world
 from minibooth.toybox.score import Kept, Learned, Yardstick
 from minibooth.training import photos
 from minibooth.training.data import encode
@@ -412,8 +412,16 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_done(tmp_path)
         (pretrain.pretrain, pretrain.PretrainConfig(**going_on, vae_steps=-1), "--vae_steps"),
         (pretrain.pretrain, pretrain.PretrainConfig(**pretraining | {"work_dir": file}), "is a f"),
         (pretrain.pretrain, pretrain.PretrainConfig(**pretraining, start_from=tiny), "'s size"),
-        (second_stage.train, second_stage.Config(**pretraining, start_from=tiny), "'s size"),
-        (second_stage.train, second_stage.Config(**pretraining, steps=0), "--steps must be at l"),
+        (
+            pretrain_upscaler.pretrain,
+            pretrain_upscaler.UpscalerConfig(**pretraining, start_from=tiny),
+            "'s size",
+        ),
+        (
+            pretrain_upscaler.pretrain,
+            pretrain_upscaler.UpscalerConfig(**pretraining, steps=0),
+            "--steps must be at l",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             run(config)

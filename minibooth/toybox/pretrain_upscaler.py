@@ -1,4 +1,4 @@
-"""python -m minibooth.toybox.second_stage: train the toybox's upscaler, from 64² to 256².
+"""python -m minibooth.toybox.pretrain_upscaler: train the toybox's upscaler, from 64² to 256².
 
 The world can be rendered at any size, so that there are true large pictures. First the toybox's
 autoencoder, which knows none of 256², learns them; then a UNet as the public upscaler's, but small,
@@ -33,7 +33,7 @@ from ..unet import UNet
 from ..upscaler import SCALE, Upscaler, reduced, seeing
 from ..vae import VAE
 from . import world
-from .pretrain import UNCONDITIONAL, check_start, fit, scene
+from .pretrain import UNCONDITIONAL, check_start, crops, fit, scene, vae_loss
 
 LARGE = SCALE * world.SIDE  # pixels
 LEVELS = 350  # of the noise on the small picture, as the public upscaler has
@@ -69,7 +69,7 @@ SAMPLING = {"steps": 2, "guidance_scale": 1.0}
 
 
 @dataclass(frozen=True)
-class Config:
+class UpscalerConfig:
     output_dir: str = option("toybox-x4", "where the model goes", place="path")
     start_from: str = option("toybox", "whose words and autoencoder it begins with", place="source")
     work_dir: str = option("toybox-x4-work", "where pictures and stages are kept", place="path")
@@ -87,7 +87,7 @@ class Config:
 # ---- the pictures ------------------------------------------------------------------------------
 
 
-def render_all(config: Config) -> Tensor:
+def render_all(config: UpscalerConfig) -> Tensor:
     """(N, 3, 256, 256) uint8 of the toybox's own scenes, rendered once and kept."""
     path = Path(config.work_dir) / "pictures.npy"
     if not path.exists():
@@ -98,45 +98,30 @@ def render_all(config: Config) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-def pieces(whole: list[Tensor], rows: Tensor, side: int, g: torch.Generator) -> list[Tensor]:
-    """Of each (N, C, S·k, S·k) the same squares, of `side` where k is 1, in row after row."""
-    small = min(x.shape[-1] for x in whole)
-    corners = torch.randint(small - side + 1, (len(rows), 2), generator=g).tolist()
-    places = list(zip(rows.tolist(), corners, strict=True))
-    cut = []
-    for x in whole:
-        k = x.shape[-1] // small
-        s = k * side
-        parts = [x[i, :, k * y : k * y + s, k * left : k * left + s] for i, (y, left) in places]
-        cut.append(torch.stack(parts))
-    return cut
+def held_out(side: int, count: int = 8) -> np.ndarray:
+    """(N, side, side, 3) uint8 of scenes that are in no training set, the first in neon."""
+    scenes = [world.random_scene(random.Random(f"held out {i}")) for i in range(count)]
+    scenes[0] = replace(scenes[0], style=world.NEON)
+    return np.stack([np.asarray(world.render(one, side)) for one in scenes])
 
 
 # ---- the autoencoder ---------------------------------------------------------------------------
 
 
-def train_vae(config: Config, start: StableDiffusion, pictures: Tensor) -> VAE:
+def train_vae(config: UpscalerConfig, start: StableDiffusion, pictures: Tensor) -> VAE:
     """The toybox's, taught large pictures: on crops, then on whole ones."""
     device = cli.pick_device(config.device)
     vae = copy.deepcopy(start.vae).float().to(device).requires_grad_(True)
-    crops = (1 - WHOLE) * config.vae_steps
+    on_crops = (1 - WHOLE) * config.vae_steps
 
     def loss_of(step: int) -> Tensor:
         g = rng(config.seed, "vae", step)
-        if step > crops:
+        if step > on_crops:
             x = pictures[torch.randint(len(pictures), (1,), generator=g)]  # (1, 3, 256, 256)
         else:
             rows = torch.randint(len(pictures), (config.batch_size,), generator=g)
-            (x,) = pieces([pictures], rows, SCALE * CROP, g)  # (B, 3, 64, 64)
-        x = as_floats(x)
-        noise = torch.randn((len(x), 4, x.shape[2] // SCALE, x.shape[3] // SCALE), generator=g)
-        x, noise = x.to(device), noise.to(device)
-        mean, std = vae.encode(x)
-        kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1) - std.float().log()
-        error = vae.decode(mean + std * noise).float() - x
-        edges = error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
-        colours = sum(F.avg_pool2d(error, side).abs().mean() for side in (4, 16))
-        return error.abs().mean() + edges + colours + KL_WEIGHT * kl.mean()
+            (x,) = crops([pictures], rows, SCALE * CROP, g)  # (B, 3, 64, 64)
+        return vae_loss(vae, as_floats(x).to(device), g, KL_WEIGHT, squares=(4, 16))
 
     def show(step: int, averaged: nn.ModuleDict) -> None:
         x = as_floats(torch.from_numpy(held_out(LARGE)).permute(0, 3, 1, 2)).to(device)
@@ -156,18 +141,6 @@ def decoded(vae: VAE, x: Tensor) -> Tensor:
     return torch.cat([vae.decode(vae.encode(part)[0]).clamp(-1, 1) for part in x.split(2)])
 
 
-def held_out(side: int, count: int = 8) -> np.ndarray:
-    """(N, side, side, 3) uint8 of scenes that are in no training set, the first in neon."""
-    scenes = [
-        world.random_scene(random.Random(f"held out {i}"), **({} if i % 8 else NEON))
-        for i in range(count)
-    ]
-    return np.stack([np.asarray(world.render(one, side)) for one in scenes])
-
-
-NEON = {"style": world.NEON}
-
-
 @dataclass(frozen=True)
 class Pairs:
     """What the UNet is trained on, in fp16."""
@@ -180,10 +153,11 @@ class Pairs:
 
 
 @torch.no_grad()
-def encode_all(config: Config, start: StableDiffusion, vae: VAE, pictures: Tensor) -> Pairs:
+def encode_all(config: UpscalerConfig, start: StableDiffusion, vae: VAE, pictures: Tensor) -> Pairs:
     path = Path(config.work_dir) / "pairs.pt"
     if not path.exists():
-        device, first = cli.pick_device(config.device), start.vae.to(vae.post_quant_conv.weight)
+        device = cli.pick_device(config.device)
+        first = start.vae.to(device)
         found = []
         for part in tqdm(pictures.split(4), desc="encoding", unit="batch"):
             x = as_floats(part).to(device)
@@ -217,7 +191,8 @@ def scaled(vae: VAE, k: float) -> VAE:
 
 
 def model(start: StableDiffusion, vae: VAE, unet: UNet, factor: float) -> Upscaler:
-    """The whole of it: its words are the first stage's. `factor` is this autoencoder's own."""
+    """The whole of it, on the UNet's device: its words are the first stage's. `factor` is this
+    autoencoder's own."""
     vae = scaled(vae, factor / FACTOR)
     config = start.configs["vae"] | {"sample_size": LARGE, "scaling_factor": FACTOR}
     return Upscaler(
@@ -233,28 +208,28 @@ def model(start: StableDiffusion, vae: VAE, unet: UNet, factor: float) -> Upscal
             "scheduler": SCHEDULER,
             "low_res_scheduler": X4_SMALL,
         },
-        source="minibooth.toybox.second_stage",
+        source="minibooth.toybox.pretrain_upscaler",
         licence="mit",
         levels=LEVELS,
-    )
+    ).to(unet.conv_in.weight.device)
 
 
-def train_unet(config: Config, start: StableDiffusion, vae: VAE, pairs: Pairs) -> Upscaler:
+def train_unet(config: UpscalerConfig, start: StableDiffusion, vae: VAE, pairs: Pairs) -> Upscaler:
     device = cli.pick_device(config.device)
     torch.manual_seed(config.seed)
     unet = UNet(UNET_CONFIG).to(device)
-    up = model(start, vae, unet, pairs.scaling_factor).to(device)
+    up = model(start, vae, unet, pairs.scaling_factor)
     scenes = [scene(i, config.seed) for i in range(len(pairs.mean))]
-    crops = (1 - WHOLE) * config.steps
+    on_crops = (1 - WHOLE) * config.steps
 
     def loss_of(step: int) -> Tensor:
         g, r = rng(config.seed, "unet", step), random.Random(f"{config.seed} unet {step}")
-        whole = step > crops
-        count = config.batch_size // 4 if whole else config.batch_size
+        whole = step > on_crops
+        count = max(1, config.batch_size // 4) if whole else config.batch_size
         rows = torch.randint(len(scenes), (count,), generator=g)
         small = pairs.soft if r.random() < SOFT else pairs.sharp
         side = small.shape[-1] if whole else UNET_CROP
-        cut = pieces([pairs.mean, pairs.std, small], rows, side, g)
+        cut = crops([pairs.mean, pairs.std, small], rows, side, g)
         mean, std, small = (x.float() for x in cut)
         words = [
             "" if r.random() < UNCONDITIONAL else world.caption(scenes[i], r) for i in rows.tolist()
@@ -292,25 +267,26 @@ def look(up: Upscaler, folder: Path, step: int) -> dict[str, float]:
     small = reduced(2 * large - 1) / 2 + 0.5
     made = up.upscale(small, [""] * len(small), noise_level=0, output="pt", **SAMPLING).cpu()
     bicubic = F.interpolate(small, (LARGE, LARGE), mode="bicubic").clamp(0, 1)
-    through = decoded(up.vae, 2 * large - 1) / 2 + 0.5
+    through = decoded(up.vae, (2 * large - 1).to(up.device)).cpu() / 2 + 0.5
     found = {}
     for name, x in (("bicubic", bicubic), ("autoencoder", through), ("enlarged", made)):
         error = x - large
         found[name] = round(error.abs().mean().item(), 5)
         found[f"{name}, means"] = round(F.avg_pool2d(error, SCALE).abs().mean().item(), 5)
     rows = [to_pil(2 * x - 1) for x in (bicubic, made, large)]
-    report.save_image(sheets.grid(rows), folder / f"unet-{step:05d}.png")
+    grid = sheets.grid(rows, labels=["bicubic", "enlarged", "render"])
+    report.save_image(grid, folder / f"unet-{step:05d}.png")
     return found
 
 
 # ---- the command -------------------------------------------------------------------------------
 
 
-def train(config: Config) -> None:
+def pretrain(config: UpscalerConfig) -> None:
     """Run all stages, or what is left of them, and write the model (fp16) to output_dir. Raises
     UserError for settings that cannot work."""
     cli.check_choices(config)
-    cli.check_at_least_one(config, ("pictures", "vae_steps", "steps"))
+    cli.check_at_least_one(config, ("pictures", "vae_steps", "steps", "batch_size"))
     for name in ("output_dir", "work_dir"):
         cli.check_folder(f"--{name}", getattr(config, name))
     check_start(config.start_from)
@@ -322,14 +298,14 @@ def train(config: Config) -> None:
 
 
 def main() -> None:
-    train(
+    pretrain(
         cli.parse(
-            Config,
-            "minibooth.toybox.second_stage",
+            UpscalerConfig,
+            "minibooth.toybox.pretrain_upscaler",
             "Train the toybox's upscaler: an autoencoder of 256² and a UNet.",
         )
     )
 
 
 if __name__ == "__main__":
-    cli.run("minibooth.toybox.second_stage", main, stopped="stopped: the same command goes on")
+    cli.run("minibooth.toybox.pretrain_upscaler", main, stopped="stopped: the same command goes on")

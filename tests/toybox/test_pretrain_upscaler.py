@@ -7,11 +7,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import minibooth
 from minibooth.common.pictures import as_floats
-from minibooth.toybox import pretrain, second_stage, world
+from minibooth.toybox import pretrain, pretrain_upscaler, world
 from minibooth.upscaler import Upscaler
 
 
@@ -46,34 +45,34 @@ def test_rings_are_spots_with_holes_whose_lines_small_pictures_blur():
     assert "spots" in training and "rings" not in training
 
 
-def test_pieces_are_the_same_squares_of_all_sizes():
-    small = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
-    large = F.interpolate(small, scale_factor=4)
+def test_crops_are_the_same_squares_of_all():
+    pictures = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
     g, rows = torch.Generator().manual_seed(0), torch.tensor([1, 0, 1, 1, 0])
-    a, b = second_stage.pieces([small, large], rows, 4, g)
-    assert a.shape == (5, 3, 4, 4) and b.shape == (5, 3, 16, 16)
-    assert torch.equal(F.interpolate(a, scale_factor=4), b)
-    assert len({tuple(x.flatten().tolist()) for x in a}) == 5
+    a, b = pretrain.crops([pictures, -pictures], rows, 4, g)
+    assert a.shape == (5, 3, 4, 4) and torch.equal(a, -b)
+    for crop, row in zip(a, rows, strict=True):
+        assert crop[0, 0, 0] // 192 == row  # of its picture, and in one piece
+        assert torch.equal(crop - crop[0, 0, 0], pictures[0, :, :4, :4])
+    assert len({x[0, 0, 0].item() for x in a}) == 5
 
 
 def test_a_stopped_training_goes_on_and_what_it_writes_is_an_upscaler(tmp_path, monkeypatch):
     """On four pictures of 64², and two to look at, which alone are rendered the second time."""
     for name, pixels in (("LARGE", 64), ("CROP", 8), ("UNET_CROP", 8)):
-        monkeypatch.setattr(second_stage, name, pixels)
-    held_out = second_stage.held_out
-    monkeypatch.setattr(second_stage, "held_out", lambda side: held_out(side, 2))
-    monkeypatch.setattr(second_stage, "SAMPLING", {"steps": 1, "guidance_scale": 1.0})
+        monkeypatch.setattr(pretrain_upscaler, name, pixels)
+    held_out = pretrain_upscaler.held_out
+    monkeypatch.setattr(pretrain_upscaler, "held_out", lambda side: held_out(side, 2))
+    monkeypatch.setattr(pretrain_upscaler, "SAMPLING", {"steps": 1, "guidance_scale": 1.0})
     where = {"output_dir": str(tmp_path / "x4"), "work_dir": str(tmp_path / "work")}
     few = {"pictures": 4, "vae_steps": 1, "steps": 1, "batch_size": 4, "device": "cpu"}
-    config = second_stage.Config(**where, **few)
-    unfinished = monkeypatch.context()
-    with unfinished as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(second_stage, "train_unet", interrupted)
-        second_stage.train(config)
+    config = pretrain_upscaler.UpscalerConfig(**where, **few)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain_upscaler, "train_unet", interrupted)
+        pretrain_upscaler.pretrain(config)
     kept = torch.load(tmp_path / "work" / "pairs.pt", weights_only=True)
     with monkeypatch.context() as patch:
         patch.setattr(world, "render", render_of_held_out(held_out(64, 2)))
-        second_stage.train(config)
+        pretrain_upscaler.pretrain(config)
     up = minibooth.load(tmp_path / "x4")
     assert isinstance(up, Upscaler) and up.levels == 350
     with torch.no_grad():  # latents have a variance of 1 by the factor that diffusers takes
