@@ -191,7 +191,8 @@ def fit(
         nn.utils.clip_grad_norm_(weights, 1.0)
         adam.step()
         adam.zero_grad()
-        torch._foreach_lerp_(average, weights, 1 - min(EMA, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, 1 - min(EMA, (1 + step) / (10 + step)))
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)

@@ -256,6 +256,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "b", stop=4)
     assert torch.equal(fit(tmp_path / "b", stop=None), whole)
+    assert whole.is_leaf and not whole.requires_grad, "the average does not hold on to past steps"
 
 
 def test_going_on_takes_over_the_weights_and_each_word_s_embedding(tmp_path):
