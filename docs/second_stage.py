@@ -1,12 +1,11 @@
 """docs/second_stage.csv and .png: the paper's figure of the second stage (supplement, Fig. 21).
 
-    python docs/second_stage.py UPSCALER [work_dir]
+    python docs/second_stage.py [work_dir]
 
-UPSCALER is what `python -m minibooth.toybox.pretrain_upscaler` has made. A dog with rings, five
-photographs, three seeds. Enlarged are small pictures of it in new poses and
+A dog with rings, five photographs, three seeds. Enlarged are small pictures of it in new poses and
 places: true ones; the same through the first stage's autoencoder, as soft as what it draws; and
-drawings of a first stage that was taught the dog. By the toybox's upscaler as it is; taught the
-dog at high levels of noise; at low ones. Where there is a truth, it is the world's own rendering.
+drawings of a first stage that was taught the dog. By the toybox's upscaler as it is shipped; taught
+the dog at high levels of noise; at low ones. Where there is a truth, it is the world's rendering.
 """
 
 import csv
@@ -33,11 +32,13 @@ from minibooth.training.settings import TrainConfig
 from minibooth.upscaler import Upscaler, reduced
 
 HERE = Path(__file__).parent
+UPSCALER = "toybox-x4"
 SEEDS = 0, 1, 2
 PROMPT = "a sks dog"
 # Levels of training, and the one at which pictures are enlarged: one that was trained.
 LEVELS = {"not taught": (None, 20), "high": ((150, 349), 150), "low": ((0, 20), 20)}
 STEPS, RATE, BATCH = 200, 2e-4, 2
+DRAWN = {"steps": 2, "guidance_scale": 1.0}  # in one step nothing would be made up, only blurred
 # What counts as the paper's direction, fixed before the first run: for every seed, on the rings of
 # true small pictures, the error taught at low levels is at most so much of the others' errors.
 MARGIN = 0.9
@@ -84,17 +85,15 @@ def first_stage(folder: Path, seed: int, photos: Path) -> pipeline.StableDiffusi
     return pipeline.load(out)
 
 
-def taught(
-    up: str, folder: Path, seed: int, photos: Path, levels: tuple[int, int] | None
-) -> Upscaler:
+def taught(folder: Path, seed: int, photos: Path, levels: tuple[int, int] | None) -> Upscaler:
     """The toybox's upscaler, taught the dog at these levels; as it was without."""
     if levels is None:
-        return pipeline.load(up)
+        return pipeline.load(UPSCALER)
     out = folder / f"dog-x4-{seed}-{levels[0]}"
     if not (out / "model_index.json").exists():
         train.train(
             TrainConfig(
-                model=up,
+                model=UPSCALER,
                 instance_data_dir=str(photos),
                 instance_prompt=PROMPT,
                 prior_loss_weight=0.0,
@@ -112,7 +111,7 @@ def taught(
 
 def enlarged(up: Upscaler, small: Tensor, level: int, seed: int) -> Tensor:
     """small: (N, 3, 64, 64) in [0, 1] → (N, 3, 256, 256)."""
-    how = pretrain_upscaler.SAMPLING | {"noise_level": level, "seed": seed, "output": "pt"}
+    how = DRAWN | {"noise_level": level, "seed": seed, "output": "pt"}
     return up.upscale(small, [PROMPT] * len(small), **how)
 
 
@@ -120,7 +119,7 @@ def bicubic(small: Tensor) -> Tensor:
     return F.interpolate(small, pretrain_upscaler.LARGE, mode="bicubic").clamp(0, 1)
 
 
-def run(upscaler: str, folder: Path) -> tuple[list[dict], list[list[Image.Image]]]:
+def run(folder: Path) -> tuple[list[dict], list[list[Image.Image]]]:
     """The rows of the table, and of the picture."""
     photos, judge, some = photographs(folder), judges.load(hub.toybox()), scenes()
     large, marks, toy = rendered(some), rings(some), pipeline.load("toybox")
@@ -134,7 +133,7 @@ def run(upscaler: str, folder: Path) -> tuple[list[dict], list[list[Image.Image]
         given = {"true": sharp, "soft": soft, "drawn": drawn}
         made = {("bicubic", name): bicubic(small) for name, small in given.items()}
         for how, (levels, level) in LEVELS.items():
-            up = taught(upscaler, folder, seed, photos[pretrain_upscaler.LARGE], levels)
+            up = taught(folder, seed, photos[pretrain_upscaler.LARGE], levels)
             for name, small in given.items():
                 made[how, name] = enlarged(up, small, level, seed)
         for (how, name), x in made.items():
@@ -179,10 +178,8 @@ def direction(rows: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    work = sys.argv[2] if len(sys.argv) > 2 else "second-stage-work"
-    rows, pictures = run(sys.argv[1], Path(work))
+    work = sys.argv[1] if len(sys.argv) > 1 else "second-stage-work"
+    rows, pictures = run(Path(work))
     with open(HERE / "second_stage.csv", "w", newline="") as f:
         table = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
         table.writeheader()

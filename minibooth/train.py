@@ -20,7 +20,7 @@ from .dreambooth import Step
 from .explain import first_step
 from .formats import families
 from .pipeline import StableDiffusion, to_device
-from .toybox import score
+from .toybox import enlarged, score
 from .training import (
     curve,
     finite,
@@ -176,7 +176,8 @@ def finish(run: Run, before: list[list], originals: dict[str, Tensor]) -> None:
     """The last pictures, and the model, on the device at the end."""
     after = grids.draw(run)
     grids.save(run, run.config.max_train_steps, after)
-    grids.save_before_after(run, before, after)
+    compose = enlarged.before_after if score.applies(run.config) else grids.before_after
+    grids.save_before_after(run, before, after, compose)
     write_result(run, originals)
     run.sd.to(run.device, but=run.resting)
 

@@ -196,8 +196,9 @@ def write_config(path: Path, config) -> None:
     settings = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
         value, place = settings[field.name], field.metadata["place"]
-        # A source that is no file is an id on the hub, or the toybox, which is shipped.
-        found = place == "source" and value not in (None, "toybox") and Path(value).exists()
+        # A source that is no file is an id on the hub, or one of the toybox's, which are shipped.
+        shipped = value in (None, "toybox", "toybox-x4")
+        found = place == "source" and not shipped and Path(value).exists()
         if found or (place == "path" and value is not None):
             settings[field.name] = portable(value, path.parent)
     settings.pop("config", None)

@@ -84,6 +84,14 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int)
     return lines
 
 
+def stacked(sheets: list[Image.Image]) -> Image.Image:
+    """One below the other, on white."""
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    for i, sheet in enumerate(sheets):
+        whole.paste(sheet, (0, sum(s.height for s in sheets[:i])))
+    return whole
+
+
 def enlarged(rows: list[list[Image.Image]], side: int = 128) -> list[list[Image.Image]]:
     """Pictures of fewer than `side` pixels a side, times a whole number: to be seen in a grid."""
     width, height = rows[0][0].size

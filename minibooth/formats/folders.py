@@ -50,8 +50,8 @@ def single_files(folder: Path) -> list[Path]:
 
 def file_getter(source: str | Path, revision: str | None = None) -> Callable[..., Path | None]:
     """`file(*names, optional=…)`: the path of the first that a folder or hub model has, or None."""
-    if str(source) == "toybox":  # also where there is a folder of that name: ./toybox is that one
-        return partial(local_file, hub.toybox())
+    if str(source) in hub.SHIPPED:  # also beside a folder of that name: ./toybox is that one
+        return partial(local_file, hub.toybox() / hub.SHIPPED[str(source)])
     if Path(source).is_dir():
         return partial(local_file, Path(source))
     if hub.is_repo_id(str(source)):

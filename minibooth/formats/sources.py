@@ -25,9 +25,9 @@ def read(
     revision: str | None = None,
     ema: bool = False,
 ) -> Checkpoint:
-    """A folder in diffusers' layout, a single file, "toybox", or the id of a model on the hub;
-    `tokenizer` and `vae` are read instead of its own. `ema`: of a single file that holds both, the
-    averaged weights.
+    """A folder in diffusers' layout, a single file, "toybox" or "toybox-x4", or the id of a model
+    on the hub; `tokenizer` and `vae` are read instead of its own. `ema`: of a single file that
+    holds both, the averaged weights.
 
     Raises UserError where there is no such model or a part of it is missing or damaged.
     """

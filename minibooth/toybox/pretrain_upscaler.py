@@ -32,7 +32,7 @@ from ..training.data import rng
 from ..unet import UNet
 from ..upscaler import SCALE, Upscaler, reduced, seeing
 from ..vae import VAE
-from . import world
+from . import UPSCALING, world
 from .pretrain import UNCONDITIONAL, check_start, crops, fit, scene, vae_loss
 
 LARGE = SCALE * world.SIDE  # pixels
@@ -65,7 +65,6 @@ KL_WEIGHT = 2e-3
 # wrong everywhere is seen at once, and is next to nothing beside what edges may do to each latent.
 COLOURS = 4.0
 SOFT = 0.5  # of the small pictures have been through the first stage's autoencoder, as drawn ones
-SAMPLING = {"steps": 2, "guidance_scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,10 @@ class UpscalerConfig:
     output_dir: str = option("toybox-x4", "where the model goes", place="path")
     start_from: str = option("toybox", "whose words and autoencoder it begins with", place="source")
     work_dir: str = option("toybox-x4-work", "where pictures and stages are kept", place="path")
-    pictures: int = option(3000, "rendered pictures to train on")
-    vae_steps: int = option(600, "updates of the autoencoder")
+    pictures: int = option(2500, "rendered pictures to train on")
+    vae_steps: int = option(500, "updates of the autoencoder")
     vae_learning_rate: float = option(5e-4, "in these, falling to 0 along a cosine")
-    steps: int = option(10_000, "updates of the UNet")
+    steps: int = option(12_000, "updates of the UNet")
     learning_rate: float = option(1e-3, "in these, falling likewise")
     batch_size: int = option(8, "crops per update; whole pictures: a quarter as many")
     mixed_precision: str = option("no", "what the networks compute in", choices=("no", "bf16"))
@@ -265,7 +264,7 @@ def look(up: Upscaler, folder: Path, step: int) -> dict[str, float]:
     pixels' means; and a picture of them."""
     large = torch.from_numpy(held_out(LARGE)).permute(0, 3, 1, 2).float() / 255
     small = reduced(2 * large - 1) / 2 + 0.5
-    made = up.upscale(small, [""] * len(small), noise_level=0, output="pt", **SAMPLING).cpu()
+    made = up.upscale(small, [""] * len(small), noise_level=0, output="pt", **UPSCALING).cpu()
     bicubic = F.interpolate(small, (LARGE, LARGE), mode="bicubic").clamp(0, 1)
     through = decoded(up.vae, (2 * large - 1).to(up.device)).cpu() / 2 + 0.5
     found = {}

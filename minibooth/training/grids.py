@@ -120,13 +120,21 @@ def save(run: Run, step: int, rows: Rows) -> None:
         run.events.picture(grid, step)
 
 
+def before_after(run: Run, before: Rows, after: Rows) -> Image.Image:
+    rows = [b + a for b, a in zip(before, after, strict=True)]
+    headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
+    if run.second:
+        rows = enlarging.between(run, rows)
+        headings = ["given", *headings, "photograph"]
+    return sheets.grid(sheets.enlarged(rows), labels=labels(run), headings=headings)
+
+
 @ranks.by_first
-def save_before_after(run: Run, before: Rows, after: Rows) -> None:
+def save_before_after(
+    run: Run,
+    before: Rows,
+    after: Rows,
+    compose: Callable[[Run, Rows, Rows], Image.Image],
+) -> None:
     if before:
-        rows = [b + a for b, a in zip(before, after, strict=True)]
-        headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
-        if run.second:
-            rows = enlarging.between(run, rows)
-            headings = ["given", *headings, "photograph"]
-        named = {"labels": labels(run), "headings": headings}
-        save_image(sheets.grid(sheets.enlarged(rows), **named), run.folder / "before_after.png")
+        save_image(compose(run, before, after), run.folder / "before_after.png")

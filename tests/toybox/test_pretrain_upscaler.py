@@ -62,7 +62,7 @@ def test_a_stopped_training_goes_on_and_what_it_writes_is_an_upscaler(tmp_path, 
         monkeypatch.setattr(pretrain_upscaler, name, pixels)
     held_out = pretrain_upscaler.held_out
     monkeypatch.setattr(pretrain_upscaler, "held_out", lambda side: held_out(side, 2))
-    monkeypatch.setattr(pretrain_upscaler, "SAMPLING", {"steps": 1, "guidance_scale": 1.0})
+    monkeypatch.setattr(pretrain_upscaler, "UPSCALING", {"steps": 1, "guidance_scale": 1.0})
     where = {"output_dir": str(tmp_path / "x4"), "work_dir": str(tmp_path / "work")}
     few = {"pictures": 4, "vae_steps": 1, "steps": 1, "batch_size": 4, "device": "cpu"}
     config = pretrain_upscaler.UpscalerConfig(**where, **few)
