@@ -43,9 +43,9 @@ def models():
 def gathered(tmp_path_factory):
     """A run at its first step: batch 2 with a prior term, λ = 0.7; and its grid then."""
     shown = {"num_validation_images": 1, "validation_prompt": ("a cat",)}
-    wanted = config(
-        tmp_path_factory.mktemp("x4"), train_batch_size=2, prior_loss_weight=0.7, **shown
-    )
+    base = {"class_steps": 3, "class_guidance_scale": 4.0, "class_sampler": "dpm++"}
+    how = {"train_batch_size": 2, "prior_loss_weight": 0.7, **shown, **base}
+    wanted = config(tmp_path_factory.mktemp("x4"), **how)
     run = Run(wanted, runs.model("x4"), CPU)
     return run, *prepare.gather(run), grids.draw(run)
 
@@ -125,7 +125,8 @@ def test_levels_are_uniform_and_the_noises_apart(gathered):
 
 def test_class_images_are_what_the_base_draws_and_the_upscaler_enlarges(gathered):
     run, up, base = gathered[0], runs.model("x4"), runs.model("half")
-    drawn = base.generate(["a dog"] * 3, steps=2, guidance_scale=7.5, seed=0)
+    how = {"steps": 3, "guidance_scale": 4.0, "sampler": "dpm++", "seed": 0}
+    drawn = base.generate(["a dog"] * 3, **how)
     assert {image.size for image in drawn} == {(16, 16)}
     pieces, corners = [], []
     for i, image in enumerate(drawn):  # somewhere in it, by the seed of the image
@@ -145,7 +146,8 @@ def test_class_images_are_what_the_base_draws_and_the_upscaler_enlarges(gathered
 def test_a_grid_enlarges_what_photographs_and_drawings_were_reduced_to(gathered):
     run, *_, rows = gathered
     crops = enlarging.large(run)
-    [drawn] = runs.model("half").generate("a cat", steps=2, seed=0, output="pt")
+    how = {"steps": 3, "guidance_scale": 4.0, "sampler": "dpm++", "seed": 0}
+    [drawn] = runs.model("half").generate("a cat", output="pt", **how)
     given = torch.cat([reduced(crops) / 2 + 0.5, drawn[None, :, 4:12, 4:12]])
     up, prompts = runs.model("x4"), ["a sks dog"] * 3 + ["a cat"]
     wanted = up.upscale(given, prompts, steps=2, guidance_scale=7.5, noise_level=20, batch_size=8)
@@ -207,6 +209,7 @@ def test_a_run_goes_on_bit_for_bit_and_only_as_it_was(tmp_path, models):
     for more, said in (
         ([], r"noise_level was \[0, 20\] and is \[0, 30\]"),
         (["--base_model", str(peers.model("sd2")[0])], "the base model changed"),
+        (["--validation_inference_steps", "3"], r"class images' enlarging was \[2, 7.5\] and"),
     ):
         with pytest.raises(UserError, match=said):
             Run(cli.parse(TrainConfig, "train", "", [*again, *last, *more]), models["x4"], CPU)

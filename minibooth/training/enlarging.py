@@ -24,6 +24,8 @@ def base_draws(run: Run, found: list[Images]) -> Cascade:
     second, config, side = run.second, run.config, run.resolution // SCALE
     base, second.base, drawn = second.base, None, {}
     batches = [(images, first) for images in found for first in images.missing]
+    how = {"steps": config.class_steps, "guidance_scale": config.class_guidance_scale}
+    how["sampler"] = config.class_sampler
     if base is None or not (batches or second.prompts):
         return Cascade(run.sd, second.level, drawn)
     methods.place(base, {}, run.device, run.precision.dtype)
@@ -33,22 +35,13 @@ def base_draws(run: Run, found: list[Images]) -> Cascade:
             prompt, seed = images.settings["prompt"], config.seed + first
             pictures = base.generate(
                 [prompt] * len(images.batch(first)),
-                steps=config.class_steps,
-                sampler=config.class_sampler,
-                guidance_scale=config.class_guidance_scale,
                 seed=seed,
                 batch_size=config.sample_batch_size,
+                **how,
             )
             drawn[prompt, seed] = [piece(p, side, seed + i) for i, p in enumerate(pictures)]
-        pictures = [
-            base.generate(
-                prompt,
-                steps=config.validation_inference_steps,
-                guidance_scale=config.validation_guidance_scale,
-                seed=config.seed,
-            )[0]
-            for prompt in ranks.mine(second.prompts)
-        ]
+        prompts = ranks.mine(second.prompts)
+        pictures = [base.generate(prompt, seed=config.seed, **how)[0] for prompt in prompts]
     second.drawings = [piece(picture, side) for picture in ranks.together(pictures)]
     return Cascade(run.sd, second.level, drawn)
 

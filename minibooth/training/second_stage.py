@@ -56,20 +56,27 @@ class SecondStage:
         drawn = config.num_class_images if self.base else 0
         return replace(config, noise_level=self.levels, num_class_images=drawn)
 
-    @property
-    def identity(self) -> dict:
+    def identity(self, config: TrainConfig) -> dict:
         """What must be the same when a run goes on."""
-        return {"noise_level": list(self.levels), "base model": self.base_fingerprint}
+        how = [config.validation_inference_steps, config.validation_guidance_scale]
+        enlarging = {"class images' enlarging": how} if self.base and config.uses_prior else {}
+        return {"noise_level": list(self.levels), "base model": self.base_fingerprint, **enlarging}
 
     @property
     def level(self) -> int:
         """s at which class images and grids are enlarged."""
         return level(self.levels)
 
-    @property
-    def draws(self) -> str:
-        """On what class images depend beside the upscaler."""
-        return f"{self.base_fingerprint}, noise level {self.level}"
+    def enlarging(self, config: TrainConfig) -> TrainConfig:
+        """By which the upscaler makes class images of what the base model drew: as those of grids.
+        `config`'s own settings of class images are the base model's."""
+        steps, guidance_scale = config.validation_inference_steps, config.validation_guidance_scale
+        return replace(config, class_steps=steps, class_guidance_scale=guidance_scale)
+
+    def drawn_by(self, config: TrainConfig) -> str:
+        """On what class images depend beside the upscaler and its settings."""
+        how = f"{config.class_sampler} {config.class_steps} {config.class_guidance_scale:g}"
+        return f"{self.base_fingerprint} {how}, noise level {self.level}"
 
     @property
     def pictures(self) -> int:

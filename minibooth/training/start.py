@@ -98,7 +98,7 @@ class Run:
         self.identity = resume.identify(config, *of_run)
         self.identity["prompts"] = subjects.identity(config.subjects, shown, self.captions)
         if self.second:
-            self.identity |= self.second.identity
+            self.identity |= self.second.identity(config)
         if saved is not None:
             resume.check(folder, saved.identity, self.identity)
             if saved.step > config.max_train_steps:
@@ -177,8 +177,11 @@ def check(config: TrainConfig, has_model: bool) -> torch.device:
 
 def images_of(run: Run) -> list[class_images.Images]:
     """The class images of each subject; none without a prior term."""
-    drawn_by = f"{run.fingerprint}, {run.second.draws}" if run.second else run.fingerprint
-    config, of_run = run.config, (run.resolution, drawn_by)
+    config, drawn_by = run.config, run.fingerprint
+    if run.second:
+        drawn_by += f", {run.second.drawn_by(config)}"
+        config = run.second.enlarging(config)
+    of_run = run.resolution, drawn_by
     return [class_images.find(config, s, *of_run) for s in config.subjects * config.uses_prior]
 
 
@@ -386,13 +389,12 @@ def announce(run: Run) -> None:
     )
     if (n := ranks.count()) > 1:
         print(f"{n} ranks: {n} × {config.train_batch_size} photographs per batch; no CUDA graphs")
-    given = {k: v for k, v in asdict(config).items() if v not in (None, ())}
-    text = "settings: " + ", ".join(f"{k} {v}" for k, v in given.items())
-    print(textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
+    given = ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v not in (None, ()))
+    print(textwrap.fill(f"settings: {given}", 100, break_long_words=False, break_on_hyphens=False))
     cli.write_config(folder / "config.json", replace(config, resume_from_checkpoint=None))
     missing = sum(len(images.batch(i)) for images in images_of(run) for i in images.missing)
     done = run.saved.step if run.saved else 0
-    to_come = passes.to_come(config, missing, done, run.pictures)
+    computed = run.second.enlarging(config) if run.second else config
+    to_come = passes.to_come(computed, missing, done, run.pictures)
     run.on_passes = passes.Forecast(to_come, config, run.device)
-    sheet = photos.contact_sheet(run.photos)
-    report.save_image(sheet, folder / "samples" / "photographs.png")
+    report.save_image(photos.contact_sheet(run.photos), folder / "samples" / "photographs.png")
