@@ -210,7 +210,8 @@ class TrainConfig:
     base_model: str | None = option(
         None,
         "the model that draws what the upscaler is to enlarge: the class images are what both make "
-        "of the class prompt, and the grids show its drawings, too",
+        "of the class prompt, and the grids show its drawings, too; it draws as class images are "
+        "drawn, and the upscaler enlarges as grids are",
         place="source",
     )
 
