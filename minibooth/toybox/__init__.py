@@ -2,8 +2,9 @@
 
 It has the same networks, formats and code path as the big one, and on it a whole DreamBooth takes
 a minute or two on two CPU cores. world.py draws the world, pretrain.py trains the model from
-nothing, judge.py measures pictures, drift.py shows what prior preservation does, gallery.py what a
-subject can be put to.
+nothing and pretrain_upscaler.py its upscaler, by which enlarged.py makes the default run's picture;
+judge.py measures pictures, drift.py shows what prior preservation does, gallery.py what a subject
+can be put to.
 May import training and what one reads, no program.
 """
 

@@ -20,7 +20,7 @@ from minibooth import UserError, load, toybox, train
 from minibooth.formats import hub
 from minibooth.text_encoder import TextEncoder
 from minibooth.tokenizer import Tokenizer
-from minibooth.toybox import drift, judge, pretrain, pretrain_upscaler, score, world
+from minibooth.toybox import drift, enlarged, judge, pretrain, pretrain_upscaler, score, world
 from minibooth.toybox.score import Kept, Learned, Yardstick
 from minibooth.training import photos
 from minibooth.training.data import encode
@@ -295,6 +295,7 @@ def test_no_steps_for_the_vae_keep_that_of_the_start(tmp_path):
 
 def test_the_program_without_a_model_trains_the_toybox(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(score.SAMPLING, "steps", 2)
+    monkeypatch.setattr(enlarged, "PROMPTS", 1)
     short = {
         "output_dir": tmp_path / "out",
         "max_train_steps": 2,
