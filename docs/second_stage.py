@@ -38,7 +38,7 @@ PROMPT = "a sks dog"
 # Levels of training, and the one at which pictures are enlarged: one that was trained.
 LEVELS = {"not taught": (None, 20), "high": ((150, 349), 150), "low": ((0, 20), 20)}
 STEPS, RATE, BATCH = 200, 2e-4, 2
-DRAWN = {"steps": 2, "guidance_scale": 1.0}  # in one step nothing would be made up, only blurred
+DRAWN = {"steps": 2, "guidance_scale": 1.0}
 # What counts as the paper's direction, fixed before the first run: for every seed, on the rings of
 # true small pictures, the error taught at low levels is at most so much of the others' errors.
 MARGIN = 0.9

@@ -12,9 +12,8 @@ from PIL import Image
 
 from minibooth import UserError, convert, load, sample, train
 from minibooth.common import cli
-from minibooth.common.files import from_portable, portable
+from minibooth.common.files import SHIPPED, from_portable, portable
 from minibooth.explain import __main__ as explain
-from minibooth.formats import hub
 from minibooth.training import resume
 from minibooth.training.settings import TrainConfig
 
@@ -170,12 +169,12 @@ def test_the_repository_names_no_folder_of_who_wrote_it():
 
 
 def test_the_toybox_is_the_shipped_one_also_beside_a_folder_of_that_name(tmp_path, monkeypatch):
-    for name in hub.SHIPPED:
+    for name in SHIPPED:
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     assert load("toybox").configs["unet"]["cross_attention_dim"] == 96
     with pytest.raises(UserError, match=r"\./toybox is not a model"):
         load("./toybox")
-    for name in hub.SHIPPED:
+    for name in SHIPPED:
         cli.write_config(tmp_path / "config.json", TrainConfig(model=name))
         assert cli.read_config(tmp_path / "config.json", TrainConfig)["model"] == name

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import Stopped, UserError, first_line
-from .files import from_portable, portable, read_text, write_json
+from .files import SHIPPED, from_portable, portable, read_text, write_json
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -196,9 +196,8 @@ def write_config(path: Path, config) -> None:
     settings = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
         value, place = settings[field.name], field.metadata["place"]
-        # A source that is no file is an id on the hub, or one of the toybox's, which are shipped.
-        shipped = value in (None, "toybox", "toybox-x4")
-        found = place == "source" and not shipped and Path(value).exists()
+        # A source that is no file is an id on the hub, or a model that is shipped.
+        found = place == "source" and value not in (None, *SHIPPED) and Path(value).exists()
         if found or (place == "path" and value is not None):
             settings[field.name] = portable(value, path.parent)
     settings.pop("config", None)

@@ -20,6 +20,9 @@ else:
     import fcntl
 
 
+# Names of the models that are shipped → where in the toybox's folder they stand.
+SHIPPED = {"toybox": "", "toybox-x4": "x4"}
+
 LONGEST_NAME = 255  # bytes of UTF-8 in the name of a file or folder
 
 

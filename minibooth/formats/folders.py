@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..common.errors import UserError, first_line
-from ..common.files import read_text
+from ..common.files import SHIPPED, read_text
 from ..tokenizer import PairedTokenizer, Tokenizer
 from . import adapters, hub, ldm, vocabulary
 from .checkpoint import LICENCE_FILES, NETWORKS, STEMS, Checkpoint, legacy_names, skeleton
@@ -50,8 +50,8 @@ def single_files(folder: Path) -> list[Path]:
 
 def file_getter(source: str | Path, revision: str | None = None) -> Callable[..., Path | None]:
     """`file(*names, optional=…)`: the path of the first that a folder or hub model has, or None."""
-    if str(source) in hub.SHIPPED:  # also beside a folder of that name: ./toybox is that one
-        return partial(local_file, hub.toybox() / hub.SHIPPED[str(source)])
+    if str(source) in SHIPPED:  # also beside a folder of that name: ./toybox is that one
+        return partial(local_file, hub.toybox() / SHIPPED[str(source)])
     if Path(source).is_dir():
         return partial(local_file, Path(source))
     if hub.is_repo_id(str(source)):

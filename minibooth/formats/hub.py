@@ -26,9 +26,6 @@ LICENCES = {
 }
 
 
-# Names of the models that are shipped → where in the toybox's folder they stand.
-SHIPPED = {"toybox": "", "toybox-x4": "x4"}
-
 FILES = (".safetensors", ".sft", ".ckpt", ".bin", ".pt", ".pth", ".gguf")  # endings of weights
 
 

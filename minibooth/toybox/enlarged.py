@@ -21,7 +21,7 @@ def before_after(run: Run, before: Rows, after: Rows) -> Image.Image:
     prompts = run.config.grid_prompts[:PROMPTS]
     small = [row[0] for row in (*before[:PROMPTS], *after[:PROMPTS])]
     up = pipeline.load("toybox-x4", device=run.device)
-    how = UPSCALING | {"noise_level": 20, "seed": run.config.seed, "batch_size": AT_ONCE}
+    how = UPSCALING | {"seed": run.config.seed, "batch_size": AT_ONCE}
     batches = -(-len(small) // AT_ONCE)
     bar = tqdm(total=how["steps"] * batches, desc="enlarging", unit="step", leave=False)
     with bar, graphs.captured_unet(up.unet):

@@ -121,6 +121,7 @@ def save(run: Run, step: int, rows: Rows) -> None:
 
 
 def before_after(run: Run, before: Rows, after: Rows) -> Image.Image:
+    """A row per prompt: what was drawn before, then what was drawn after."""
     rows = [b + a for b, a in zip(before, after, strict=True)]
     headings = ["before"] * len(before[0]) + ["after"] * len(after[0])
     if run.second:

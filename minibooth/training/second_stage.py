@@ -58,9 +58,11 @@ class SecondStage:
 
     def identity(self, config: TrainConfig) -> dict:
         """What must be the same when a run goes on."""
-        how = [config.validation_inference_steps, config.validation_guidance_scale]
-        enlarging = {"class images' enlarging": how} if self.base and config.uses_prior else {}
-        return {"noise_level": list(self.levels), "base model": self.base_fingerprint, **enlarging}
+        found = {"noise_level": list(self.levels), "base model": self.base_fingerprint}
+        if self.base_fingerprint and config.uses_prior:
+            how = [config.validation_inference_steps, config.validation_guidance_scale]
+            found["class images' enlarging"] = how
+        return found
 
     @property
     def level(self) -> int:

@@ -394,7 +394,7 @@ def announce(run: Run) -> None:
     cli.write_config(folder / "config.json", replace(config, resume_from_checkpoint=None))
     missing = sum(len(images.batch(i)) for images in images_of(run) for i in images.missing)
     done = run.saved.step if run.saved else 0
-    computed = run.second.enlarging(config) if run.second else config
-    to_come = passes.to_come(computed, missing, done, run.pictures)
+    of_images = run.second.enlarging(config) if run.second else config
+    to_come = passes.to_come(of_images, missing, done, run.pictures)
     run.on_passes = passes.Forecast(to_come, config, run.device)
     report.save_image(photos.contact_sheet(run.photos), folder / "samples" / "photographs.png")

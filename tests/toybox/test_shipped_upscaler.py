@@ -90,7 +90,7 @@ def where(sheet, small):
     return 8 * x, 8 * y
 
 
-def test_training_it_takes_what_suits_it_and_what_is_given():
+def test_training_it_takes_what_suits_it_unless_a_config_says():
     found = toybox.train_settings({"model": "toybox-x4", "instance_data_dir": "dog"})
     config = TrainConfig(model="toybox-x4", **found)
     assert config.base_model == "toybox" and config.max_train_steps == 200
